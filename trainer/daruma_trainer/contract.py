@@ -1,0 +1,481 @@
+"""What the operator and the trainer must agree on: names, ports, exit codes, control messages.
+
+Standard library only, because the operator imports it and must not need numpy. Everything that
+crosses HTTP between operator and pods is a frozen dataclass here, with `to_json` and `from_json`;
+`from_json` raises `ContractError` for anything it does not understand, before it allocates.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum, StrEnum
+from functools import lru_cache
+from typing import Any, Final
+
+ENV_NAMESPACE: Final = "DARUMA_NAMESPACE"
+ENV_JOB: Final = "DARUMA_JOB"
+ENV_ROLE: Final = "DARUMA_ROLE"
+ENV_INDEX: Final = "DARUMA_INDEX"
+ENV_INCARNATION: Final = "DARUMA_INCARNATION"
+ENV_TOKEN_FILE: Final = "DARUMA_TOKEN_FILE"  # noqa: S105 - the name of a variable
+ENV_LISTEN: Final = "DARUMA_LISTEN"
+"""Optional `host:port` of the data port; the agent takes the next port. `daruma run` sets it."""
+
+DATA_PORT: Final = 7070
+AGENT_PORT: Final = 7071
+STORE_MOUNT: Final = "/var/lib/daruma/store"
+"""Where a pod sees the claim that a `file://` store lies in."""
+
+SLOTS: Final = 1024
+"""Units of ownership, dedupe, restore and hand-over (design.md, "slot")."""
+
+WINDOW: Final = 64
+"""How many batches before the last one an applied entry remembers."""
+
+MAX_CONTROL_BYTES: Final = 4 << 20
+"""Upper bound of one HTTP body between operator and agent."""
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command and pod; part of the API."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    MISSING = 3
+    STALE = 4
+    """This incarnation was replaced; nobody waits for its result."""
+
+
+class Role(StrEnum):
+    """What a member is. The label and the pod's name use the lower-case form."""
+
+    SERVER = "Server"
+    WORKER = "Worker"
+
+
+class SourceKind(StrEnum):
+    """Where a lost slot's parameters can come from, as status.recoveries[].sources names it."""
+
+    PEER = "peer"
+    RUNNING_CHECKPOINT = "runningCheckpoint"
+    FULL_CHECKPOINT = "fullCheckpoint"
+    INITIAL = "initial"
+
+
+class WorkersMeanwhile(StrEnum):
+    """What workers do while a server is away."""
+
+    WAIT = "Wait"
+    REPLAY = "Replay"
+
+
+class ContractError(ValueError):
+    """A control message that is not one: the sender is of another version, or not ours."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Version:
+    """Of a slot. A restore or rollback begins a new lineage, so abandoned copies never win."""
+
+    lineage: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One incarnation of a server or worker, as status.members and the membership list it."""
+
+    role: Role
+    index: int
+    incarnation: int
+    pod: str
+    address: str | None = None
+    """`host:port` of the data port; None until it is known."""
+
+    @property
+    def id(self) -> str:
+        """Name on the wire and in views: `server-1-6`."""
+        return member_id(self.role, self.index, self.incarnation)
+
+    @property
+    def agent(self) -> str | None:
+        """`host:port` of the agent."""
+        return None if self.address is None else agent_address(self.address)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Limits of what a worker accumulates while a server is away (spec.recovery.replay)."""
+
+    max_pending: int = 1000
+    max_age_seconds: float = 600.0
+    combine: str = "Auto"
+    """Auto | Sum | Mean | Drop."""
+    trust: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything of a job's spec that servers and workers use."""
+
+    consistency: str = "Async"
+    """Async | Sync."""
+    store: str | None = None
+    """`file:///path` as this member sees it, or None: no checkpoints."""
+    every: int = 0
+    """C, in steps; 0: no periodic saves."""
+    fraction: float = 1.0
+    selection: str = "Priority"
+    """Priority | RoundRobin | Random."""
+    keep: int = 2
+    cuts: bool = False
+    """Take a consistent cut every C steps (FullCheckpoint is the strategy or a fallback)."""
+    running: bool = True
+    """Keep a running checkpoint."""
+    final: bool = True
+    restore_from: str | None = None
+    block_bytes: int | None = None
+    meanwhile: WorkersMeanwhile = WorkersMeanwhile.REPLAY
+    replay: Replay = field(default_factory=Replay)
+    suspect_seconds: float = 1.0
+    """An unanswered request this old makes its server a suspect."""
+    progress_seconds: float = 600.0
+    """How long a worker waits for a server before it gives up (exit code 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """All members go back to a cut. Generation 0 is the beginning, without any rollback."""
+
+    generation: int = 0
+    cut: str | None = None
+    """Path of `cuts/<number>.json` below the job's prefix in the store; None: nothing to load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Who is in, ordered by the epoch. A pure function of status, job uid and spec.
+
+    Slot `s` belongs to server index `place(job_uid, servers)[s]`, and to the incarnation that
+    `members` lists for that index; an index without a member, or whose member has no address,
+    leaves its slots without an owner.
+    """
+
+    job_uid: str
+    namespace: str
+    name: str
+    epoch: int
+    servers: int
+    workers: int
+    members: tuple[Member, ...]
+    settings: Settings
+    initialised: bool = False
+    rollback: Rollback = field(default_factory=Rollback)
+    recovery: int | None = None
+    """Id of the recovery in progress: workers keep their last complete pull until it is None."""
+
+    def member(self, role: Role, index: int) -> Member | None:
+        """Return the incarnation that counts, if there is one."""
+        for member in self.members:
+            if member.role is role and member.index == index:
+                return member
+        return None
+
+    def of(self, role: Role) -> tuple[Member, ...]:
+        """Return the members of one role, by index."""
+        return tuple(sorted((m for m in self.members if m.role is role), key=lambda m: m.index))
+
+    @property
+    def prefix(self) -> str:
+        """Folder of this job in its store."""
+        return f"{self.namespace}/{self.name}/{self.job_uid}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Any) -> "Membership":
+        """Parse what `to_json` wrote; ContractError if it is anything else."""
+        try:
+            settings = dict(raw["settings"])
+            settings["replay"] = Replay(**settings["replay"])
+            settings["meanwhile"] = WorkersMeanwhile(settings["meanwhile"])
+            members = tuple(
+                Member(
+                    Role(m["role"]), int(m["index"]), int(m["incarnation"]), m["pod"], m["address"]
+                )
+                for m in raw["members"]
+            )
+            return cls(
+                **{
+                    **raw,
+                    "members": members,
+                    "settings": Settings(**settings),
+                    "rollback": Rollback(**raw["rollback"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ContractError(f"not a membership: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One place that lost slots can be taken from."""
+
+    kind: SourceKind
+    slots: str
+    """Which slots, as `slots_to_hex` writes them."""
+    member: str | None = None
+    """Peer: the worker's id (`worker-0-3`)."""
+    manifest: str | None = None
+    """Running checkpoint: the manifest's path in the store. Full checkpoint: the cut file's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """`POST /v1/restore`: every slot tries the sources that hold it, in this order."""
+
+    recovery: int
+    epoch: int
+    incarnation: int
+    sources: tuple[Source, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Any) -> "Restore":
+        """Parse what `to_json` wrote; ContractError if it is anything else."""
+        try:
+            sources = tuple(Source(**{**s, "kind": SourceKind(s["kind"])}) for s in raw["sources"])
+            for source in sources:
+                slots_from_hex(source.slots)
+            return cls(**{**raw, "sources": sources})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ContractError(f"not a restore request: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Slots of one version that a member holds: a worker's last complete pull, or a manifest."""
+
+    lineage: int
+    position: int
+    slots: str
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A member that another one cannot reach."""
+
+    id: str
+    age: float
+    """Seconds since the connection broke, or since the oldest unanswered request."""
+    reason: str
+    """Disconnected | Unanswered."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """The newest durable save of one kind that a member knows of."""
+
+    path: str
+    """In the store, below its root: of a manifest (running) or of a cut file."""
+    step: int
+    bytes: int
+    age: float
+    """Seconds since it became durable."""
+    distance: float | None = None
+    """L2 distance between the live shard and what is saved, where it was computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """How far a server is with a `Restore`, and what it cost; final when `done`."""
+
+    recovery: int
+    sources: Mapping[str, int] = field(default_factory=dict)
+    """Slots restored so far, by the kind of source of their parameters."""
+    bytes: int = 0
+    seconds: float = 0.0
+    missing: int = 0
+    """Slots that no listed source could give."""
+    damaged: tuple[str, ...] = ()
+    delta_norm: float | None = None
+    """L2: 0.0 exact, an upper bound, or None: unknown (see delta_kind)."""
+    delta_kind: str = "Unknown"
+    """Exact | UpperBound | Unknown."""
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one member says of itself. Servers hand on what others told them, with its age."""
+
+    id: str
+    epoch: int
+    """Of the newest membership that it applied."""
+    state: str
+    """Joining | Empty | Restoring | Ready (servers); Joining | Training | Left | Failed (workers)."""
+    step: int = 0
+    """Servers: the step their shard is at. Workers: their last batch acknowledged by all slots."""
+    generation: int = 0
+    initialised: bool = False
+    """Servers: every slot was Ready and, with a store, manifest 0 is durable."""
+    ready: int = 0
+    """Servers: slots that are Ready."""
+    suspects: tuple[Suspect, ...] = ()
+    copies: tuple[Copies, ...] = ()
+    """Workers, while a recovery goes on: the slot versions of the copy they keep for it."""
+    running: SavedState | None = None
+    cut: SavedState | None = None
+    """Servers: the newest cut that exists, with its file."""
+    save_error: str | None = None
+    final: str | None = None
+    """Servers: path of the final cut once it is durable ("" without a store)."""
+    restore: RestoreReport | None = None
+    update_norm: float | None = None
+    """Servers: the largest L2 norm of their last 64 updates."""
+    applied: int = 0
+    duplicate: int = 0
+    stale: int = 0
+    lost: int = 0
+    replayed: int = 0
+    """Pushes; counted by batches (see protocol.md, floor)."""
+    acked_epoch: int = 0
+    """Workers: the newest epoch E such that a batch first sent after E was seen is acknowledged
+    by all slots."""
+    acked_age: float | None = None
+    """Workers: seconds since the first such acknowledgement of `acked_epoch`."""
+    loss: float | None = None
+    total_steps: int | None = None
+    pending: int = 0
+    """Workers: batches accumulated and not yet sent."""
+    stop: str | None = None
+    """Workers: the reason given to `job.stop`."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Workers: what `job.report` and `job.evaluate` said last, but the loss."""
+    error: str | None = None
+    """Why it is Failed, in a sentence."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Any) -> "Report":
+        """Parse what `to_json` wrote; ContractError if it is anything else."""
+        try:
+            return cls(
+                **{
+                    **raw,
+                    "suspects": tuple(Suspect(**s) for s in raw.get("suspects", ())),
+                    "copies": tuple(Copies(**c) for c in raw.get("copies", ())),
+                    "running": _maybe(SavedState, raw.get("running")),
+                    "cut": _maybe(SavedState, raw.get("cut")),
+                    "restore": _maybe(RestoreReport, raw.get("restore")),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ContractError(f"not a report: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """`GET /v1/view?after=V&wait=S`: what this process knows; answers at once when it is newer."""
+
+    version: int
+    epoch: int
+    own: Report
+    others: Mapping[str, tuple[float, Report]] = field(default_factory=dict)
+    """By member id: the age in seconds of what it said, and what it said."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "version": self.version,
+            "epoch": self.epoch,
+            "own": self.own.to_json(),
+            "others": {i: {"age": a, "report": r.to_json()} for i, (a, r) in self.others.items()},
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any) -> "View":
+        """Parse what `to_json` wrote; ContractError if it is anything else."""
+        try:
+            others = {
+                str(i): (float(o["age"]), Report.from_json(o["report"]))
+                for i, o in raw["others"].items()
+            }
+            own = Report.from_json(raw["own"])
+            return cls(int(raw["version"]), int(raw["epoch"]), own, others)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ContractError(f"not a view: {error!r}") from error
+
+
+def member_id(role: Role, index: int, incarnation: int) -> str:
+    """Name a member as the wire and views do: `server-1-6`."""
+    return f"{role.value.lower()}-{index}-{incarnation}"
+
+
+def agent_address(address: str) -> str:
+    """Return `host:port` of the agent beside a data port."""
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + AGENT_PORT - DATA_PORT}"
+
+
+def token_for(operator_key: bytes, job_uid: str) -> str:
+    """Derive a job's token from the operator's key: HMAC-SHA256, in hexadecimal."""
+    return hmac.new(operator_key, job_uid.encode(), hashlib.sha256).hexdigest()
+
+
+def slots_to_hex(slots: Sequence[int]) -> str:
+    """Write a set of slots as a bitmap of 256 hexadecimal digits; bit s is slot s."""
+    bits = 0
+    for slot in slots:
+        bits |= 1 << slot
+    return f"{bits:0{SLOTS // 4}x}"
+
+
+def slots_from_hex(text: str) -> list[int]:
+    """Read what `slots_to_hex` wrote, in ascending order."""
+    if len(text) != SLOTS // 4:
+        raise ContractError(f"a slot bitmap has {SLOTS // 4} digits, not {len(text)}")
+    bits = int(text, 16)
+    return [s for s in range(SLOTS) if bits >> s & 1]
+
+
+@lru_cache(maxsize=64)
+def place(job_uid: str, servers: int) -> tuple[int, ...]:
+    """Give each slot a server index: rendezvous hashing with bounded load.
+
+    No server gets more than 1.05 × the mean + 1 slots; a slot whose favourite is full goes to its
+    next choice. Salted by the job, so that what a server holds is a random part of the model.
+    """
+    if servers < 1:
+        raise ContractError(f"a job has at least one server, not {servers}")
+    limit = int(1.05 * SLOTS / servers) + 1
+    load = [0] * servers
+    owners: list[int] = []
+    for slot in range(SLOTS):
+        weights = [
+            hashlib.blake2b(f"{job_uid}/{slot}/{index}".encode(), digest_size=8).digest()
+            for index in range(servers)
+        ]
+        order = sorted(range(servers), key=weights.__getitem__, reverse=True)
+        owner = next(index for index in order if load[index] < limit)
+        load[owner] += 1
+        owners.append(owner)
+    return tuple(owners)
+
+
+def _maybe(cls: Any, raw: Any) -> Any:
+    if raw is None:
+        return None
+    if "damaged" in raw:
+        raw = {**raw, "damaged": tuple(raw["damaged"])}
+    return cls(**raw)
