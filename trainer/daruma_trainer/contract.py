@@ -320,9 +320,9 @@ class Report:
     epoch: int
     """Of the newest membership that it applied."""
     state: str
-    """Joining | Empty | Restoring | Ready (servers); Joining | Training | Left | Failed (workers)."""
+    """Joining | Empty | Restoring | Ready (servers); Joining | Training | Left | Failed."""
     step: int = 0
-    """Servers: the step their shard is at. Workers: their last batch acknowledged by all slots."""
+    """Servers: the step their shard is at. Workers: last batch all slots acknowledged."""
     generation: int = 0
     initialised: bool = False
     """Servers: every slot was Ready and, with a store, manifest 0 is durable."""
