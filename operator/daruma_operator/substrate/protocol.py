@@ -71,7 +71,7 @@ class PodPlan:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """For people: `kubectl describe`. Named for job, reason, epoch (and member): repeats collapse."""
+    """For people. Named for job, reason, epoch (and member), so that repeats collapse."""
 
     reason: str
     message: str
