@@ -1,0 +1,89 @@
+# Every command of this project; `make help` lists them. CI calls the same targets.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@PYTHON=$(PYTHON) bash scripts/venv.sh $(VENV)
+	@touch $@
+
+.PHONY: venv
+venv: $(STAMP) ## make .venv with everything that development needs
+
+.PHONY: demo
+demo: $(STAMP) ## train on this machine, lose a server half-way, recover, and say what it cost
+	@$(BIN)/daruma run manifests/examples/mlr.yaml --out runs/mlr --kill server-1@step=200
+
+.PHONY: test
+test: $(STAMP) machine ## every test, a real cluster included
+	@$(BIN)/pytest
+
+.PHONY: machine
+machine: ## what the test cluster needs from the system (apt packages, when root)
+	@bash tests/cluster/harness/setup.sh
+
+.PHONY: check
+check: $(STAMP) ## format, lint, types, imports
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+.PHONY: format
+format: $(STAMP) ## write the format that `check` asks for
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.PHONY: unit
+unit: $(STAMP) ## the tests that take milliseconds
+	@$(BIN)/pytest tests/operator tests/trainer
+
+.PHONY: faults
+faults: $(STAMP) ## the tests that kill processes
+	@$(BIN)/pytest tests/faults
+
+.PHONY: cluster
+cluster: $(STAMP) machine ## the tests on a real Kubernetes
+	@$(BIN)/pytest tests/cluster
+
+.PHONY: kind-test
+kind-test: $(STAMP) ## the same on a kind cluster (needs docker and kind)
+	@bash tests/cluster/harness/kind.sh $(BIN)/pytest tests/cluster
+
+.PHONY: soak
+soak: $(STAMP) ## long counts of the fault and fuzz tests; minutes to hours, outside CI
+	@HYPOTHESIS_PROFILE=soak DARUMA_SOAK=1 $(BIN)/pytest --timeout 7200 tests/faults tests/trainer/test_malformed.py tests/trainer/test_slots_model.py
+
+.PHONY: bench
+bench: $(STAMP) ## time to recover, written to docs/benchmarks/recovery.md
+	@$(BIN)/daruma bench recovery --write docs/benchmarks/recovery.md
+
+.PHONY: manifests
+manifests: $(STAMP) machine ## write crd.yaml and install.yaml anew from the types and the chart
+	@$(BIN)/python -m daruma_operator.api.crd > manifests/crd.yaml.new
+	@mv manifests/crd.yaml.new manifests/crd.yaml
+	@cp manifests/crd.yaml charts/daruma/crds/crd.yaml
+	@$(BIN)/python tests/cluster/harness/render.py > manifests/install.yaml.new
+	@mv manifests/install.yaml.new manifests/install.yaml
+
+.PHONY: images
+images: $(STAMP) machine ## build the images of operator, server and worker for the test cluster
+	@$(BIN)/python tests/cluster/harness/images.py
+
+.PHONY: docs
+docs: $(STAMP) ## check the links and commands that the documents name
+	@$(BIN)/pytest tests/test_docs.py
+
+.PHONY: clean
+clean: ## remove what was built here, but not the cache that checkouts share
+	@rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
