@@ -8,10 +8,14 @@ crosses HTTP between operator and pods is a frozen dataclass here, with `to_json
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import IntEnum, StrEnum
 from functools import lru_cache
-from typing import Any, Final
+from itertools import repeat
+from types import NoneType, UnionType
+from typing import Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 ENV_NAMESPACE: Final = "DARUMA_NAMESPACE"
 ENV_JOB: Final = "DARUMA_JOB"
@@ -198,27 +202,8 @@ class Membership:
 
     @classmethod
     def from_json(cls, raw: Any) -> "Membership":
-        """Parse what `to_json` wrote; ContractError if it is anything else."""
-        try:
-            settings = dict(raw["settings"])
-            settings["replay"] = Replay(**settings["replay"])
-            settings["meanwhile"] = WorkersMeanwhile(settings["meanwhile"])
-            members = tuple(
-                Member(
-                    Role(m["role"]), int(m["index"]), int(m["incarnation"]), m["pod"], m["address"]
-                )
-                for m in raw["members"]
-            )
-            return cls(
-                **{
-                    **raw,
-                    "members": members,
-                    "settings": Settings(**settings),
-                    "rollback": Rollback(**raw["rollback"]),
-                }
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ContractError(f"not a membership: {error!r}") from error
+        """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
+        return _parse_message(cls, raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,14 +234,11 @@ class Restore:
 
     @classmethod
     def from_json(cls, raw: Any) -> "Restore":
-        """Parse what `to_json` wrote; ContractError if it is anything else."""
-        try:
-            sources = tuple(Source(**{**s, "kind": SourceKind(s["kind"])}) for s in raw["sources"])
-            for source in sources:
-                slots_from_hex(source.slots)
-            return cls(**{**raw, "sources": sources})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ContractError(f"not a restore request: {error!r}") from error
+        """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
+        restore = _parse_message(cls, raw)
+        for source in restore.sources:
+            slots_from_hex(source.slots)
+        return restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,20 +350,8 @@ class Report:
 
     @classmethod
     def from_json(cls, raw: Any) -> "Report":
-        """Parse what `to_json` wrote; ContractError if it is anything else."""
-        try:
-            return cls(
-                **{
-                    **raw,
-                    "suspects": tuple(Suspect(**s) for s in raw.get("suspects", ())),
-                    "copies": tuple(Copies(**c) for c in raw.get("copies", ())),
-                    "running": _maybe(SavedState, raw.get("running")),
-                    "cut": _maybe(SavedState, raw.get("cut")),
-                    "restore": _maybe(RestoreReport, raw.get("restore")),
-                }
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ContractError(f"not a report: {error!r}") from error
+        """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
+        return _parse_message(cls, raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,25 +366,12 @@ class View:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "version": self.version,
-            "epoch": self.epoch,
-            "own": self.own.to_json(),
-            "others": {i: {"age": a, "report": r.to_json()} for i, (a, r) in self.others.items()},
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, raw: Any) -> "View":
-        """Parse what `to_json` wrote; ContractError if it is anything else."""
-        try:
-            others = {
-                str(i): (float(o["age"]), Report.from_json(o["report"]))
-                for i, o in raw["others"].items()
-            }
-            own = Report.from_json(raw["own"])
-            return cls(int(raw["version"]), int(raw["epoch"]), own, others)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ContractError(f"not a view: {error!r}") from error
+        """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
+        return _parse_message(cls, raw)
 
 
 def member_id(role: Role, index: int, incarnation: int) -> str:
@@ -443,9 +400,12 @@ def slots_to_hex(slots: Sequence[int]) -> str:
 
 def slots_from_hex(text: str) -> list[int]:
     """Read what `slots_to_hex` wrote, in ascending order."""
-    if len(text) != SLOTS // 4:
-        raise ContractError(f"a slot bitmap has {SLOTS // 4} digits, not {len(text)}")
-    bits = int(text, 16)
+    if len(text) != SLOTS // 4 or not text.isalnum():
+        raise ContractError(f"a slot bitmap has {SLOTS // 4} digits, not {text!r:.80}")
+    try:
+        bits = int(text, 16)
+    except ValueError as error:
+        raise ContractError("a slot bitmap is hexadecimal") from error
     return [s for s in range(SLOTS) if bits >> s & 1]
 
 
@@ -473,9 +433,51 @@ def place(job_uid: str, servers: int) -> tuple[int, ...]:
     return tuple(owners)
 
 
-def _maybe(cls: Any, raw: Any) -> Any:
-    if raw is None:
-        return None
-    if "damaged" in raw:
-        raw = {**raw, "damaged": tuple(raw["damaged"])}
-    return cls(**raw)
+def _parse_message(kind: type[T], raw: Any) -> T:
+    if not isinstance(raw, dict):
+        raise ContractError(f"{kind.__name__}: expected an object, got {raw!r:.80}")
+    return _parse_fields(kind, raw, kind.__name__)
+
+
+def _parse(kind: Any, raw: Any, at: str) -> Any:
+    """Make a value of the type `kind` of JSON, or say which field (`at`) is wrong.
+
+    Unknown fields are passed over, so that an operator of a newer version can still speak to the
+    pods of jobs that it did not start.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return None if raw is None and NoneType in args else _parse(args[0], raw, at)
+    if origin is tuple and isinstance(raw, list | tuple):
+        kinds = repeat(args[0]) if args[-1] is Ellipsis else args
+        if args[-1] is Ellipsis or len(args) == len(raw):
+            return tuple(_parse(k, r, f"{at}[]") for k, r in zip(kinds, raw, strict=False))
+    if origin is Mapping and isinstance(raw, dict):
+        return {str(key): _parse(args[1], value, f"{at}[{key}]") for key, value in raw.items()}
+    if is_dataclass(kind) and isinstance(raw, dict):
+        return _parse_fields(kind, raw, at)
+    return _parse_scalar(kind, raw, at)
+
+
+def _parse_scalar(kind: Any, raw: Any, at: str) -> Any:
+    if isinstance(kind, type) and issubclass(kind, StrEnum) and raw in set(kind):
+        return kind(raw)
+    if kind is float and type(raw) in (int, float):
+        return float(raw)
+    # Nothing here counts further than 63 bits, and arrays of it are int64.
+    if kind in (str, bool, int) and type(raw) is kind and not (kind is int and abs(raw) >> 63):
+        return raw
+    raise ContractError(f"{at}: expected {getattr(kind, '__name__', kind)}, got {raw!r:.80}")
+
+
+def _parse_fields(kind: type[T], raw: Mapping[str, Any], at: str) -> T:
+    hints = get_type_hints(kind)
+    known = {
+        f.name: _parse(hints[f.name], raw[f.name], f"{at}.{f.name}")
+        for f in fields(cast("type[Any]", kind))
+        if f.name in raw
+    }
+    try:
+        return kind(**known)
+    except TypeError as error:
+        raise ContractError(f"{at}: {error}") from error
