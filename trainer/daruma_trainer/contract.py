@@ -454,7 +454,7 @@ def _parse(kind: Any, raw: Any, at: str) -> Any:
             return tuple(_parse(k, r, f"{at}[]") for k, r in zip(kinds, raw, strict=False))
     if origin is Mapping and isinstance(raw, dict):
         return {str(key): _parse(args[1], value, f"{at}[{key}]") for key, value in raw.items()}
-    if is_dataclass(kind) and isinstance(raw, dict):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(raw, dict):
         return _parse_fields(kind, raw, at)
     return _parse_scalar(kind, raw, at)
 
