@@ -1,0 +1,1 @@
+"""Daruma for workers and servers; `daruma.join()` is where a program begins."""

@@ -1,0 +1,1 @@
+"""Saves that survive their writer: segments, manifests, cuts, and which blocks to save next."""

@@ -1,0 +1,225 @@
+"""The parameters of one shard: arrays in wire order, and how pushes and restores change them."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from daruma_trainer.layout import Floats, Ints, ShardLayout, TableLayout, TableSpec
+from daruma_trainer.server.rules import Rule, rule_from_json
+from daruma_trainer.wire import MAX_SLOT_BYTES, TablePush
+
+NORMS = 64
+"""How many updates the largest recent norm looks back on."""
+
+
+class TableTooLargeError(ValueError):
+    """A slot of the table would not fit a message."""
+
+
+@dataclass(slots=True)
+class TableArrays:
+    """One table's part of the shard; rows in wire order."""
+
+    layout: TableLayout
+    rule: Rule
+    data: Floats
+    """(rows, cols)"""
+    state: tuple[Floats, ...]
+    """The optimizer's arrays, each (rows, cols)."""
+    steps: Ints
+    """(blocks,): updates each block had, for Adam's bias correction and momentum's first step."""
+
+
+class Shard:
+    """All tables of one server. Slots are given as indices into `layout.slots`, ascending."""
+
+    def __init__(self, uid: str, slots: Ints) -> None:
+        self.uid = uid
+        self.specs: list[TableSpec] = []
+        self.layout = ShardLayout(uid, [], slots)
+        self.tables: list[TableArrays] = []
+        self.norms: deque[float] = deque(maxlen=NORMS)
+
+    def create(self, spec: TableSpec) -> None:
+        """Add a table of zeros; ContractError for a bad rule, TableTooLargeError for its size."""
+        rule = rule_from_json(spec.rule)
+        layout = TableLayout(self.uid, spec, self.layout.slots)
+        sizes = np.diff(layout.slot_rows) * spec.cols * 4
+        if len(sizes) and int(sizes.max()) > MAX_SLOT_BYTES // 2:
+            raise TableTooLargeError(
+                f"table {spec.name!r} has slots of {int(sizes.max())} bytes, at most "
+                f"{MAX_SLOT_BYTES // 2}: split it into several tables"
+            )
+        shape = (int(layout.block_starts[-1]), spec.cols)
+        names = () if rule.name == "sgd" and not getattr(rule, "momentum", 0) else rule.state_names
+        self.tables.append(
+            TableArrays(
+                layout,
+                rule,
+                np.zeros(shape, np.float32),
+                tuple(np.zeros(shape, np.float32) for _ in names),
+                np.zeros(len(layout.blocks), np.int64),
+            )
+        )
+        self.specs.append(spec)
+        self.layout = ShardLayout(self.uid, self.specs, self.layout.slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of parameters, without the optimizer's state."""
+        return sum(t.data.nbytes for t in self.tables)
+
+    def row_offsets(self, table: int, k: Ints) -> Ints:
+        """Where each slot of `k` begins in an array of just these slots; one more than slots."""
+        rows = self.tables[table].layout.slot_rows
+        return np.concatenate([[0], np.cumsum(rows[k + 1] - rows[k])])
+
+    def check(self, parts: Sequence[TablePush], k: Ints) -> str | None:
+        """Say what is wrong with a push for the slots `k`, or None. Nothing is changed yet."""
+        for part in parts:
+            if part.table >= len(self.tables):
+                return f"no table {part.table}"
+            spec = self.specs[part.table]
+            if part.rows is None:
+                expected = int(self.row_offsets(part.table, k)[-1]) * spec.cols
+                if part.values.size != expected:
+                    return f"{spec.name}: {part.values.size} values, expected {expected}"
+            elif self.tables[part.table].rule.gradient:
+                return f"{spec.name}: rule {self.tables[part.table].rule.name} takes whole slots"
+            elif part.values.size != len(part.rows) * spec.cols or not _ascending(
+                part.rows, spec.rows
+            ):
+                return f"{spec.name}: rows are not ascending numbers below {spec.rows}"
+        return None
+
+    def apply(self, parts: Sequence[TablePush], k: Ints, new: Ints) -> None:
+        """Apply a checked push for the slots `k` to those that `new` (indices into `k`) names."""
+        change = 0.0
+        for part in parts:
+            if part.rows is None:
+                change += self._apply_dense(part, k, new)
+            else:
+                self.apply_rows(part, k[new])
+        self.norms.append(math.sqrt(change))
+
+    def _apply_dense(self, part: TablePush, k: Ints, new: Ints) -> float:
+        table = self.tables[part.table]
+        offsets = self.row_offsets(part.table, k)
+        values = part.values.reshape(-1, table.layout.table.cols)
+        change = 0.0
+        for a, b in _consecutive(k, new):
+            rows = slice(int(offsets[a]), int(offsets[b]))
+            change += self.update(part.table, int(k[a]), int(k[b - 1]) + 1, values[rows], part.lr)
+        return change
+
+    def update(self, table: int, begin: int, end: int, values: Floats, lr: float) -> float:
+        """Apply values to the slots begin..end−1; returns the squared norm of the change."""
+        arrays = self.tables[table]
+        blocks = arrays.layout.slot_blocks
+        first, stop = int(blocks[begin]), int(blocks[end])
+        if first == stop:
+            return 0.0
+        steps = arrays.steps[first:stop]
+        steps += 1
+        cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), stop - first]
+        base = int(arrays.layout.block_starts[first])
+        change = 0.0
+        for a, b in pairwise(cuts):
+            rows = slice(
+                int(arrays.layout.block_starts[first + a]),
+                int(arrays.layout.block_starts[first + b]),
+            )
+            change += arrays.rule.apply(
+                arrays.data[rows].reshape(-1),
+                values[rows.start - base : rows.stop - base].reshape(-1),
+                tuple(s[rows].reshape(-1) for s in arrays.state),
+                lr,
+                int(steps[a]),
+            )
+        return change
+
+    def apply_rows(self, part: TablePush, k: Ints) -> None:
+        """Apply single rows (rules add and assign) that lie in the slots `k`."""
+        rows = part.rows if part.rows is not None else np.empty(0, np.int64)
+        arrays = self.tables[part.table]
+        mine = np.concatenate(
+            [
+                np.arange(arrays.layout.slot_rows[s], arrays.layout.slot_rows[s + 1])
+                for s in k.tolist()
+            ]
+            or [np.empty(0, np.int64)]
+        )
+        owned = arrays.layout.rows[mine]
+        order = np.argsort(owned)
+        at = np.searchsorted(owned[order], rows)
+        at[at == len(owned)] = 0
+        hit = owned[order][at] == rows if len(owned) else np.zeros(len(rows), np.bool_)
+        local = mine[order][at[hit]] if len(owned) else mine
+        values = part.values.reshape(-1, arrays.layout.table.cols)[hit]
+        if arrays.rule.name == "add":
+            arrays.data[local] += values
+        else:
+            arrays.data[local] = values
+
+    def values(self, k: Ints) -> tuple[Floats, ...]:
+        """Copy the parameters of the slots `k`, a table at a time, rows in wire order."""
+        out = []
+        for table in self.tables:
+            rows = table.layout.slot_rows
+            pieces = [
+                table.data[rows[k[a]] : rows[k[b - 1] + 1]]
+                for a, b in _consecutive(k, np.arange(len(k)))
+            ]
+            joined = np.concatenate(pieces) if pieces else table.data[:0]
+            # A single piece is a view of memory that the next push changes.
+            out.append(joined.reshape(-1) if len(pieces) > 1 else joined.reshape(-1).copy())
+        return tuple(out)
+
+    def set_values(self, k: Ints, values: Sequence[Floats]) -> None:
+        """Overwrite the parameters of the slots `k`; sizes must fit (ValueError)."""
+        for i, flat in enumerate(values):
+            table = self.tables[i]
+            offsets = self.row_offsets(i, k)
+            rows = table.layout.slot_rows
+            new = flat.reshape(-1, table.layout.table.cols)
+            if len(new) != offsets[-1]:
+                raise ValueError(f"table {i}: {len(new)} rows for slots of {offsets[-1]}")
+            for a, b in _consecutive(k, np.arange(len(k))):
+                table.data[rows[k[a]] : rows[k[b - 1] + 1]] = new[offsets[a] : offsets[b]]
+
+    def reset_optimizer(self, k: Ints) -> None:
+        """Zero the optimizer's state of the slots `k`, with step counters of their own."""
+        for table in self.tables:
+            for s in k.tolist():
+                blocks = slice(
+                    int(table.layout.slot_blocks[s]), int(table.layout.slot_blocks[s + 1])
+                )
+                rows = slice(int(table.layout.slot_rows[s]), int(table.layout.slot_rows[s + 1]))
+                table.steps[blocks] = 0
+                for array in table.state:
+                    array[rows] = 0.0
+
+    @property
+    def update_norm(self) -> float | None:
+        """The largest L2 norm of the last 64 updates; None before the first."""
+        return max(self.norms, default=None)
+
+
+def _ascending(rows: Ints, limit: int) -> bool:
+    if not len(rows):
+        return True
+    return bool(rows[0] >= 0 and rows[-1] < limit and (np.diff(rows) > 0).all())
+
+
+def _consecutive(k: Ints, chosen: Ints) -> list[tuple[int, int]]:
+    """Ranges [a, b) of `k` that are all chosen and follow each other in the shard."""
+    if not len(chosen):
+        return []
+    breaks = np.flatnonzero((np.diff(chosen) != 1) | (np.diff(k[chosen]) != 1)) + 1
+    starts = [0, *breaks.tolist()]
+    stops = [*breaks.tolist(), len(chosen)]
+    return [(int(chosen[a]), int(chosen[b - 1]) + 1) for a, b in zip(starts, stops, strict=True)]
