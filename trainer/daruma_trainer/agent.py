@@ -99,8 +99,8 @@ class Agent:
             pass
 
         Handler.token, Handler.view, Handler.slots = token, view, slots
-        Handler.obey = staticmethod(command)  # type: ignore[assignment]
-        Handler.scrape = staticmethod(metrics)  # type: ignore[assignment]
+        Handler.obey = staticmethod(command)
+        Handler.scrape = staticmethod(metrics)
         self._http = _Server(listen, Handler)
         self._thread = threading.Thread(
             target=self._http.serve_forever, args=(0.1,), name="agent", daemon=True

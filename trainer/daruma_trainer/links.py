@@ -7,13 +7,13 @@ a timeout would be paid otherwise. What died with a peer is sent again by its ow
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from daruma_trainer.contract import Member, Suspect
-from daruma_trainer.wire import HEADER, MAX_FRAME, Frame, Header, Kind
+from daruma_trainer.wire import HEADER, MAX_FRAME, Frame, Header
 
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2000
@@ -30,6 +30,7 @@ Answer = Callable[[Header, Sequence[Frame]], None]
 class _Pending:
     sent_at: float
     answer: Answer
+    patient: bool
 
 
 def open_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -88,15 +89,19 @@ class Link:
         self._pending.clear()
 
     def request(
-        self, kind: Kind, epoch: int, generation: int, body: Sequence[Frame], answer: Answer | None
+        self, header: Header, body: Sequence[Frame], answer: Answer | None, *, patient: bool = False
     ) -> bool:
-        """Send a request; False if the peer's queue is full (then it is as good as away)."""
+        """Send a request; False if the peer's queue is full (then it is as good as away).
+
+        The link fills in the request's id and the peer's incarnation. `patient`: the answer may
+        well take long (a later step), so that its lack makes nobody a suspect.
+        """
         self._request += 1
-        header = Header(kind, self._request, epoch, self.peer.incarnation, generation)
-        if not self.send(header, body):
+        whole = replace(header, request=self._request, incarnation=self.peer.incarnation)
+        if not self.send(whole, body):
             return False
         if answer is not None:
-            self._pending[self._request] = _Pending(time.monotonic(), answer)
+            self._pending[self._request] = _Pending(time.monotonic(), answer, patient)
         return True
 
     def send(self, header: Header, body: Sequence[Frame]) -> bool:
@@ -146,7 +151,7 @@ class Link:
             if self._broken_at is None and now - since < seconds:
                 return None
             return Suspect(self.peer.id, now - since, "Disconnected")
-        oldest = min((p.sent_at for p in self._pending.values()), default=now)
+        oldest = min((p.sent_at for p in self._pending.values() if not p.patient), default=now)
         if now - oldest > seconds:
             return Suspect(self.peer.id, now - oldest, "Unanswered")
         return None

@@ -63,6 +63,8 @@ class Kind(IntEnum):
     READY = 23
     """A server to its workers: more of my slots are Ready than before."""
     RELEASED = 24
+    STOP = 25
+    """A worker's program asked that all end after their step."""
 
 
 class Refusal(IntEnum):

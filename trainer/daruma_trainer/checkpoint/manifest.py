@@ -6,7 +6,7 @@ kind `cut` holds one consistent state. Both have the same form, so both are read
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,6 @@ class Manifest:
     blocks: Mapping[BlockKey, Place]
     slots: SlotStates
     kind: str = "running"
-    buffers: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """Return the file's bytes: a line with the checksum, then JSON."""
@@ -181,7 +180,8 @@ class Cut:
     servers: int
     shards: tuple[str, ...]
     """The manifest of each shard, by index."""
-    bytes: int
+    size: int
+    """Bytes of parameters and optimizer state."""
     batches: tuple[int, ...]
     """For each worker the last batch that is in all slots."""
 
@@ -190,7 +190,7 @@ class Cut:
         return json.dumps(
             {
                 "number": self.number, "step": self.step, "servers": self.servers,
-                "shards": self.shards, "bytes": self.bytes, "batches": self.batches,
+                "shards": self.shards, "size": self.size, "batches": self.batches,
             }
         ).encode()  # fmt: skip
 
@@ -201,7 +201,7 @@ class Cut:
             raw: dict[str, Any] = json.loads(data)
             shards = tuple(str(s) for s in raw["shards"])
             batches = tuple(int(b) for b in raw["batches"])
-            cut = cls(raw["number"], raw["step"], raw["servers"], shards, raw["bytes"], batches)
+            cut = cls(raw["number"], raw["step"], raw["servers"], shards, raw["size"], batches)
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"not a cut: {error!r}") from error
         if not 0 < cut.servers <= SLOTS or len(shards) != cut.servers:

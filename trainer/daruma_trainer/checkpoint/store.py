@@ -83,7 +83,7 @@ class DirectoryStore:
     def list(self, prefix: str) -> list[str]:
         """See Store.list."""
         try:
-            names = os.listdir(self._path(prefix))
+            names = [p.name for p in self._path(prefix).iterdir()]
         except FileNotFoundError:
             return []
         except OSError as error:

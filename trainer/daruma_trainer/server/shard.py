@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -179,9 +179,9 @@ class Shard:
             out.append(joined.reshape(-1) if len(pieces) > 1 else joined.reshape(-1).copy())
         return tuple(out)
 
-    def set_values(self, k: Ints, values: Sequence[Floats]) -> None:
-        """Overwrite the parameters of the slots `k`; sizes must fit (ValueError)."""
-        for i, flat in enumerate(values):
+    def set_values(self, k: Ints, values: Mapping[int, Floats]) -> None:
+        """Overwrite the parameters of the slots `k`, by table; sizes must fit (ValueError)."""
+        for i, flat in values.items():
             table = self.tables[i]
             offsets = self.row_offsets(i, k)
             rows = table.layout.slot_rows

@@ -1,0 +1,236 @@
+"""Cuts over all shards, without the operator.
+
+The coordinator is the live server of the lowest index. Under `Async` it names a batch per worker a
+little ahead; every shard applies up to those, holds later pushes back for at most two seconds, and
+copies itself. Under `Sync` every shard copies itself at the same step. Each tells the coordinator
+its manifest; the cut exists when the coordinator has written the cut's file.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from daruma_trainer.checkpoint.manifest import Cut, cut_name, cut_number
+from daruma_trainer.checkpoint.store import Store
+from daruma_trainer.contract import ContractError, Membership, Role, SavedState
+from daruma_trainer.server.background import Background
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.saving import Saver, Written
+
+LOG = logging.getLogger("daruma.server")
+HOLD_SECONDS = 2.0
+AHEAD = 3
+"""How far ahead of the newest batch a cut is laid: a worker may be a push and a pull further than
+the coordinator has seen, and one more while the word travels."""
+FIRST = cut_number(0, 0)
+"""The cut of the initial values."""
+MAX_OPEN = 16
+
+
+@dataclass(slots=True)
+class Cuts:
+    """One server's part in cuts, and the coordinator's where it is that."""
+
+    plane: DataPlane
+    saver: Saver
+    store: Store
+    background: Background
+    index: int
+    tell: Callable[[int, dict[str, Any]], None]
+    """Send a CUT message to the server of an index."""
+    membership: Membership
+    newest: SavedState | None = None
+    newest_at: float = 0.0
+    final: str | None = None
+    abandoned: int = 0
+    _taken: set[str] = field(default_factory=set)
+    _parts: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    _holding: str = ""
+    _held_since: float | None = None
+    _turn: int = 0
+    _kept: list[str] = field(default_factory=list)
+    _final_number: str = ""
+
+    @property
+    def coordinator(self) -> int:
+        """Index of the live server that coordinates."""
+        live = [m.index for m in self.membership.of(Role.SERVER) if m.address]
+        return min(live, default=self.index)
+
+    def tick(self) -> None:
+        """After pushes: begin the cut that is due, take the one that is complete, or give it up."""
+        settings, plane = self.membership.settings, self.plane
+        if self._holding:
+            self._settle()
+        if not (settings.cuts and settings.every) or not plane.slots.ready.all():
+            return
+        turn = plane.step // settings.every
+        if turn <= self._turn:
+            return
+        if plane.sync:
+            if plane.step % settings.every == 0:
+                self._turn = turn
+                self.take(cut_number(self.membership.epoch, plane.step))
+        elif self.index == self.coordinator and not self._holding:
+            self._turn = turn
+            ahead = [
+                plane.left[w] if w in plane.left else int(plane.slots.last[:, w].max()) + AHEAD
+                for w in range(plane.workers)
+            ]
+            order = {
+                "op": "begin",
+                "number": cut_number(self.membership.epoch, plane.step),
+                "batches": ahead,
+            }
+            for member in self.membership.of(Role.SERVER):
+                if member.index != self.index:
+                    self.tell(member.index, order)
+            self.receive(order)
+
+    def receive(self, raw: dict[str, Any]) -> None:
+        """Take a CUT message from a sibling; ContractError if it is none."""
+        try:
+            number = str(raw["number"])[:64]
+            if raw["op"] == "begin":
+                batches = tuple(int(b) for b in raw["batches"])
+                if len(batches) == self.plane.workers and not self._holding:
+                    self._begin(number, batches)
+            elif raw["op"] == "part":
+                self._part(number, int(raw["index"]), raw)
+            elif raw["op"] == "abandon" and self._holding == number:
+                self._release()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ContractError(f"not a cut message: {error!r}") from error
+
+    def take(self, number: str) -> None:
+        """Copy and save this shard for a cut, once."""
+        if number in self._taken:
+            return
+        self._taken.add(number)
+        step, batches = self.plane.step, self.plane.complete()
+
+        def done(written: Written | None, error: str | None) -> None:
+            if written is None:
+                LOG.warning("the cut %s was not saved: %s", number, error)
+                self._taken.discard(number)
+                return
+            part = {
+                "op": "part", "number": number, "index": self.index, "manifest": written.name,
+                "size": written.size, "step": step, "batches": list(batches),
+            }  # fmt: skip
+            if self.coordinator == self.index:
+                self._part(number, self.index, part)
+            else:
+                self.tell(self.coordinator, part)
+
+        self.saver.save_all("cut", number, done)
+
+    def take_final(self, number: str) -> None:
+        """Take the cut that is the job's result; the operator names it."""
+        self._final_number = number
+        self.take(number)
+
+    def heard_final(self, path: str) -> None:
+        """A sibling says that the final cut is durable."""
+        self.final = path
+
+    def rolled_back(self, step: int) -> None:
+        """Go on counting from the cut's step; whatever was in the making is void."""
+        self._release()
+        self._taken.clear()
+        self._parts.clear()
+        every = self.membership.settings.every
+        self._turn = step // every if every else 0
+
+    def _begin(self, number: str, batches: tuple[int, ...]) -> None:
+        if any(int(self.plane.slots.last[:, w].max()) > b for w, b in enumerate(batches)):
+            self._abandon(number)
+            return
+        self.plane.hold = batches
+        self._holding, self._held_since = number, None
+        self._settle()
+
+    def _settle(self) -> None:
+        hold = self.plane.hold
+        if hold is None:
+            return
+        if all(done >= b for done, b in zip(self.plane.complete(), hold, strict=True)):
+            self.take(self._holding)
+            self._release()
+            return
+        now = time.monotonic()
+        if self.plane.waiting and self._held_since is None:
+            self._held_since = now
+        if self._held_since is not None and now - self._held_since > HOLD_SECONDS:
+            self._abandon(self._holding)
+
+    def _abandon(self, number: str) -> None:
+        self.abandoned += 1
+        LOG.info("the cut %s was given up: a worker did not get that far in time", number)
+        for member in self.membership.of(Role.SERVER):
+            if member.index != self.index:
+                self.tell(member.index, {"op": "abandon", "number": number})
+        self._release()
+
+    def _release(self) -> None:
+        self.plane.hold = None
+        self._holding, self._held_since = "", None
+
+    def _part(self, number: str, index: int, part: dict[str, Any]) -> None:
+        parts = self._parts.setdefault(number, {})
+        parts[index] = part
+        while len(self._parts) > MAX_OPEN:
+            self._parts.pop(next(iter(self._parts)))
+        if len(parts) < self.membership.servers:
+            return
+        del self._parts[number]
+        ordered = [parts[i] for i in range(self.membership.servers)]
+        cut = Cut(
+            number,
+            min(int(p["step"]) for p in ordered),
+            self.membership.servers,
+            tuple(str(p["manifest"]) for p in ordered),
+            sum(int(p["size"]) for p in ordered),
+            tuple(
+                min(int(b) for b in column)
+                for column in zip(*(p["batches"] for p in ordered), strict=True)
+            ),
+        )
+        name = cut_name(self.membership.prefix, number)
+
+        def done(_result: object, error: Exception | None) -> None:
+            if error is not None:
+                LOG.warning("the cut %s was not written: %s", number, error)
+                return
+            self.newest = SavedState(name, cut.step, cut.size, 0.0)
+            self.newest_at = time.monotonic()
+            if number == self._final_number:
+                self.final = name
+            else:
+                self._retire(number)
+
+        self.background.submit(lambda: self.store.create(name, cut.encode()), done)
+
+    def _retire(self, number: str) -> None:
+        """Keep the newest `keep` cuts (the coordinator; shards follow by what it reports)."""
+        self._kept.append(number)
+        keep = self.membership.settings.keep
+        drop, self._kept = self._kept[:-keep], self._kept[-keep:]
+        if drop:
+            names = [cut_name(self.membership.prefix, n) for n in drop]
+
+            def clean() -> None:
+                for name in names:
+                    self.store.delete(name)
+
+            self.background.submit(clean, lambda _r, _e: None)
+
+    def follow(self, newest: str) -> None:
+        """Drop this shard's files of cuts older than the newest two that exist."""
+        number = newest.rpartition("/")[2].removesuffix(".json")
+        if number not in self._kept:
+            self._kept = [*self._kept, number][-self.membership.settings.keep :]
+            recent = {n for n in self._taken if n >= number}
+            self.saver.forget_cuts({*self._kept, *recent, self._final_number})

@@ -1,0 +1,310 @@
+"""What a server does with each request for its data. No sockets here: frames in, frames out.
+
+One `DataPlane` lives as long as its shard has an owner in this process; the serve loop calls it
+from its one thread.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from daruma_trainer.contract import ContractError, Membership, Role, place, slots_from_hex
+from daruma_trainer.layout import Ints, TableSpec
+from daruma_trainer.server.barrier import Barrier, TwoWritersError
+from daruma_trainer.server.shard import Shard, TableTooLargeError
+from daruma_trainer.server.slots import Seen, Slots, SlotState
+from daruma_trainer.wire import (
+    BITMAP,
+    MAX_WORKERS,
+    Frame,
+    Header,
+    Kind,
+    MalformedError,
+    Refusal,
+    State,
+    bitmap,
+    decode_json,
+    decode_push,
+    encode_json,
+    encode_state,
+    from_bitmap,
+    mask_of,
+)  # fmt: skip
+from daruma_trainer.wire import (
+    Slots as SlotMask,
+)
+
+PULL = struct.Struct("<qII")
+"""min_step, tables, reserved; then the slots' bitmap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What to send back."""
+
+    kind: Kind
+    body: Sequence[Frame]
+    flags: int = 0
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A request that is answered when its time comes: a pull of a later step, a held push."""
+
+    identity: bytes
+    header: Header
+    frames: Sequence[Frame]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What came and what became of it, in pushes (a part of a split push counts as one)."""
+
+    applied: int = 0
+    duplicate: int = 0
+    overlap: int = 0
+    lost: int = 0
+    pushed_bytes: int = 0
+    pulled_bytes: int = 0
+
+
+def refuse(refusal: Refusal, message: str) -> Reply:
+    """Answer with a named error and a sentence."""
+    return Reply(Kind.REFUSED, [encode_json({"message": message})], refusal)
+
+
+class DataPlane:
+    """One shard: its slots, its parameters, and the requests that wait for them."""
+
+    def __init__(self, membership: Membership, index: int, incarnation: int) -> None:
+        owners = np.array(place(membership.job_uid, membership.servers))
+        ids = np.flatnonzero(owners == index)
+        state = SlotState.RESTORING if membership.initialised else SlotState.EMPTY
+        self.incarnation = incarnation
+        self.slots = Slots(ids, membership.workers, state)
+        self.shard = Shard(membership.job_uid, ids)
+        self.sync = membership.settings.consistency == "Sync"
+        self.barrier = Barrier(self.shard, self.slots)
+        self.workers = membership.workers
+        self.left: dict[int, int] = {}
+        """By worker: its last batch. It counts in no later step."""
+        self.counts = Counts()
+        self.step = 0
+        self.waiting: list[Waiting] = []
+        self.hold: tuple[int, ...] | None = None
+        """A cut in the making: the last batch of each worker that may still be applied."""
+        self._given: list[SlotMask] = []
+        """For each table, which of this shard's slots were initialised."""
+
+    # Beginning
+
+    def create(self, frames: Sequence[Frame]) -> Reply:
+        """CREATE: the first wins, an equal one is a no-op, a different one is refused."""
+        spec = TableSpec.from_json(decode_json(frames[1]))
+        return self.add_table(spec) or Reply(Kind.OK, [b"{}"])
+
+    def add_table(self, spec: TableSpec) -> Reply | None:
+        """Make a table unless it is there; a refusal if another one has its number."""
+        known = len(self.shard.specs)
+        if spec.id < known:
+            if self.shard.specs[spec.id] == spec:
+                return None
+            return refuse(
+                Refusal.TABLE_MISMATCH,
+                f"table {spec.id} is {self.shard.specs[spec.id]}, not {spec}: "
+                "every worker has to make the same tables in the same order",
+            )
+        if spec.id > known:
+            return refuse(Refusal.TABLE_MISMATCH, f"table {spec.id} before table {known}")
+        try:
+            self.shard.create(spec)
+        except TableTooLargeError as error:
+            return refuse(Refusal.TOO_LARGE, str(error))
+        self._given.append(np.zeros(len(self.slots.ids), np.bool_))
+        return None
+
+    def init(self, frames: Sequence[Frame]) -> Reply:
+        """INIT: initial values, idempotent, for slots that are not initialised yet."""
+        push = decode_push(frames)
+        k = self._owned(push.slots)
+        if k is None:
+            return refuse(Refusal.NOT_OWNER, "slots of another server")
+        problem = self.shard.check(push.tables, k)
+        if problem or len(push.tables) != 1 or push.tables[0].rows is not None:
+            return refuse(Refusal.MALFORMED, problem or "one dense table at a time")
+        part = push.tables[0]
+        given = self._given[part.table]
+        todo = k[~given[k] & (self.slots.state[k] != SlotState.RESTORING)]
+        if len(todo) == len(k):
+            self.shard.set_values(k, {part.table: part.values})
+            given[k] = True
+            self.open_slots()
+        return Reply(Kind.OK, [b"{}"])
+
+    def open_slots(self) -> None:
+        """Empty → Ready, where all tables have their initial values."""
+        full = np.logical_and.reduce(self._given) if self._given else np.False_
+        now = (self.slots.state == SlotState.EMPTY) & full
+        self.slots.state[now] = SlotState.READY
+        self.slots.lineage[now] = self.incarnation
+
+    def restored(self, k: Ints) -> None:
+        """Restoring → Ready, with a lineage of their own."""
+        for given in self._given:
+            given[k] = True
+        self.slots.lineage[k] = self.incarnation
+        self.slots.state[k] = SlotState.READY
+        self.refresh_step()
+
+    # Pushes and pulls
+
+    def push(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> Reply | None:
+        """PUSH: apply to the slots that lack it; None if it waits for a cut."""
+        push = decode_push(frames)
+        if push.worker >= self.workers:
+            return refuse(Refusal.MALFORMED, f"no worker {push.worker}: there are {self.workers}")
+        if self.hold is not None and push.last > self.hold[push.worker]:
+            self.waiting.append(Waiting(identity, header, frames))
+            return None
+        k = self._owned(push.slots)
+        if k is None:
+            return refuse(Refusal.NOT_OWNER, "slots of another server")
+        problem = self.shard.check(push.tables, k)
+        if problem:
+            return refuse(Refusal.MALFORMED, problem)
+        self.counts.pushed_bytes += sum(len(f) for f in frames)
+        ready = self.slots.ready[k]
+        seen = self.slots.seen(k, push.worker, push.first, push.last)
+        new = np.flatnonzero(ready & (seen == Seen.NEW))
+        overlap = ready & (seen == Seen.OVERLAP)
+        if self.sync:
+            try:
+                self.barrier.contribute(push, k, new)
+            except TwoWritersError as error:
+                return refuse(Refusal.OVERLAP, str(error))
+            applied = ready & (seen == Seen.DUPLICATE)
+            self.counts.duplicate += int(not len(new) and not overlap.any() and bool(ready.any()))
+            self.advance()
+        else:
+            if len(new):
+                self.shard.apply(push.tables, k, new)
+                self.slots.advance(k[new], push.worker, push.first, push.last)
+                self.counts.applied += 1
+            elif ready.any() and not overlap.any():
+                self.counts.duplicate += 1
+            applied = ready & (seen != Seen.OVERLAP)
+            self.refresh_step()
+        self.counts.overlap += int(overlap.any())
+        ids = self.slots.ids[k]
+        return Reply(Kind.ACK, [bitmap(mask_of(ids[applied])) + bitmap(mask_of(ids[overlap]))])
+
+    def advance(self) -> None:
+        """Make every step whose contributions are complete (Sync)."""
+        if self.sync:
+            before = int(self.slots.position.sum())
+            if self.barrier.reduce(self.active()):
+                self.counts.applied += int(self.slots.position.sum() > before)
+            self.refresh_step()
+
+    def active(self) -> list[int]:
+        """Workers whose contribution the next step needs."""
+        done = self.slots.last.min(axis=0) if len(self.slots.ids) else np.zeros(self.workers)
+        return [w for w in range(self.workers) if w not in self.left or done[w] < self.left[w]]
+
+    def pull(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> Reply | None:
+        """PULL: the Ready ones of the slots asked for; None while their step is to come."""
+        meta = memoryview(frames[1])
+        if len(meta) != PULL.size + BITMAP:
+            raise MalformedError(f"a pull's meta of {len(meta)} bytes")
+        min_step, tables, _ = PULL.unpack_from(meta)
+        k = self._owned(from_bitmap(meta[PULL.size :]))
+        if k is None:
+            return refuse(Refusal.NOT_OWNER, "slots of another server")
+        k = k[self.slots.ready[k]]
+        if not len(k) or tables > len(self.shard.tables):
+            return refuse(Refusal.RESTORING, "no slot of these is Ready")
+        if self.sync and int(self.slot_steps(k).min()) < min_step:
+            self.waiting.append(Waiting(identity, header, frames))
+            return None
+        body = encode_state(self.state(k, tables))
+        self.counts.pulled_bytes += sum(len(f) for f in body)
+        return Reply(Kind.STATE, body)
+
+    def state(self, k: Ints, tables: int) -> State:
+        """Return whole slots, with all that belongs to them but the optimizer's state."""
+        vector, last, window = self.slots.vectors(k)
+        ids = self.slots.ids[k]
+        values = self.shard.values(k)[:tables]
+        lineage, position = self.slots.lineage[k], self.slots.position[k]
+        return State(mask_of(ids), lineage, position, vector, last, window, values)
+
+    def resync(self, frames: Sequence[Frame]) -> Reply:
+        """RESYNC: what a worker neither has nor can push again is marked and counted as lost."""
+        raw = decode_json(frames[1])
+        try:
+            worker, done = int(raw["worker"]), int(raw["done"])
+            held = [int(b) for b in raw["held"]]
+            ids = np.array(slots_from_hex(raw["slots"]), np.int64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MalformedError(f"not a resync: {error!r}") from error
+        if not (0 <= worker < min(self.workers, MAX_WORKERS) and 0 <= done < 1 << 40):
+            raise MalformedError(f"a resync of worker {worker} up to {done}")
+        k = self.slots.index_of(ids)
+        k = k[k >= 0]
+        k = k[self.slots.ready[k]]
+        lost = self.slots.floor(k, worker, done, held)
+        self.counts.lost += len(lost)
+        self.refresh_step()
+        self.advance()
+        first_missing = self.slots.complete_until(k, worker)
+        return Reply(Kind.OK, [encode_json({"lost": lost[-1000:], "complete": first_missing})])
+
+    # Steps
+
+    def slot_steps(self, k: Ints) -> Ints:
+        """Return the step each of the slots `k` has completed (Sync)."""
+        workers = [w for w in range(self.workers) if w not in self.left] or list(
+            range(self.workers)
+        )
+        return np.asarray(self.slots.last[k][:, workers].min(axis=1), np.int64)
+
+    def refresh_step(self) -> None:
+        """Recompute this shard's step; within a generation it never goes back."""
+        if not len(self.slots.ids):
+            return
+        if self.sync:
+            now = int(self.slot_steps(np.arange(len(self.slots.ids))).min())
+        else:
+            now = int(self.slots.last.max(axis=0).sum()) // self.workers
+        self.step = max(self.step, now)
+
+    def complete(self) -> tuple[int, ...]:
+        """For each worker the last batch up to which every slot has everything."""
+        k = np.arange(len(self.slots.ids))
+        return tuple(self.slots.complete_until(k, w) for w in range(self.workers))
+
+    def worker_left(self, worker: int, last: int) -> None:
+        """A worker's program ended after this batch."""
+        if worker < self.workers and self.left.get(worker) != last:
+            self.left[worker] = last
+            self.advance()
+
+    def take_waiting(self) -> list[Waiting]:
+        """Return what may be answerable now, to be handled again."""
+        waiting, self.waiting = self.waiting, []
+        return waiting
+
+    def _owned(self, mask: SlotMask) -> Ints | None:
+        k = self.slots.index_of(np.flatnonzero(mask))
+        return None if len(k) and k.min() < 0 else k
+
+
+def worker_of(identity: str) -> int:
+    """Return the index in a worker's id; ContractError for any other id."""
+    role, _, rest = identity.partition("-")
+    index, _, incarnation = rest.partition("-")
+    if role != Role.WORKER.value.lower() or not index.isdigit() or not incarnation.isdigit():
+        raise ContractError(f"{identity!r} is no worker")
+    return int(index)

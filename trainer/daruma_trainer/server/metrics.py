@@ -1,0 +1,66 @@
+"""A server's metrics in Prometheus' text format; names as in docs (api: metrics of servers)."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+    from daruma_trainer.server.serve import Server
+
+
+def exposition(server: "Server") -> bytes:
+    """Return what `GET /metrics` answers. The library is imported at the first scrape."""
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    labels = ["job", "role", "index"]
+    values = [server.me.job, server.me.role.value, str(server.me.index)]
+
+    class Collector:
+        def collect(self) -> "Iterator[Metric]":
+            for name, text, value in _gauges(server):
+                gauge = GaugeMetricFamily(name, text, labels=labels)
+                gauge.add_metric(values, value)
+                yield gauge
+            for name, text, value in _counters(server):
+                counter = CounterMetricFamily(name, text, labels=labels)
+                counter.add_metric(values, value)
+                yield counter
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collector())
+    return generate_latest(registry)
+
+
+def _gauges(server: "Server") -> list[tuple[str, str, float]]:
+    plane, saver = server.plane, server.saver
+    found: list[tuple[str, str, float]] = []
+    if plane is not None:
+        found.append(("daruma_step", "Step this shard is at.", plane.step))
+    if saver is not None and saver.newest is not None and plane is not None:
+        age = plane.step - saver.newest.step
+        found.append(("daruma_checkpoint_age_steps", "Steps since the newest save.", age))
+        if saver.newest.distance is not None:
+            text = "L2 distance between the shard and its save, when it was saved."
+            found.append(("daruma_checkpoint_distance", text, saver.newest.distance))
+    return found
+
+
+def _counters(server: "Server") -> list[tuple[str, str, float]]:
+    found: list[tuple[str, str, float]] = [
+        ("daruma_stale_requests", "Requests meant for, or of, a replaced member.", server.stale)
+    ]
+    if server.plane is not None:
+        counts = server.plane.counts
+        found += [
+            ("daruma_push_bytes", "Bytes of pushes taken.", counts.pushed_bytes),
+            ("daruma_pull_bytes", "Bytes of pulls answered.", counts.pulled_bytes),
+            ("daruma_duplicate_pushes", "Pushes that were applied already.", counts.duplicate),
+        ]
+    if server.saver is not None:
+        found += [
+            ("daruma_checkpoint_bytes", "Bytes saved.", server.saver.bytes_total),
+            ("daruma_checkpoint_seconds", "Seconds spent writing.", sum(server.saver.seconds)),
+        ]
+    return found

@@ -1,0 +1,91 @@
+"""What a server says of itself, and what others told it."""
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from daruma_trainer.contract import Report
+from daruma_trainer.server.slots import SlotState
+
+if TYPE_CHECKING:
+    from daruma_trainer.server.serve import Server
+
+KEPT_SECONDS = 120.0
+"""The last words of a member that was lost are kept so long: they price its recovery."""
+
+
+@dataclass(slots=True)
+class Reports:
+    """The newest report of each other member."""
+
+    error: str | None = None
+    final: str | None = None
+    """Set where there is no store to save the result to."""
+    _heard: dict[str, tuple[float, Report]] = field(default_factory=dict)
+
+    def take(self, report: Report) -> bool:
+        """Keep a report; True if it says something that the operator waits for."""
+        before = self._heard.get(report.id)
+        self._heard[report.id] = (time.monotonic(), report)
+        if before is None:
+            return True
+        old = before[1]
+        return (
+            (old.state, old.epoch, old.final, old.acked_epoch, old.copies, old.error, old.stop)
+            != (
+                report.state, report.epoch, report.final, report.acked_epoch, report.copies,
+                report.error, report.stop,
+            )
+            or {s.id for s in old.suspects} != {s.id for s in report.suspects}
+        )  # fmt: skip
+
+    def forget(self, members: set[str]) -> None:
+        """Drop the last words of those that are long gone."""
+        limit = time.monotonic() - KEPT_SECONDS
+        for gone in [i for i, (at, _) in self._heard.items() if i not in members and at < limit]:
+            del self._heard[gone]
+
+    def others(self, own_id: str) -> dict[str, tuple[float, Report]]:
+        """Return who said what, and when (monotonic)."""
+        return {i: heard for i, heard in self._heard.items() if i != own_id}
+
+
+def report_of(server: "Server") -> Report:
+    """Say what this server is at."""
+    plane, saver, cuts = server.plane, server.saver, server.cuts
+    base = Report(
+        server.me.id,
+        0 if server.membership is None else server.membership.epoch,
+        "Joining",
+        generation=server.generation,
+        initialised=server.initialised,
+        suspects=tuple(server.suspects()),
+        stale=server.stale,
+        error=server.reports.error,
+        final=server.reports.final,
+    )
+    if plane is None:
+        return base
+    ready = int(plane.slots.ready.sum())
+    if server.rolling or (plane.slots.state == SlotState.RESTORING).any():
+        state = "Restoring"
+    else:
+        state = "Ready" if ready == len(plane.slots.ids) and plane.shard.tables else "Empty"
+    now = time.monotonic()
+    running = saver.newest if saver else None
+    cut = cuts.newest if cuts else None
+    return replace(
+        base,
+        state=state,
+        step=plane.step,
+        ready=ready,
+        running=replace(running, age=now - saver.newest_at) if saver and running else None,
+        cut=replace(cut, age=now - cuts.newest_at) if cuts and cut else None,
+        save_error=saver.error if saver else None,
+        final=cuts.final if cuts and cuts.final is not None else base.final,
+        restore=server.restorer.report if server.restorer else None,
+        update_norm=plane.shard.update_norm,
+        applied=plane.counts.applied,
+        duplicate=plane.counts.duplicate,
+        lost=plane.counts.lost,
+    )
