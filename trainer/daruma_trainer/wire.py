@@ -228,6 +228,10 @@ def decode_push(frames: Sequence[Frame]) -> Push:
     return Push(worker, first, last, count, acked, slots, tuple(parts))
 
 
+PULL = struct.Struct("<qII")
+"""A pull's meta: min_step, tables (how many the worker knows), reserved; then the slots' bitmap."""
+
+
 # State: the answer to a pull, and a worker's copy for a restoring server ------------------------
 
 STATE = struct.Struct("<IIIq")

@@ -4,20 +4,21 @@ One `DataPlane` lives as long as its shard has an owner in this process; the ser
 from its one thread.
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from daruma_trainer.applied import Seen
 from daruma_trainer.contract import ContractError, Membership, Role, place, slots_from_hex
 from daruma_trainer.layout import Ints, TableSpec
 from daruma_trainer.server.barrier import Barrier, TwoWritersError
 from daruma_trainer.server.shard import Shard, TableTooLargeError
-from daruma_trainer.server.slots import Seen, Slots, SlotState
+from daruma_trainer.server.slots import Slots, SlotState
 from daruma_trainer.wire import (
     BITMAP,
     MAX_WORKERS,
+    PULL,
     Frame,
     Header,
     Kind,
@@ -35,9 +36,6 @@ from daruma_trainer.wire import (
 from daruma_trainer.wire import (
     Slots as SlotMask,
 )
-
-PULL = struct.Struct("<qII")
-"""min_step, tables, reserved; then the slots' bitmap."""
 
 
 @dataclass(frozen=True, slots=True)

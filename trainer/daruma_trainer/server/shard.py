@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from daruma_trainer.layout import Floats, Ints, ShardLayout, TableLayout, TableSpec
-from daruma_trainer.server.rules import Rule, rule_from_json
+from daruma_trainer.rules import Rule, rule_from_json
 from daruma_trainer.wire import MAX_SLOT_BYTES, TablePush
 
 NORMS = 64

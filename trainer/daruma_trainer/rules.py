@@ -39,8 +39,11 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sgd:
+class SGD:
     """torch.optim.SGD, with momentum, dampening, weight decay and Nesterov's variant."""
+
+    lr: float = 0.01
+    """Where the worker's parameter groups begin; each push carries its own."""
 
     momentum: float = 0.0
     dampening: float = 0.0
@@ -84,6 +87,8 @@ class Sgd:
 @dataclass(frozen=True, slots=True)
 class Adam:
     """torch.optim.Adam (weight decay added to the gradient, no amsgrad)."""
+
+    lr: float = 0.001
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -129,6 +134,8 @@ class Adam:
 @dataclass(frozen=True, slots=True)
 class Adagrad:
     """torch.optim.Adagrad."""
+
+    lr: float = 0.01
 
     eps: float = 1e-10
     weight_decay: float = 0.0
@@ -197,7 +204,7 @@ class Assign:
         return float(np.dot(change, change))
 
 
-RULES: dict[str, Any] = {rule.name: rule for rule in (Sgd, Adam, Adagrad, Add, Assign)}
+RULES: dict[str, Any] = {rule.name: rule for rule in (SGD, Adam, Adagrad, Add, Assign)}
 
 
 def rule_to_json(rule: Rule) -> str:

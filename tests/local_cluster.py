@@ -1,0 +1,231 @@
+"""Real servers and workers as processes, and a tiny operator to tell them who is who.
+
+For tests of the trainer alone: memberships are put by hand, so that a test can lose, freeze and
+replace members at any moment it likes.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from daruma_trainer.contract import (
+    Member,
+    Membership,
+    Report,
+    Restore,
+    Role,
+    Settings,
+    Source,
+    View,
+    agent_address,
+    place,
+    slots_to_hex,
+)
+
+DEADLINE = 60.0
+TOKEN = "a-token-of-this-test"  # noqa: S105 - made up
+
+
+def free_ports() -> int:
+    """Find a port with a free one after it."""
+    for _ in range(100):
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no two free ports beside each other")
+
+
+class LocalCluster:
+    """Members of one job as processes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        servers: int,
+        workers: int,
+        settings: Settings,
+        program: Sequence[str] = ("-m", "daruma_trainer.programs.mlr"),
+    ) -> None:
+        self.folder = folder
+        self.program = list(program)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        (folder / "token").write_text(TOKEN)
+        self.membership = Membership(
+            "uid-of-the-test", "test", "job", 1, servers, workers, (), settings
+        )
+        for i in range(servers):
+            self.start(Role.SERVER, i, 1)
+        for i in range(workers):
+            self.start(Role.WORKER, i, 1)
+
+    def start(self, role: Role, index: int, incarnation: int) -> Member:
+        """Start a process and enter it into the membership, in place of an older incarnation."""
+        port = free_ports()
+        pod = f"job-{role.value.lower()}-{index}-{incarnation}"
+        member = Member(role, index, incarnation, pod, f"127.0.0.1:{port}")
+        command = ["-m", "daruma_trainer.server"] if role is Role.SERVER else self.program
+        environment = {
+            **os.environ,
+            "DARUMA_NAMESPACE": "test",
+            "DARUMA_JOB": "job",
+            "DARUMA_ROLE": role.value,
+            "DARUMA_INDEX": str(index),
+            "DARUMA_INCARNATION": str(incarnation),
+            "DARUMA_TOKEN_FILE": str(self.folder / "token"),
+            "DARUMA_LISTEN": f"127.0.0.1:{port}",
+            "OMP_NUM_THREADS": "1",
+        }
+        with (self.folder / f"{pod}.log").open("wb") as log:
+            self.processes[member.id] = subprocess.Popen(
+                [sys.executable, *command], env=environment, stdout=log, stderr=log
+            )
+        others = tuple(
+            m for m in self.membership.members if (m.role, m.index) != (role, index)
+        )
+        self.membership = replace(self.membership, members=(*others, member))
+        return member
+
+    def tell(self, *, raise_epoch: bool = False, **changes: Any) -> None:
+        """Put the membership to every member that has an address and answers."""
+        epoch = self.membership.epoch + raise_epoch
+        self.membership = replace(self.membership, epoch=epoch, **changes)
+        body = json.dumps(self.membership.to_json()).encode()
+        for member in self.membership.members:
+            if self.alive(member.id):
+                self.until(
+                    lambda m=member: self.call(m, "PUT", "/v1/membership", body) == 204,  # type: ignore[misc]
+                    f"{member.id} takes the membership",
+                )
+
+    def alive(self, member_id: str) -> bool:
+        """Return whether its process runs."""
+        return self.processes[member_id].poll() is None
+
+    def call(self, member: Member, method: str, path: str, body: bytes | None = None, token: str = TOKEN) -> int:
+        """Send a request to an agent; returns the status, 0 if it cannot be reached."""
+        request = urllib.request.Request(
+            f"http://{agent_address(member.address or '')}{path}",
+            data=body,
+            method=method,
+            headers={"Authorization": f"Bearer {token}"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=15) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+        except OSError:
+            return 0
+
+    def view(self, member: Member) -> View | None:
+        """Return what a member knows, or None if it does not answer."""
+        request = urllib.request.Request(
+            f"http://{agent_address(member.address or '')}/v1/view?after=0&wait=0",
+            headers={"Authorization": f"Bearer {TOKEN}"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return View.from_json(json.loads(answer.read()))
+        except OSError:
+            return None
+
+    def report(self, role: Role, index: int) -> Report:
+        """Return a live member's own report."""
+        member = self.membership.member(role, index)
+        view = None if member is None else self.view(member)
+        return Report("", 0, "Away") if view is None else view.own
+
+    def until(self, true: Callable[[], bool], what: str, seconds: float = DEADLINE) -> None:
+        """Wait with a deadline."""
+        end = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > end:
+                raise TimeoutError(f"{what}: not within {seconds} s\n{self.logs()}")
+            time.sleep(0.02)
+
+    def kill(self, member_id: str, number: int = signal.SIGKILL) -> None:
+        """Send a signal; SIGKILL also waits for the end."""
+        self.processes[member_id].send_signal(number)
+        if number == signal.SIGKILL:
+            self.processes[member_id].wait(DEADLINE)
+
+    def replace_server(self, index: int, sources: Sequence[Source], *, initialised: bool = True) -> Member:
+        """Fence a server, start its successor, and tell it where to take its slots from."""
+        epoch = self.membership.epoch + 1
+        gone = self.membership.member(Role.SERVER, index)
+        members = tuple(m for m in self.membership.members if m is not gone)
+        self.tell(raise_epoch=True, members=members, initialised=initialised, recovery=epoch)
+        member = self.start(Role.SERVER, index, epoch)
+        self.tell(raise_epoch=True)
+        plan = Restore(epoch, self.membership.epoch, epoch, tuple(sources))
+        body = json.dumps(plan.to_json()).encode()
+        status = self.call(member, "POST", "/v1/restore", body)
+        if status != 204:
+            raise AssertionError(f"the restore was answered with {status}\n{self.logs()}")
+        return member
+
+    def slots(self, server: int) -> str:
+        """Return a server's slots as a bitmap."""
+        owners = place(self.membership.job_uid, self.membership.servers)
+        return slots_to_hex([s for s, owner in enumerate(owners) if owner == server])
+
+    def finish(self) -> None:
+        """When all workers left: take the final cut, and wait until all of them ended with 0."""
+        workers = self.membership.of(Role.WORKER)
+        self.until(
+            lambda: all(self.report(Role.WORKER, w.index).state == "Left" for w in workers),
+            "all workers leave",
+        )
+        body = json.dumps({"kind": "final", "number": "00000099-final"}).encode()
+        for server in self.membership.of(Role.SERVER):
+            assert self.call(server, "POST", "/v1/checkpoint", body) == 204
+        for worker in workers:
+            assert self.processes[worker.id].wait(DEADLINE) == 0, self.logs()
+
+    def logs(self) -> str:
+        """Return the end of every member's output."""
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log"))
+        )
+
+    def close(self) -> None:
+        """Kill and reap everything."""
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.wait(DEADLINE)
+
+
+@contextmanager
+def local_cluster(
+    folder: Path,
+    *,
+    servers: int = 2,
+    workers: int = 2,
+    settings: Settings,
+    program: Sequence[str] = ("-m", "daruma_trainer.programs.mlr"),
+) -> Iterator[LocalCluster]:
+    """Run a job's members; nothing of it is left afterwards."""
+    cluster = LocalCluster(folder, servers, workers, settings, program)
+    try:
+        cluster.tell()
+        yield cluster
+    finally:
+        cluster.close()

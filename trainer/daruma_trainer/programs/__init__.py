@@ -1,0 +1,1 @@
+"""Programs that users run as they are, or copy."""

@@ -1,0 +1,123 @@
+"""A worker's host copy of the parameters: what it last pulled, slot by slot.
+
+It is the source of every gradient, and the freshest copy of a lost slot (source `peer`): a slot's
+values travel with its version and applied vector, so each slot here is exact by itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daruma_trainer.contract import SLOTS, Copies, place, slots_to_hex
+from daruma_trainer.layout import Floats, Ints, ShardLayout, TableSpec
+from daruma_trainer.wire import MalformedError, Slots, State, mask_of, split_slots
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Slots of one server that fit one message."""
+
+    server: int
+    mask: Slots
+    layout: ShardLayout
+
+
+class HostCopy:
+    """All tables in their own shape, with the version and applied vector of each slot."""
+
+    def __init__(self, uid: str, servers: int, workers: int) -> None:
+        self._uid = uid
+        self._servers = servers
+        self.owner: Ints = np.array(place(uid, servers))
+        self.specs: list[TableSpec] = []
+        self.data: list[Floats] = []
+        """(rows, cols) of each table."""
+        self.lineage: Ints = np.zeros(SLOTS, np.int64)
+        self.position: Ints = np.zeros(SLOTS, np.int64)
+        self.last: Ints = np.zeros((SLOTS, workers), np.int64)
+        self.window: NDArray[np.uint64] = np.full((SLOTS, workers), (1 << 64) - 1, np.uint64)
+        self.groups: list[Group] = []
+        self.moved: dict[int, float] = {}
+        """By server: a running mean of how far its part moved (L2) from one pull to the next."""
+
+    def add(self, spec: TableSpec) -> None:
+        """Make room for a table."""
+        self.specs.append(spec)
+        self.data.append(np.zeros((spec.rows, spec.cols), np.float32))
+        self.groups = []
+        for server in range(self._servers):
+            whole = ShardLayout(self._uid, self.specs, np.flatnonzero(self.owner == server))
+            self.groups += [
+                Group(server, mask_of(part), ShardLayout(self._uid, self.specs, part))
+                for part in split_slots(whole)
+            ]
+
+    def take(self, state: State) -> Slots:
+        """Overwrite slots by what a server sent; MalformedError if sizes differ. Returns which."""
+        group = self._group(state.slots)
+        step = 0.0
+        for i, flat in enumerate(state.values):
+            layout = group.tables[i]
+            if flat.size != len(layout.rows) * layout.table.cols:
+                raise MalformedError(f"table {i}: {flat.size} values for {len(layout.rows)} rows")
+            values = flat.reshape(-1, layout.table.cols)
+            change = values - self.data[i][layout.rows]
+            step += float(np.vdot(change, change))
+            self.data[i][layout.rows] = values
+        slots = group.slots
+        self.lineage[slots] = state.lineage
+        self.position[slots] = state.position
+        workers = min(self.last.shape[1], state.last.shape[1])
+        self.last[slots, :workers] = state.last[state.vector][:, :workers]
+        self.window[slots, :workers] = state.window[state.vector][:, :workers]
+        if len(slots):
+            server = int(self.owner[slots[0]])
+            old = self.moved.get(server)
+            self.moved[server] = step**0.5 if old is None else 0.9 * old + 0.1 * step**0.5
+        return state.slots
+
+    def give(self, mask: Slots) -> State:
+        """Return slots for a restoring server."""
+        slots = np.flatnonzero(mask)
+        layout = ShardLayout(self._uid, self.specs, slots)
+        both = np.hstack([self.last[slots], self.window[slots].view(np.int64)])
+        unique, index = np.unique(both, axis=0, return_inverse=True)
+        workers = self.last.shape[1]
+        return State(
+            mask,
+            self.lineage[slots],
+            self.position[slots],
+            index.reshape(-1).astype(np.int64),
+            np.ascontiguousarray(unique[:, :workers]),
+            np.ascontiguousarray(unique[:, workers:]).view(np.uint64),
+            tuple(d[t.rows].reshape(-1) for d, t in zip(self.data, layout.tables, strict=True)),
+        )
+
+    def versions(self) -> tuple[Copies, ...]:
+        """Group the slots by version, for the operator's plan."""
+        found: dict[tuple[int, int], list[int]] = {}
+        pairs = zip(self.lineage.tolist(), self.position.tolist(), strict=True)
+        for slot, version in enumerate(pairs):
+            if version[0]:
+                found.setdefault(version, []).append(slot)
+        return tuple(Copies(a, b, slots_to_hex(slots)) for (a, b), slots in found.items())
+
+    def slots_of(self, server: int) -> Slots:
+        """Return the mask of a server's slots."""
+        return np.equal(self.owner, server)
+
+    def _group(self, mask: Slots) -> ShardLayout:
+        for group in self.groups:
+            if (group.mask == mask).all():
+                return group.layout
+        return ShardLayout(self._uid, self.specs, np.flatnonzero(mask))
+
+
+def gather(parts: Sequence[Floats | None], layout: ShardLayout) -> list[Floats | None]:
+    """Take a layout's rows of each table's array, in wire order."""
+    return [
+        None if part is None else part[table.rows]
+        for part, table in zip(parts, layout.tables, strict=True)
+    ]

@@ -1,0 +1,297 @@
+"""The job as a program sees it: tables, an optimizer, batches, reports."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from daruma_trainer.errors import ConfigurationError
+from daruma_trainer.layout import Floats, Ints, TableSpec, choose_block_rows
+from daruma_trainer.rules import Rule, rule_from_json, rule_to_json
+from daruma_trainer.worker.batches import batch_indices, batches_in
+from daruma_trainer.worker.client import Client
+from daruma_trainer.worker.pushes import Update
+
+if TYPE_CHECKING:
+    import torch
+
+    from daruma_trainer.worker.optimizer import Optimizer
+
+LOG = logging.getLogger("daruma")
+BEGIN_SECONDS = 600.0
+"""How long a program waits for all servers at its beginning."""
+
+
+class Table:
+    """One named array on the servers, for algorithms without gradients."""
+
+    def __init__(self, job: "Job", spec: TableSpec) -> None:
+        self._job = job
+        self.spec = spec
+
+    def pull(self, rows: Sequence[int] | Ints | None = None) -> Floats:
+        """Fetch the newest values: of all rows, or of some; shape (rows, *shape[1:]), a copy."""
+        self._job.refresh()
+        return self._job.values(self.spec.id, rows)
+
+    def push(self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0) -> None:
+        """Send one batch for this table, of all rows (None) or of some (rules add and assign).
+
+        `delta` has the shape of what `pull` gives for the same rows; each row at most once.
+        """
+        values = np.ascontiguousarray(delta, np.float32).reshape(-1, self.spec.cols)
+        index: Ints | None = None
+        if rows is not None:
+            given = np.asarray(rows, np.int64)
+            order = np.argsort(given)
+            index, values = given[order], values[order]
+            if len(index) != len(values) or (np.diff(index) <= 0).any():
+                raise ConfigurationError(
+                    f"table {self.spec.name!r}: {len(values)} values for {len(index)} rows, "
+                    "each row at most once"
+                )
+        self._job.exchange((Update(self.spec.id, lr, values, index),))
+
+
+class Job:
+    """What `daruma.join()` gives. Not thread-safe: it belongs to the program's thread."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._specs: list[TableSpec] = []
+        self._batches_open = False
+        self._evaluation: tuple[Callable[[], float | Mapping[str, float]], int] | None = None
+        self._writers: list[Callable[[], None]] = []
+
+    # Who and where
+
+    @property
+    def index(self) -> int:
+        """This worker's index."""
+        return self._client.me.index
+
+    @property
+    def workers(self) -> int:
+        """How many workers the job has."""
+        membership = self._client.membership
+        return 1 if membership is None else membership.workers
+
+    @property
+    def batch(self) -> int:
+        """The number of the last batch, over all lives of this worker; 0 before the first."""
+        return self._client.batch
+
+    @property
+    def stopped(self) -> str | None:
+        """The reason somebody gave to `stop`, or None."""
+        return self._client.stopped or self._client.own_stop
+
+    # Parameters
+
+    def optimizer(
+        self,
+        params: "Iterable[torch.nn.Parameter | tuple[str, torch.nn.Parameter] | dict[str, Any]]",
+        rule: Rule | None = None,
+    ) -> "Optimizer":
+        """Put parameters on the servers and return a torch optimizer whose `step` goes there.
+
+        Takes what torch's optimizers take: parameters, named parameters or groups. All workers
+        must give the same ones in the same order; worker 0's values are the initial ones.
+        """
+        from daruma_trainer.worker.optimizer import Optimizer
+
+        return Optimizer(self, params, rule)
+
+    def table(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rule: str | Rule = "add",
+        initial: ArrayLike | None = None,
+    ) -> Table:
+        """Make a table; `initial` (default zeros) counts on the lowest worker alone."""
+        made = rule_from_json(f'{{"rule": "{rule}"}}') if isinstance(rule, str) else rule
+        spec = self.add_table(name, tuple(shape), made, initial)
+        self.begin()
+        return Table(self, spec)
+
+    def add_table(
+        self, name: str, shape: tuple[int, ...], rule: Rule, initial: ArrayLike | None
+    ) -> TableSpec:
+        """Declare a table without waiting for it; `begin` waits for all that were declared."""
+        membership = self._client.membership
+        if membership is None:
+            raise ConfigurationError("a table outside `with daruma.join()`")
+        rows = shape[0] if shape else 1
+        cols = int(np.prod(shape[1:], dtype=np.int64))
+        block_rows = choose_block_rows(
+            rows, cols, membership.servers, membership.settings.block_bytes
+        )
+        spec = TableSpec(len(self._specs), name, shape, block_rows, rule_to_json(rule))
+        TableSpec.from_json(spec.to_json())
+        values = np.zeros((rows, cols), np.float32)
+        if initial is not None:
+            values[:] = np.asarray(initial, np.float32).reshape(rows, cols)
+        self._specs.append(spec)
+        self._client.add_table(spec, values)
+        return spec
+
+    def begin(self) -> None:
+        """Wait until every table is there, and take their values."""
+        self._pull_all(0, BEGIN_SECONDS)
+        if not self._client.resumed:
+            self._client.resume()
+        self._client.state = "Training"
+
+    def refresh(self) -> None:
+        """Pull the newest values of every slot that can be reached."""
+        self._settle(self._client.generation, 0)
+
+    def values(self, table: int, rows: Sequence[int] | Ints | None = None) -> Floats:
+        """Return a copy of a table's last pulled values."""
+        client = self._client
+        if client.copy is None:
+            raise ConfigurationError("no table yet")
+        spec = self._specs[table]
+        with client.lock:
+            data = client.copy.data[table]
+            chosen = data.copy() if rows is None else data[np.asarray(rows, np.int64)]
+        return chosen.reshape(-1, *spec.shape[1:]) if spec.shape else chosen.reshape(())
+
+    def state_dict(self) -> dict[str, Floats]:
+        """Return all tables by name, freshly pulled."""
+        self.refresh()
+        return {spec.name: self.values(spec.id).reshape(spec.shape) for spec in self._specs}
+
+    # Steps
+
+    def exchange(self, updates: tuple[Update, ...]) -> None:
+        """Push one batch and pull what follows from it. A lost server makes this slow, no more."""
+        client = self._client
+        generation = client.generation
+        if client.stopped is None or not self._batches_open:
+            client.push(updates)
+        sync = client.membership is not None and client.membership.settings.consistency == "Sync"
+        self._settle(generation, client.batch if sync else 0)
+        self._evaluate()
+
+    def after_pull(self, write: Callable[[], None]) -> None:
+        """Call `write` whenever new values have come (the optimizer copies them into torch)."""
+        self._writers.append(write)
+
+    def _settle(self, generation: int, min_step: int) -> None:
+        client = self._client
+        started = time.monotonic()
+        wanted = client.pull(min_step)
+        client.wait(
+            lambda: (
+                client.generation != generation
+                or not (wanted.missing & ~client.away()).any()
+                or client.stopped is not None
+            ),
+            self._progress_seconds(),
+            "an answer from every server",
+        )
+        if client.generation != generation:
+            LOG.info("rolled back: going on from the cut")
+            self._pull_all(0, self._progress_seconds())
+            client.resume()
+        client.blocked_seconds += time.monotonic() - started
+        for write in self._writers:
+            write()
+
+    def _pull_all(self, min_step: int, seconds: float) -> None:
+        client = self._client
+        wanted = client.pull(min_step)
+        client.wait(lambda: not wanted.missing.any(), seconds, "a complete pull")
+
+    def _progress_seconds(self) -> float:
+        membership = self._client.membership
+        return 600.0 if membership is None else membership.settings.progress_seconds
+
+    # Data, reports
+
+    def batches(
+        self,
+        dataset: Any,
+        batch_size: int = 32,
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[Any]:
+        """Go through this worker's part of a dataset, from where its last life left off.
+
+        `dataset`: a tuple of arrays or tensors of one length, or anything with `__len__` and
+        `__getitem__` (its items are handed to the program as a list). `steps` batches, or
+        `epochs` of the worker's part (default one). May be opened once a program.
+        """
+        if self._batches_open:
+            raise ConfigurationError("job.batches may be opened once: its position is the worker's")
+        self._batches_open = True
+        who = (self.index, self.workers)
+        samples = len(dataset[0]) if isinstance(dataset, tuple) else len(dataset)
+        total = steps if steps is not None else batches_in(samples, batch_size, epochs or 1, who)
+        self._client.total_steps = total
+        while self.batch < total and self.stopped is None:
+            before = self.batch
+            index = batch_indices(samples, batch_size, self.batch + 1, seed, who)
+            if isinstance(dataset, tuple):
+                yield tuple(part[index] for part in dataset)
+            else:
+                yield [dataset[i] for i in index.tolist()]
+            if self.batch == before and self.stopped is None and self._client.generation == 0:
+                raise ConfigurationError(
+                    "a batch was taken and nothing was pushed: call optimizer.step() or "
+                    "table.push() once for each batch"
+                )
+
+    def report(self, loss: float | None = None, **metrics: float) -> None:
+        """Say how it goes: shown by `kubectl get`, in metrics and in the report."""
+        client = self._client
+        with client.lock:
+            if loss is not None:
+                client.loss = float(loss)
+            client.values.update({name: float(value) for name, value in metrics.items()})
+
+    def evaluate(self, fn: Callable[[], float | Mapping[str, float]], every: int = 0) -> None:
+        """Call `fn` on worker 0 after every so many of its batches, and at the end (0: only then).
+
+        It runs with freshly pulled parameters; what it returns is reported (a number as `score`).
+        """
+        self._evaluation = (fn, every)
+
+    def stop(self, reason: str) -> None:
+        """End all workers after their step; the job succeeds with what it has."""
+        with self._client.lock:
+            self._client.own_stop = reason[:1000]
+
+    def flush(self) -> None:
+        """Wait until all slots have every batch of this worker."""
+        client = self._client
+        pushes = client.pushes
+        if pushes is None or not self._specs:
+            return
+        client.wait(
+            lambda: pushes.acked >= client.batch or client.stopped is not None,
+            self._progress_seconds(),
+            "the last batches' acknowledgement",
+        )
+        if self._evaluation is not None and self.index == 0:
+            self.refresh()
+            self._run_evaluation(self._evaluation[0])
+
+    def _evaluate(self) -> None:
+        if self._evaluation is None or self.index != 0:
+            return
+        fn, every = self._evaluation
+        if every and self.batch % every == 0:
+            self._run_evaluation(fn)
+
+    def _run_evaluation(self, fn: Callable[[], float | Mapping[str, float]]) -> None:
+        found = fn()
+        values = found if isinstance(found, Mapping) else {"score": found}
+        self.report(**dict(values))

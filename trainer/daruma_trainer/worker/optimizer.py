@@ -1,0 +1,77 @@
+"""A torch optimizer whose step is taken by the servers."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from daruma_trainer.rules import SGD, Rule
+from daruma_trainer.worker.pushes import Update
+
+if TYPE_CHECKING:
+    from daruma_trainer.worker.job import Job
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Pushes gradients, pulls parameters. Learning rates are read from `param_groups` at each
+    step, so torch's schedulers work on it; clipping happens before `step`, as usual."""
+
+    def __init__(self, job: "Job", params: Iterable[Any], rule: Rule | None) -> None:
+        chosen = rule if rule is not None else SGD()
+        groups = _named_groups(params)
+        names = [group.pop("names") for group in groups]
+        super().__init__(groups, {"lr": getattr(chosen, "lr", 0.01)})
+        self._job = job
+        self._tables: list[tuple[int, torch.nn.Parameter]] = []
+        flat = [p for group in self.param_groups for p in group["params"]]
+        for name, param in zip([n for group in names for n in group], flat, strict=True):
+            values = param.detach().to("cpu", torch.float32).numpy()
+            spec = job.add_table(name, tuple(param.shape), chosen, values)
+            self._tables.append((spec.id, param))
+        job.begin()
+        job.after_pull(self.write_back)
+        self.write_back()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Push the gradients as one batch, and take the parameters that follow from it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        lr_of = {id(p): float(g["lr"]) for g in self.param_groups for p in g["params"]}
+        updates = []
+        for table, param in self._tables:
+            if param.grad is None:
+                continue
+            # A copy: it is kept until all servers have it, and zero_grad may come before that.
+            grad = param.grad.detach().to("cpu", torch.float32, copy=True).numpy()
+            rows = param.shape[0] if param.dim() else 1
+            values = np.ascontiguousarray(grad).reshape(rows, -1)
+            updates.append(Update(table, lr_of[id(param)], values))
+        self._job.exchange(tuple(updates))
+        return loss
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Copy what was pulled into the parameters, on whatever device they are."""
+        for table, param in self._tables:
+            param.copy_(torch.from_numpy(self._job.values(table).reshape(tuple(param.shape))))
+
+
+def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Bring parameters, named parameters or groups into groups with names."""
+    given = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    out = []
+    count = 0
+    for group in groups:
+        members = list(group["params"])
+        names, found = [], []
+        for member in members:
+            name, param = member if isinstance(member, tuple) else (f"p{count}", member)
+            names.append(name)
+            found.append(param)
+            count += 1
+        out.append({**group, "params": found, "names": names})
+    return out
