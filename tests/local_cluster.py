@@ -34,7 +34,7 @@ from daruma_trainer.contract import (
 )
 
 DEADLINE = 60.0
-TOKEN = "a-token-of-this-test"  # noqa: S105 - made up
+TOKEN = "a-token-of-this-test"
 
 
 def free_ports() -> int:
@@ -95,9 +95,7 @@ class LocalCluster:
             self.processes[member.id] = subprocess.Popen(
                 [sys.executable, *command], env=environment, stdout=log, stderr=log
             )
-        others = tuple(
-            m for m in self.membership.members if (m.role, m.index) != (role, index)
-        )
+        others = tuple(m for m in self.membership.members if (m.role, m.index) != (role, index))
         self.membership = replace(self.membership, members=(*others, member))
         return member
 
@@ -117,7 +115,9 @@ class LocalCluster:
         """Return whether its process runs."""
         return self.processes[member_id].poll() is None
 
-    def call(self, member: Member, method: str, path: str, body: bytes | None = None, token: str = TOKEN) -> int:
+    def call(
+        self, member: Member, method: str, path: str, body: bytes | None = None, token: str = TOKEN
+    ) -> int:
         """Send a request to an agent; returns the status, 0 if it cannot be reached."""
         request = urllib.request.Request(
             f"http://{agent_address(member.address or '')}{path}",
@@ -166,7 +166,9 @@ class LocalCluster:
         if number == signal.SIGKILL:
             self.processes[member_id].wait(DEADLINE)
 
-    def replace_server(self, index: int, sources: Sequence[Source], *, initialised: bool = True) -> Member:
+    def replace_server(
+        self, index: int, sources: Sequence[Source], *, initialised: bool = True
+    ) -> Member:
         """Fence a server, start its successor, and tell it where to take its slots from."""
         epoch = self.membership.epoch + 1
         gone = self.membership.member(Role.SERVER, index)
@@ -202,7 +204,8 @@ class LocalCluster:
     def logs(self) -> str:
         """Return the end of every member's output."""
         return "\n".join(
-            f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log"))
+            f"--- {path.name}\n{path.read_text()[-3000:]}"
+            for path in sorted(self.folder.glob("*.log"))
         )
 
     def close(self) -> None:

@@ -23,9 +23,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_every_target_that_documents_name_exists() -> None:
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
-        target
-        for path in DOCUMENTS
-        for target in re.findall(r"`make ([a-z-]+)`", path.read_text())
+        target for path in DOCUMENTS for target in re.findall(r"`make ([a-z-]+)`", path.read_text())
     }
     assert named <= known, f"no such target: {sorted(named - known)}"
 

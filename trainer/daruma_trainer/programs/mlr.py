@@ -20,7 +20,9 @@ from daruma_trainer.programs.data import classification
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", default="digits", help="digits, synthetic:N,D,K or a path")
     parser.add_argument("--steps", type=int, default=400, help="batches of each worker")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -28,7 +30,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--momentum", type=float, default=0.0)
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--think-ms", type=float, default=0.0, help="extra time a step, to try failures")
+    parser.add_argument(
+        "--think-ms", type=float, default=0.0, help="extra time a step, to try failures"
+    )
     return parser.parse_args(arguments)
 
 

@@ -81,6 +81,7 @@ class Server:
         self.stale = 0
         self._rolling = False
         self._first: str | None = None
+        self._relink_due = False
         self._exit: int | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = Gate(self._context, identity.token)
@@ -121,8 +122,9 @@ class Server:
                     self._run_inbox()
                 if self._router in ready:
                     self._serve()
-                for link in list(self._links.values()):
+                for link in self._links.values():
                     link.receive(self._from_sibling)
+                self._relink()
                 if time.monotonic() - beat > HEARTBEAT_SECONDS:
                     beat = time.monotonic()
                     self._tell_siblings()
@@ -356,7 +358,7 @@ class Server:
         self.initialised |= new.initialised and bool(self._plane.slots.ready.all())
         if new.rollback.generation > self.generation:
             self._roll_back(new)
-        self._relink(new)
+        self._relink_due = True
         for identity in [i for i in self._connected if i in self._members()]:
             self._tell_membership(identity.encode(), 0)
         self._publish(now=True)
@@ -380,7 +382,12 @@ class Server:
         )  # fmt: skip
         self.generation = 0
 
-    def _relink(self, membership: Membership) -> None:
+    def _relink(self) -> None:
+        """Follow the membership; not while a link is being read, since this closes links."""
+        membership = self.membership
+        if membership is None or not self._relink_due:
+            return
+        self._relink_due = False
         wanted = {
             m.id: m
             for m in membership.of(Role.SERVER)

@@ -124,6 +124,8 @@ class Client:
         self.resumed = False
         self._acked_epoch_at: tuple[int, float] = (0, 0.0)
         self._sessions: dict[int, Session] = {}
+        self._todo: list[Callable[[], None]] = []
+        """Sends that the training thread wants: sockets belong to the I/O thread alone."""
         self._shown: tuple[object, ...] = ()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
@@ -166,10 +168,8 @@ class Client:
     def pull(self, min_step: int) -> Wanted:
         """Ask for every slot; wait for `missing` to be empty."""
         with self.lock:
-            self.wanted = Wanted(min_step)
-            for server in self._sessions:
-                self._send_pulls(server)
-            wanted = self.wanted
+            wanted = self.wanted = Wanted(min_step)
+            self._todo += [partial(self._send_pulls, server) for server in self._sessions]
         self.wake()
         return wanted
 
@@ -187,7 +187,7 @@ class Client:
                 session = self._sessions.get(server)
                 reachable = session is not None and session.stage is Stage.SYNCED
                 if reachable:
-                    self._send_held(server, held)
+                    self._todo.append(partial(self._send_held, server, held))
                 elif replay and pushes.may_accumulate(server, now):
                     mask = self._copy.slots_of(server)
                     pushes.accumulate(held, server, mask, now, self._rules)
@@ -273,6 +273,9 @@ class Client:
         if self._relink_later:
             self._relink_later = False
             self._relink()
+        todo, self._todo = self._todo, []
+        for send in todo:
+            send()
         now = time.monotonic()
         for server, session in list(self._sessions.items()):
             for event in session.link.receive(self._unasked):
@@ -285,7 +288,9 @@ class Client:
                 self._advance(server, session)
 
     def _heartbeat(self) -> None:
-        body = [encode_json(self._report().to_json())]
+        own = self._report()
+        self.cell.publish(self._epoch, own, {})
+        body = [encode_json(own.to_json())]
         for session in self._sessions.values():
             session.link.expire(120.0)
             session.link.request(self._header(Kind.REPORT), body, lambda _h, _f: None)
@@ -298,7 +303,6 @@ class Client:
         )  # fmt: skip
         if shown != self._shown:
             self._shown = shown
-            self.cell.publish(self._epoch, own, {})
             self._heartbeat()
 
     def _report(self) -> Report:
@@ -495,7 +499,9 @@ class Client:
                 session.link.request(self._header(Kind.INIT), encode_push(push), None)
 
     def _send_held(self, server: int, held: Held) -> None:
-        session = self._sessions[server]
+        session = self._sessions.get(server)
+        if session is None or session.stage is not Stage.SYNCED:
+            return  # it goes out when the session is there again
         for group in self._groups(server):
             if held.unacked[group.mask].any():
                 answer = partial(self._on_ack, held.batch, group.mask)
