@@ -1,0 +1,1 @@
+"""Observe, decide, write status, act."""

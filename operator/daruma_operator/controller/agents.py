@@ -1,0 +1,232 @@
+"""Speaking with the agents of a job's members: long polls for views, and commands.
+
+A job that is calm has one long poll, to one member, whose view holds what the others told it. As
+long as something happens, every member that can be reached is polled.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import aiohttp
+
+from daruma_operator.controller.acts import PostCheckpoint, PostRestore, PutMembership
+from daruma_operator.controller.observe import Heard, Planned, merge
+from daruma_operator.settings import Settings
+from daruma_operator.substrate.protocol import JobKey
+from daruma_trainer.contract import MAX_CONTROL_BYTES, ContractError, View
+
+LOG = logging.getLogger("daruma.operator")
+Targets = Mapping[str, str]
+"""Agents' `host:port` by member id."""
+FAILURES = (aiohttp.ClientError, OSError, TimeoutError, ContractError, ValueError)
+PATIENCE = 100
+SLOWER = 10
+"""A member that does not answer is asked this many times less often after PATIENCE failures."""
+FORGET_SECONDS = 120.0
+"""The last words of members of the past are kept so long: they price a recovery."""
+
+
+@dataclass(slots=True)
+class Talk:
+    """What the operator remembers of a job's members. It may be lost with the operator."""
+
+    key: JobKey
+    uid: str
+    token: str
+    views: dict[str, tuple[float, View]] = field(default_factory=dict)
+    """When (the loop's time) each view came."""
+    failing: dict[str, float] = field(default_factory=dict)
+    delivered: dict[str, int] = field(default_factory=dict)
+    planned: dict[str, tuple[float, Planned]] = field(default_factory=dict)
+    saving: dict[str, str] = field(default_factory=dict)
+    polls: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    calm: bool = False
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def heard(self, now: float) -> dict[str, Heard]:
+        """Merge what all said."""
+        for gone in [i for i, (at, _) in self.views.items() if now - at > FORGET_SECONDS]:
+            del self.views[gone]
+        return merge((now - at, view) for at, view in self.views.values())
+
+
+class Agents:
+    """One HTTP session for all jobs. `notify` is called with the key of a job that has news."""
+
+    def __init__(self, settings: Settings, notify: Callable[[JobKey], None]) -> None:
+        self._settings = settings
+        self._notify = notify
+        self._talks: dict[JobKey, Talk] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    def talk(self, key: JobKey, uid: str) -> Talk | None:
+        """Return what is remembered of a job; None if nothing, or if it was of another uid."""
+        talk = self._talks.get(key)
+        return talk if talk is not None and talk.uid == uid else None
+
+    def begin(self, key: JobKey, uid: str, token: str) -> Talk:
+        """Begin to remember a job."""
+        self.forget(key)
+        talk = self._talks[key] = Talk(key, uid, token)
+        return talk
+
+    def forget(self, key: JobKey) -> None:
+        """Stop polling a job and drop what is remembered."""
+        talk = self._talks.pop(key, None)
+        if talk is not None:
+            for task in talk.polls.values():
+                task.cancel()
+
+    async def close(self) -> None:
+        """Stop all polls and close the session."""
+        tasks = [task for talk in self._talks.values() for task in talk.polls.values()]
+        for key in list(self._talks):
+            self.forget(key)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    def follow(self, talk: Talk, targets: Targets, *, calm: bool) -> None:
+        """Poll exactly these members; slower while the job is calm."""
+        talk.calm = calm
+        if not calm:
+            talk.hurry.set()
+        for gone in [i for i in talk.polls if i not in targets]:
+            talk.polls.pop(gone).cancel()
+        for member, agent in targets.items():
+            task = talk.polls.get(member)
+            if task is None or task.done():
+                talk.polls[member] = asyncio.create_task(
+                    self._poll(talk, member, agent), name=f"poll {talk.key} {member}"
+                )
+
+    async def look(self, talk: Talk, targets: Targets) -> None:
+        """Ask members for their views at once, and wait for those that answer in time."""
+        await asyncio.gather(*(self._look(talk, m, agent) for m, agent in targets.items()))
+
+    async def put_membership(self, talk: Talk, act: PutMembership) -> bool:
+        """Hand out a membership; True if the member has it."""
+        body = act.membership.to_json()
+        if not await self._command(talk, "PUT", act.agent, "membership", body, act.member):
+            return False
+        talk.delivered[act.member] = act.membership.epoch
+        return True
+
+    async def post_restore(self, talk: Talk, act: PostRestore) -> bool:
+        """Hand out a restore plan."""
+        body = act.restore.to_json()
+        if not await self._command(talk, "POST", act.agent, "restore", body, act.member):
+            return False
+        talk.planned[act.member] = _now(), Planned(0.0, act.restore)
+        return True
+
+    async def post_checkpoint(self, talk: Talk, act: PostCheckpoint) -> bool:
+        """Order the final cut."""
+        body = {"kind": "final", "number": act.number}
+        if not await self._command(talk, "POST", act.agent, "checkpoint", body, act.member):
+            return False
+        talk.saving[act.member] = act.number
+        return True
+
+    async def _poll(self, talk: Talk, member: str, agent: str) -> None:
+        after, settings, failures = 0, self._settings, 0
+        while True:
+            try:
+                view = await self._view(talk, agent, after, settings.poll_seconds)
+            except FAILURES as error:
+                if member not in talk.failing:
+                    LOG.debug("%s: %s does not answer: %r", talk.key, member, error)
+                    talk.failing[member] = _now()
+                    self._notify(talk.key)
+                failures += 1
+                slow = failures > PATIENCE
+                await asyncio.sleep(settings.retry_seconds * (SLOWER if slow else 1))
+                continue
+            failures = 0
+            before = talk.views.get(member)
+            changed = member in talk.failing or before is None or news(before[1], view)
+            self._keep(talk, member, view)
+            after = view.version
+            if changed:
+                self._notify(talk.key)
+            if talk.calm:
+                talk.hurry.clear()
+                await _wait(talk.hurry, settings.calm_seconds)
+
+    async def _look(self, talk: Talk, member: str, agent: str) -> None:
+        try:
+            self._keep(talk, member, await self._view(talk, agent, 0, 0.0))
+        except FAILURES:
+            talk.failing.setdefault(member, _now())
+
+    def _keep(self, talk: Talk, member: str, view: View) -> None:
+        talk.views[member] = _now(), view
+        talk.failing.pop(member, None)
+
+    async def _view(self, talk: Talk, agent: str, after: int, wait: float) -> View:
+        timeout = aiohttp.ClientTimeout(total=wait + self._settings.view_seconds)
+        async with self._http().get(
+            f"http://{agent}/v1/view",
+            params={"after": str(after), "wait": str(wait)},
+            headers={"Authorization": f"Bearer {talk.token}"},
+            timeout=timeout,
+        ) as response:
+            response.raise_for_status()
+            if (response.content_length or 0) > MAX_CONTROL_BYTES:
+                raise ContractError(f"a view of {response.content_length} bytes")
+            return View.from_json(await response.json(content_type=None))
+
+    async def _command(
+        self, talk: Talk, method: str, agent: str, what: str, body: object, member: str
+    ) -> bool:
+        timeout = aiohttp.ClientTimeout(total=self._settings.command_seconds)
+        try:
+            async with self._http().request(
+                method,
+                f"http://{agent}/v1/{what}",
+                json=body,
+                headers={"Authorization": f"Bearer {talk.token}"},
+                timeout=timeout,
+            ) as response:
+                if response.status == HTTPStatus.NO_CONTENT:
+                    return True
+                text = (await response.text())[:300]
+                LOG.warning("%s refused a %s: %s %s", member, what, response.status, text)
+        except FAILURES as error:
+            LOG.debug("%s did not take a %s: %r", member, what, error)
+        return False
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        return self._session
+
+
+def news(old: View, new: View) -> bool:
+    """Whether a view says something that a decision may turn on, not just progress."""
+    return _gist(old) != _gist(new)
+
+
+def _gist(view: View) -> dict[str, tuple[object, ...]]:
+    reports = [view.own, *(report for _, report in view.others.values())]
+    return {
+        r.id: (
+            r.epoch, r.state, r.generation, r.initialised, r.copies, r.final, r.restore,
+            r.acked_epoch, r.error, r.stop, r.save_error, {s.id for s in r.suspects},
+        )
+        for r in reports
+    }  # fmt: skip
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,172 @@
+"""The controller: one pass a job at a time, observe → decide → write status → act → tell.
+
+A pass reads everything anew, so it may be cut off anywhere and repeated by anyone. Only what a won
+status write announced is done; what was done is seen by the next pass.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from time import perf_counter
+
+from daruma_operator.api.job import TrainingJob
+from daruma_operator.controller.agents import Agents
+from daruma_operator.controller.apply import apply
+from daruma_operator.controller.decide import Decision, Policy, decide
+from daruma_operator.controller.gather import observe
+from daruma_operator.controller.observe import Seen
+from daruma_operator.controller.queue import WorkQueue
+from daruma_operator.metrics import Metrics
+from daruma_operator.settings import Settings
+from daruma_operator.substrate.protocol import JobKey, StatusConflict, Substrate
+
+LOG = logging.getLogger("daruma.operator")
+
+
+def utc_now() -> datetime:
+    """Return the time, as status shows it."""
+    return datetime.now(UTC)
+
+
+def _nothing(_point: str) -> None:
+    """Do nothing at a point of a pass."""
+
+
+def _unobserved(_seen: Seen, _decision: Decision) -> None:
+    """Show a pass to nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Where others look in."""
+
+    point: Callable[[str], None] = _nothing
+    """Called inside a pass, with `decided`, `status-written`, and `pods-created`,
+    `membership-sent`, `restore-sent` after the acts of that kind. Tests end the process there."""
+    observer: Callable[[Seen, Decision], None] = _unobserved
+    """Called once a pass after the status was written (or need not be): `decision.status` is
+    what holds now, `seen.heard` the newest report of each member."""
+
+
+class Controller:
+    """Looks after all jobs of a substrate. `clock` gives the time for status."""
+
+    def __init__(
+        self,
+        substrate: Substrate,
+        settings: Settings,
+        metrics: Metrics,
+        clock: Callable[[], datetime] = utc_now,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self._substrate = substrate
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self._hooks = hooks or Hooks()
+        self._queue = WorkQueue()
+        self._agents = Agents(settings, self.enqueue)
+        self._errors: dict[JobKey, int] = {}
+
+    def enqueue(self, key: JobKey) -> None:
+        """Ask for a pass over a job: something about it may have changed. From the loop's thread."""
+        self._queue.add(key)
+        self._metrics.queue_depth.set(len(self._queue))
+
+    async def enqueue_all(self) -> None:
+        """Ask for a pass over every job; repairs what a watch missed."""
+        for key in await self._substrate.list_jobs():
+            self.enqueue(key)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set; then end the passes in progress and close all connections."""
+        tasks = [
+            asyncio.create_task(self._work(), name=f"pass {n}")
+            for n in range(self._settings.passes)
+        ]
+        tasks.append(asyncio.create_task(self._resync(), name="resync"))
+        try:
+            await stop.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._queue.close()
+            await self._agents.close()
+
+    async def _resync(self) -> None:
+        while True:
+            try:
+                await self.enqueue_all()
+            except Exception:  # noqa: BLE001 - an edge: a LIST that failed is repeated
+                LOG.exception("the list of jobs could not be read; it will be tried again")
+                await asyncio.sleep(self._settings.longest_backoff_seconds)
+                continue
+            await asyncio.sleep(self._settings.resync_seconds)
+
+    async def _work(self) -> None:
+        while True:
+            key, waited = await self._queue.get()
+            self._metrics.queue_depth.set(len(self._queue))
+            self._metrics.queue_wait.observe(waited)
+            started = perf_counter()
+            try:
+                await self._pass(key)
+                self._errors.pop(key, None)
+            except StatusConflict:
+                # Somebody else changed the job: what was decided is void, and nothing was done.
+                self._queue.add(key)
+            except Exception as error:  # noqa: BLE001 - the reconcile edge
+                self._failed(key, error)
+            finally:
+                self._metrics.reconcile_seconds.observe(perf_counter() - started)
+                self._queue.done(key)
+
+    def _failed(self, key: JobKey, error: Exception) -> None:
+        count = self._errors.get(key, 0)
+        self._errors[key] = count + 1
+        settings = self._settings
+        delay = settings.first_backoff_seconds * 2 ** min(count, 20)
+        delay = min(delay, settings.longest_backoff_seconds)
+        LOG.error("%s: the pass failed, again in %.1f s", key, delay, exc_info=error)
+        self._metrics.reconcile_errors.labels(type(error).__name__).inc()
+        self._queue.add_after(key, delay)
+
+    async def _pass(self, key: JobKey) -> None:
+        job = await self._substrate.read_job(key)
+        if job is None or job.deletion_timestamp is not None:
+            # Its pods have it as owner and go with it.
+            self._agents.forget(key)
+            self._queue.forget(key)
+            self._metrics.note_job(key.namespace, key.name, None)
+            return
+        pods = tuple(await self._substrate.list_pods(job))
+        talk = self._agents.talk(key, job.uid) or self._agents.begin(
+            key, job.uid, await self._substrate.token(job)
+        )
+        seen = await observe(job, pods, talk, self._agents)
+        policy = Policy.of(self._settings, self._substrate.store_uri(job))
+        decision = decide(seen, policy, self._clock())
+        self._hooks.point("decided")
+        if decision.status != job.status:
+            written = await self._substrate.write_status(job, decision.status)
+            self._metrics.note_write(
+                key.namespace, job.status, decision.status, job.spec.run_policy.backoff_limit
+            )
+            if decision.reason != job.status.reason or decision.phase != job.status.phase:
+                LOG.info("%s: %s, %s: %s", key, decision.phase, decision.reason, decision.message)
+            job = written
+            self._hooks.point("status-written")
+        self._metrics.note_job(key.namespace, key.name, decision.status)
+        self._hooks.observer(seen, decision)
+        done = await apply(decision.acts, job, self._substrate, self._agents, talk, self._hooks.point)
+        for event in decision.events:
+            await self._substrate.emit(job, event)
+        if not done:
+            self._queue.add_after(key, self._settings.retry_seconds)
+        if decision.after is not None:
+            self._queue.add_after(key, decision.after)
+        if decision.final:
+            self._agents.forget(key)

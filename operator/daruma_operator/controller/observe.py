@@ -1,0 +1,95 @@
+"""What a decision may look at, gathered. `Seen` is plain data; nothing in it asks anybody."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from daruma_operator.api.job import TrainingJob
+from daruma_operator.substrate.protocol import PodFacts, PodState
+from daruma_trainer.contract import Report, Restore, Role, View
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The newest that is known of what one member said."""
+
+    age: float
+    """Seconds since it said so."""
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A restore plan that a server accepted."""
+
+    age: float
+    restore: Restore
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Everything that `decide` may look at but the clock."""
+
+    job: TrainingJob
+    pods: tuple[PodFacts, ...]
+    heard: Mapping[str, Heard] = field(default_factory=dict)
+    """By member id; members of the past too, for a while."""
+    reached: frozenset[str] = frozenset()
+    """Members that answered when they were last asked."""
+    failing: Mapping[str, float] = field(default_factory=dict)
+    """Members that do not answer the operator: seconds since the first question in vain."""
+    delivered: Mapping[str, int] = field(default_factory=dict)
+    """The newest epoch that each member accepted from this operator."""
+    planned: Mapping[str, Planned] = field(default_factory=dict)
+    saving: Mapping[str, str] = field(default_factory=dict)
+    """The number of the final cut that each server was told to take."""
+
+    def report(self, member: str) -> Report | None:
+        """Return what a member said last."""
+        heard = self.heard.get(member)
+        return None if heard is None else heard.report
+
+    def pod(self, name: str) -> PodFacts | None:
+        """Return a pod by name."""
+        return next((p for p in self.pods if p.name == name), None)
+
+    def suspected(self, member: str) -> float | None:
+        """Return for how long a member that was heard of suspects this one, or None."""
+        ages = [
+            heard.age + suspect.age
+            for other, heard in self.heard.items()
+            if other != member
+            for suspect in heard.report.suspects
+            if suspect.id == member
+        ]
+        return max(ages, default=None)
+
+
+def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
+    """Merge views of known ages: of each member the freshest words, its own or handed on."""
+    found: dict[str, Heard] = {}
+
+    def take(age: float, report: Report) -> None:
+        known = found.get(report.id)
+        if known is None or age < known.age:
+            found[report.id] = Heard(age, report)
+
+    for age, view in views:
+        take(age, view.own)
+        for told, report in view.others.values():
+            take(age + told, report)
+    return found
+
+
+def newest_pods(pods: Iterable[PodFacts]) -> dict[tuple[Role, int], PodFacts]:
+    """Of each seat the pod with the highest incarnation."""
+    found: dict[tuple[Role, int], PodFacts] = {}
+    for pod in pods:
+        known = found.get((pod.role, pod.index))
+        if known is None or pod.incarnation > known.incarnation:
+            found[pod.role, pod.index] = pod
+    return found
+
+
+def runs(pod: PodFacts | None) -> bool:
+    """Whether a pod's process can be spoken to."""
+    return pod is not None and pod.state is PodState.RUNNING and not pod.deleting

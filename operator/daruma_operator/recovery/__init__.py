@@ -1,0 +1,1 @@
+"""How lost state comes back, and what that costs. Pure: no I/O, no clock."""

@@ -1,0 +1,55 @@
+"""The ladder: a job's strategy, then its fallbacks, then initial values if they are allowed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from daruma_operator.api.spec import Strategy
+from daruma_operator.recovery.strategies import PRESETS
+from daruma_trainer.contract import SourceKind
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What there is to recover from."""
+
+    store: bool
+    """The job has a store."""
+    cut: bool
+    """A consistent cut is known to exist."""
+    peers: bool
+    """A worker that lives may hold a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One step of the ladder that can be tried."""
+
+    number: int
+    strategy: Strategy
+    skipped: tuple[str, ...] = ()
+    """Why those before it could not be."""
+
+
+def find_rung(ladder: Sequence[Strategy], start: int, means: Means) -> Rung | str:
+    """Return the first rung from `start` on that has a source; else the reasons, as a sentence."""
+    skipped: list[str] = []
+    for number in range(start, len(ladder)):
+        missing = lacks(ladder[number], means)
+        if missing is None:
+            return Rung(number, ladder[number], tuple(skipped))
+        skipped.append(f"{ladder[number]}: {missing}")
+    return "; ".join(skipped) or "every strategy of the job was tried"
+
+
+def lacks(strategy: Strategy, means: Means) -> str | None:
+    """Return why a strategy cannot work at all, or None."""
+    preset = PRESETS[strategy]
+    if preset.rollback:
+        return None if means.cut else "there is no full checkpoint"
+    if SourceKind.PEER in preset.sources and means.peers:
+        return None
+    if SourceKind.RUNNING_CHECKPOINT in preset.sources and means.store:
+        return None
+    if SourceKind.PEER in preset.sources:
+        return "no worker is left that holds a copy, and the job has no store"
+    return "the job has no store"

@@ -1,0 +1,75 @@
+"""What a recovery cost. Everything here was measured, or says that it is a bound or unknown."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from math import sqrt
+
+from daruma_trainer.contract import Report
+
+
+class DeltaKind(StrEnum):
+    """How well ‖δ‖ is known."""
+
+    EXACT = "Exact"
+    UPPER_BOUND = "UpperBound"
+    UNKNOWN = "Unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The perturbation: L2 distance between the lost state and the restored one."""
+
+    value: float | None
+    kind: DeltaKind
+
+
+UNKNOWN = Delta(None, DeltaKind.UNKNOWN)
+EXACT = Delta(0.0, DeltaKind.EXACT)
+
+
+@dataclass(frozen=True, slots=True)
+class LostShard:
+    """What bounds the perturbation of one restored shard."""
+
+    updates: int | None
+    """Updates that may have been applied after the restored state; None: not known."""
+    update_norm: float | None
+    """L2 norm of the largest recent update of the shard."""
+    distance: float | None = 0.0
+    """Distance that the restored state had already when it was saved; 0 for a peer's copy."""
+
+
+def bound(shards: Iterable[LostShard]) -> Delta:
+    """Bound ‖δ‖ over all restored shards, which are orthogonal parts of the model."""
+    total = 0.0
+    exact = True
+    for shard in shards:
+        if shard.distance is None or shard.updates is None:
+            return UNKNOWN
+        if shard.updates > 0 and shard.update_norm is None:
+            return UNKNOWN
+        moved = shard.distance + shard.updates * (shard.update_norm or 0.0)
+        exact = exact and moved == 0.0
+        total += moved * moved
+    return EXACT if exact else Delta(sqrt(total), DeltaKind.UPPER_BOUND)
+
+
+def counters(reports: Mapping[str, Report], live: Iterable[str]) -> tuple[int, int]:
+    """Return (lost, replayed) pushes as the members that live count them.
+
+    A push is lost once if any slot lost it. Servers tell a worker which of its batches they lost,
+    and it counts each once; what workers lost that died is in the servers' counts alone, of which
+    the largest is taken.
+    """
+    servers, lost, replayed = 0, 0, 0
+    for member in live:
+        report = reports.get(member)
+        if report is None:
+            continue
+        if member.startswith("server-"):
+            servers = max(servers, report.lost)
+        else:
+            lost += report.lost
+            replayed += report.replayed
+    return max(servers, lost), replayed

@@ -1,0 +1,38 @@
+"""The strategies: presets of three choices (design.md, section 1). The planner sees only those."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from daruma_operator.api.spec import Strategy
+from daruma_trainer.contract import SourceKind, WorkersMeanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Which copies a strategy takes, and what survivors and workers do meanwhile."""
+
+    sources: frozenset[SourceKind]
+    rollback: bool
+    """Survivors go back to the same cut; else they keep their values."""
+    meanwhile: WorkersMeanwhile
+
+
+_PEER, _RUNNING = SourceKind.PEER, SourceKind.RUNNING_CHECKPOINT
+_FULL = SourceKind.FULL_CHECKPOINT
+
+PRESETS: Mapping[Strategy, Preset] = {
+    Strategy.FULL_CHECKPOINT: Preset(frozenset({_FULL}), True, WorkersMeanwhile.WAIT),
+    Strategy.PARTIAL: Preset(frozenset({_RUNNING}), False, WorkersMeanwhile.WAIT),
+    Strategy.STATELESS: Preset(frozenset({_PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY),
+    Strategy.FRESHEST: Preset(frozenset({_PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY),
+}
+
+
+def rolls_back(strategies: Iterable[Strategy]) -> bool:
+    """Whether cuts have to be taken for a ladder."""
+    return any(PRESETS[s].rollback for s in strategies)
+
+
+def keeps_running(strategies: Iterable[Strategy]) -> bool:
+    """Whether a running checkpoint has to be kept for a ladder."""
+    return any(_RUNNING in PRESETS[s].sources for s in strategies)
