@@ -1,0 +1,90 @@
+"""What a run leaves behind: samples while it goes on, `report.json` at its end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from daruma_operator.api.job import TrainingJob
+from daruma_trainer.contract import Report
+
+MOST_SAMPLES = 2000
+"""Above this every second sample is dropped, so a run of any length has a bounded report."""
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Keeps what views said. `seconds` are since the run began."""
+
+    loss: list[tuple[int, float, float]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    _applied: dict[str, int] = field(default_factory=dict)
+    """Acknowledged batches by worker index; numbers go on across incarnations."""
+    _duplicates: dict[str, int] = field(default_factory=dict)
+    """By server incarnation: a new one counts from 0."""
+    _recoveries: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    _every: int = 1
+    _seen: int = 0
+
+    def note(self, job: TrainingJob, reports: Mapping[str, Report], seconds: float) -> None:
+        """Take in one look at the job; `reports` by member id."""
+        progress = job.status.progress
+        if progress is not None and progress.step > self.step:
+            self.step = progress.step
+            loss = mean_loss(reports)
+            if loss is not None:
+                self._sample(loss, seconds)
+        for member in sorted(reports, reverse=True):
+            report = reports[member]
+            seat = member.rpartition("-")[0]
+            if member.startswith("worker-"):
+                # Sorted backwards, so that worker 0, which evaluates, has the last word.
+                self.metrics.update(report.metrics)
+                self._applied[seat] = max(self._applied.get(seat, 0), report.step)
+            else:
+                self._duplicates[member] = max(self._duplicates.get(member, 0), report.duplicate)
+        for record in job.status.recoveries:
+            self._recoveries[record.id] = record.to_wire()
+
+    def report(self, job: TrainingJob, seconds: float, *, interrupted: bool) -> dict[str, Any]:
+        """Return `report.json`'s content (docs/guides/run.md describes it)."""
+        status = job.status
+        recoveries = [self._recoveries[i] for i in sorted(self._recoveries)]
+        return {
+            "job": f"{job.namespace}/{job.name}",
+            "phase": str(status.phase),
+            "reason": status.reason,
+            "message": status.message,
+            "interrupted": interrupted,
+            "steps": self.step,
+            "loss": [list(sample) for sample in self.loss],
+            "metrics": dict(self.metrics),
+            "recoveries": recoveries,
+            "seconds": round(seconds, 3),
+            "pushes": {
+                "applied": sum(self._applied.values()),
+                "lost": _pushes(recoveries, "lost"),
+                "replayed": _pushes(recoveries, "replayed"),
+                "duplicate": sum(self._duplicates.values()),
+            },
+            "result": None if status.result is None else status.result.to_wire(),
+        }
+
+    def _sample(self, loss: float, seconds: float) -> None:
+        self._seen += 1
+        if self._seen % self._every:
+            return
+        self.loss.append((self.step, round(seconds, 3), loss))
+        if len(self.loss) > MOST_SAMPLES:
+            del self.loss[::2]
+            self._every *= 2
+
+
+def mean_loss(reports: Mapping[str, Report]) -> float | None:
+    """Return the mean of what the workers reported last, or None if none did."""
+    losses = [r.loss for r in reports.values() if r.loss is not None]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _pushes(recoveries: list[Mapping[str, Any]], kind: str) -> int:
+    return sum(int(r.get("pushes", {}).get(kind, 0)) for r in recoveries)

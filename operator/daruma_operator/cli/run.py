@@ -1,0 +1,181 @@
+"""`daruma run`: the operator's controller over processes of this machine, for one job."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from daruma_operator.api.job import TrainingJob
+from daruma_operator.api.load import load_manifest
+from daruma_operator.api.status import Phase
+from daruma_operator.cli.folder import used, write_report
+from daruma_operator.cli.kills import Kill, check_kills, due, parse_kill
+from daruma_operator.cli.record import Recorder, mean_loss
+from daruma_operator.cli.show import View, metrics_table, recoveries_table
+from daruma_operator.controller.decide import Decision
+from daruma_operator.controller.loop import Controller, Hooks
+from daruma_operator.controller.observe import Seen
+from daruma_operator.errors import ManifestError
+from daruma_operator.metrics import Metrics
+from daruma_operator.settings import Settings
+from daruma_operator.substrate.ports import Ports
+from daruma_operator.substrate.processes import HOST, ProcessSubstrate, program_command
+from daruma_operator.substrate.protocol import JobKey
+from daruma_trainer.contract import ExitCode
+
+_FINISH_SECONDS = 15.0
+"""After the first Ctrl-C: how long workers and servers have to save what there is."""
+_GRACE_SECONDS = 2.0
+"""What still runs at the end gets SIGTERM, and SIGKILL after this."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The command line of `daruma run`."""
+
+    manifest: Path
+    out: Path | None = None
+    kills: tuple[str, ...] = ()
+    strategy: str | None = None
+    json: bool = False
+    first_port: int | None = None
+
+
+def run(options: RunOptions, environment: Mapping[str, str]) -> int:
+    """Run the job to its end and return the exit code. Raises the errors of errors.py."""
+    job = load_manifest(options.manifest, local=True, strategy=options.strategy)
+    kills = [parse_kill(text) for text in options.kills]
+    check_kills(kills, job.spec.servers.replicas, job.spec.workers.replicas)
+    if not job.spec.program.command:
+        raise ManifestError(
+            "spec.program.command: `daruma run` needs it, since it does not see the image's own: "
+            "write for example [python, -m, daruma_trainer.programs.mlr]"
+        )
+    program_command(job)
+    ports = Ports(HOST, options.first_port)
+    if options.first_port is not None:
+        ports.check(job.spec.servers.replicas + job.spec.workers.replicas)
+    out = options.out or Path("runs") / job.name
+    with used(out):
+        console = Console(stderr=options.json)
+        substrate = ProcessSubstrate(job, out, environment, ports)
+        one = _Run(substrate, JobKey(job.namespace, job.name), kills, console)
+        report, phase = asyncio.run(one.to_the_end(out))
+        write_report(out, report)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        if report["recoveries"]:
+            console.print(recoveries_table(report["recoveries"]))
+        console.print(metrics_table(report))
+        console.print(f"report: {out / 'report.json'}", soft_wrap=True, highlight=False)
+    if one.interrupted:
+        print(f"daruma: interrupted at step {report['steps']}", file=sys.stderr)
+        return ExitCode.FAILED
+    if phase is not Phase.SUCCEEDED:
+        print(f"daruma: the job failed: {report['message']} (logs: {out}/logs)", file=sys.stderr)
+        return ExitCode.FAILED
+    return ExitCode.OK
+
+
+class _Run:
+    def __init__(
+        self, substrate: ProcessSubstrate, key: JobKey, kills: list[Kill], console: Console
+    ) -> None:
+        self._substrate = substrate
+        self._key = key
+        self._kills = kills
+        self._view = View(console)
+        self._recorder = Recorder()
+        self._started = 0.0
+        self._done = asyncio.Event()
+        self._aborted = asyncio.Event()
+        self.interrupted = False
+
+    async def to_the_end(self, out: Path) -> tuple[dict[str, object], Phase | None]:
+        """Run until the job is final, or was interrupted; nothing that was started remains."""
+        loop = asyncio.get_running_loop()
+        self._started = loop.time()
+        self._substrate.open()
+        handler = _log_to(out / "logs" / "daruma.log")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._interrupt)
+        controller = Controller(
+            self._substrate, Settings().local(), Metrics(), hooks=Hooks(observer=self._observe)
+        )
+        self._substrate.changed = controller.enqueue
+        self._substrate.told = lambda event: self._view.event(self._seconds(), event)
+        stop = asyncio.Event()
+        try:
+            with self._view:
+                work = asyncio.create_task(controller.run(stop), name="controller")
+                await self._wait()
+                stop.set()
+                await work
+        finally:
+            await self._substrate.close(0.0 if self._aborted.is_set() else _GRACE_SECONDS)
+            logging.getLogger("daruma").removeHandler(handler)
+            handler.close()
+        job = self._substrate.job
+        report = self._recorder.report(job, self._seconds(), interrupted=self.interrupted)
+        return report, job.status.phase
+
+    async def _wait(self) -> None:
+        """Return when the job is final; or, once interrupted, at the latest after a while."""
+        done = asyncio.create_task(self._done.wait())
+        aborted = asyncio.create_task(self._aborted.wait())
+        try:
+            await asyncio.wait((done, aborted), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            done.cancel()
+            aborted.cancel()
+
+    def _interrupt(self) -> None:
+        if self.interrupted:
+            self._view.say(self._seconds(), "killing everything", warning=True)
+            self._aborted.set()
+            return
+        self.interrupted = True
+        self._view.say(
+            self._seconds(), "interrupted: saving what there is; once more to kill", warning=True
+        )
+        self._substrate.terminate_workers()
+        asyncio.get_running_loop().call_later(_FINISH_SECONDS, self._aborted.set)
+
+    def _observe(self, seen: Seen, decision: Decision) -> None:
+        """Called by the controller once a pass."""
+        seconds = self._seconds()
+        job: TrainingJob = seen.job.model_copy(update={"status": decision.status})
+        reports = {member: heard.report for member, heard in seen.heard.items()}
+        self._recorder.note(job, reports, seconds)
+        self._view.show(job, mean_loss(reports), seconds)
+        for kill in due(self._kills, self._recorder.step):
+            pod = self._substrate.kill(kill.role, kill.index)
+            if pod is not None:
+                self._kills.remove(kill)
+                self._view.say(seconds, f"killed {pod.name}, as --kill {kill} asked", warning=True)
+        if decision.status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+            for kill in self._kills:
+                self._view.say(seconds, f"--kill {kill} never came to pass", warning=True)
+            self._kills.clear()
+            self._done.set()
+
+    def _seconds(self) -> float:
+        return asyncio.get_running_loop().time() - self._started
+
+
+def _log_to(path: Path) -> logging.Handler:
+    """Send what the controller logs to a file: the terminal shows the job."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger = logging.getLogger("daruma")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return handler

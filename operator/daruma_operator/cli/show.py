@@ -1,0 +1,162 @@
+"""What a person sees of a run: a live view in a terminal, else lines; tables at the end."""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from daruma_operator.api.job import TrainingJob
+from daruma_operator.substrate.protocol import Event
+
+_REFRESH_SECONDS = 0.1
+_LINE_SECONDS = 2.0
+_STYLES = {"Running": "green", "Recovering": "yellow", "Succeeded": "green", "Failed": "red"}
+
+
+class View:
+    """Shows how a run goes on. A context manager; `seconds` are since the run began."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._shown = -_LINE_SECONDS
+        self._said: tuple[str, str] | None = None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, job: TrainingJob, loss: float | None, seconds: float) -> None:
+        """Show the newest state, at most as often as eyes can follow."""
+        told = str(job.status.phase), job.status.reason or ""
+        pause = _REFRESH_SECONDS if self._live is not None else _LINE_SECONDS
+        if told == self._said and seconds - self._shown < pause:
+            return
+        self._said, self._shown = told, seconds
+        if self._live is not None:
+            self._live.update(_panel(job, loss, seconds), refresh=True)
+        else:
+            self._console.print(_line(job, loss, seconds), highlight=False, soft_wrap=True)
+
+    def say(self, seconds: float, text: str, *, warning: bool = False) -> None:
+        """Write a line that stays."""
+        line = Text(f"{seconds:7.2f} s  {text}", style="yellow" if warning else "")
+        self._console.print(line, soft_wrap=True)
+
+    def event(self, seconds: float, event: Event) -> None:
+        """Write an event of the job."""
+        member = f" {event.member}" if event.member else ""
+        self.say(seconds, f"{event.reason}{member}: {event.message}", warning=event.warning)
+
+
+def _line(job: TrainingJob, loss: float | None, seconds: float) -> Text:
+    status = job.status
+    words = [f"{seconds:7.2f} s  {status.phase}", f"servers {status.servers.text or '-'}"]
+    words += [f"workers {status.workers.text or '-'}", _progress(job, loss)]
+    return Text(", ".join(word for word in words if word))
+
+
+def _progress(job: TrainingJob, loss: float | None) -> str:
+    progress = job.status.progress
+    if progress is None:
+        return ""
+    total = f" of {progress.total_steps}" if progress.total_steps else ""
+    words = [f"step {progress.step}{total}"]
+    if loss is not None:
+        words.append(f"loss {loss:.4f}")
+    if progress.steps_per_second:
+        words.append(f"{progress.steps_per_second:.0f} steps/s")
+    return ", ".join(words)
+
+
+def _panel(job: TrainingJob, loss: float | None, seconds: float) -> RenderableType:
+    status = job.status
+    grid = Table.grid(padding=(0, 2))
+    phase = Text(str(status.phase), style=_STYLES.get(str(status.phase), "cyan"))
+    grid.add_row("job", f"{job.namespace}/{job.name}", f"{seconds:.1f} s")
+    grid.add_row("phase", phase, status.reason or "")
+    grid.add_row("servers", status.servers.text or "-", "")
+    grid.add_row("workers", status.workers.text or "-", "")
+    grid.add_row("progress", _progress(job, loss) or "-", "")
+    if status.recoveries:
+        last = status.recoveries[-1].to_wire()
+        grid.add_row("recovery", _who(last), f"{_seconds(last.get('seconds'))} s")
+    return Group(grid)
+
+
+def recoveries_table(recoveries: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what each recovery did and cost; rows are entries of status.recoveries."""
+    table = Table(title="Recoveries", title_justify="left")
+    for name in ("#", "lost", "strategy", "seconds"):
+        table.add_column(name)
+    for name in ("detect", "replace", "restore", "resume"):
+        table.add_column(name, justify="right")
+    for name in ("‖δ‖", "redone", "sources", "pushes lost/replayed", "outcome"):
+        table.add_column(name)
+    for record in recoveries:
+        phases = record.get("phases") or {}
+        pushes = record.get("pushes") or {}
+        rework = record.get("rework") or {}
+        table.add_row(
+            str(record.get("id")),
+            _who(record),
+            str(record.get("strategy")),
+            _seconds(record.get("seconds")),
+            *(_seconds(phases.get(name)) for name in ("detect", "replace", "restore", "resume")),
+            _delta(record.get("deltaNorm") or {}),
+            str(rework.get("redoneSteps", 0)),
+            ", ".join(f"{k} {n}" for k, n in sorted((record.get("sources") or {}).items())) or "-",
+            f"{pushes.get('lost', 0)}/{pushes.get('replayed', 0)}",
+            str(record.get("outcome")),
+        )
+    return table
+
+
+def metrics_table(report: Mapping[str, Any]) -> Table:
+    """Return what the run reached."""
+    table = Table(title="Result", title_justify="left", show_header=False)
+    loss = report["loss"][-1][2] if report["loss"] else None
+    table.add_row("steps", str(report["steps"]))
+    if loss is not None:
+        table.add_row("loss", f"{loss:.4f}")
+    for name, value in sorted(report["metrics"].items()):
+        table.add_row(name, f"{value:.4f}")
+    pushes = ", ".join(f"{n} {k}" for k, n in report["pushes"].items())
+    table.add_row("pushes", pushes)
+    if report["result"] is not None:
+        table.add_row("saved", str(report["result"].get("uri")))
+    return table
+
+
+def _who(record: Mapping[str, Any]) -> str:
+    losses = record.get("losses") or []
+    seats = [f"{str(x.get('role')).lower()}-{x.get('index')}" for x in losses]
+    if not seats:
+        role = str(record.get("role")).lower()
+        seats = [f"{role}-{index}" for index in record.get("indexes") or []]
+    return ", ".join(seats) or "-"
+
+
+def _seconds(value: Any) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _delta(delta: Mapping[str, Any]) -> str:
+    value, kind = delta.get("value"), delta.get("kind")
+    if value is None:
+        return "unknown"
+    return f"{value:.3g}" if kind == "Exact" else f"≤ {value:.3g}"

@@ -1,0 +1,54 @@
+"""Ports of this machine for members: a data port, and the agent's port after it."""
+
+import random
+import socket
+
+from daruma_operator.errors import EnvironmentLacksError
+
+_FIRST, _LAST = 20_000, 32_000
+"""Below the range that the kernel takes ports of outgoing connections from."""
+
+
+class Ports:
+    """Gives out pairs of neighbouring free ports, each once.
+
+    `first`: count up from there, so that a firewall or a test knows them; None: anywhere.
+    """
+
+    def __init__(self, host: str, first: int | None = None) -> None:
+        self._host = host
+        self._next = first if first is not None else random.randrange(_FIRST, _LAST, 2)  # noqa: S311
+        self._last = 65_534 if first is not None else _LAST
+        self._wraps = first is None
+
+    def check(self, pairs: int) -> None:
+        """Raise EnvironmentLacksError if one of the next `pairs` pairs is taken."""
+        for port in range(self._next, self._next + 2 * pairs):
+            if port > self._last + 1 or not self._free(port):
+                raise EnvironmentLacksError(
+                    f"port {port} of {self._host} is taken: choose another --ports FIRST "
+                    f"({2 * pairs} ports from there on are needed), or leave it out"
+                )
+
+    def take(self) -> int:
+        """Return the lower port of a free pair. EnvironmentLacksError: there is none."""
+        for _ in range((_LAST - _FIRST) // 2):
+            port = self._next
+            self._next += 2
+            if self._next > self._last:
+                if not self._wraps:
+                    break
+                self._next = _FIRST
+            if self._free(port) and self._free(port + 1):
+                return port
+        raise EnvironmentLacksError(f"no two neighbouring free ports are left on {self._host}")
+
+    def _free(self, port: int) -> bool:
+        with socket.socket() as probe:
+            # As the members do, so that a connection that only waits out its end is no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._host, port))
+            except OSError:
+                return False
+            return True
