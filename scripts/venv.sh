@@ -21,4 +21,4 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 [ -x "$venv/bin/uv" ] || "$venv/bin/pip" install --quiet --disable-pip-version-check 'uv>=0.5'
 say "installing the project and its libraries into $venv (torch is large: 5 GB the first time)"
-"$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --constraint constraints.txt --editable '.[dev]'
+"$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" --constraint constraints.txt --editable '.[dev]'

@@ -1,0 +1,1 @@
+"""TrainingJob as types, and the CRD made from them."""

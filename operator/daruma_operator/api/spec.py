@@ -1,0 +1,327 @@
+"""spec of a TrainingJob: each field with meaning, default and limit; the CRD takes them over."""
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from daruma_operator.api.model import Seconds, SpecModel, cel, free, rule
+
+MAX_REPLICAS = 1000
+IMMUTABLE = "is immutable: make another TrainingJob instead"
+
+
+class ConsistencyMode(StrEnum):
+    """How workers wait for each other."""
+
+    ASYNC = "Async"
+    SYNC = "Sync"
+
+
+class SelectionMode(StrEnum):
+    """Which blocks a partial save takes."""
+
+    PRIORITY = "Priority"
+    ROUND_ROBIN = "RoundRobin"
+    RANDOM = "Random"
+
+
+class StrategyName(StrEnum):
+    """How lost servers are recovered."""
+
+    FULL_CHECKPOINT = "FullCheckpoint"
+    PARTIAL = "Partial"
+    STATELESS = "Stateless"
+    FRESHEST = "Freshest"
+
+
+class Combine(StrEnum):
+    """How gradients that could not be sent become one update."""
+
+    AUTO = "Auto"
+    SUM = "Sum"
+    MEAN = "Mean"
+    DROP = "Drop"
+
+
+class CleanPodPolicy(StrEnum):
+    """Which pods a finished job leaves."""
+
+    ALL = "All"
+    RUNNING = "Running"
+    NONE = "None"
+
+
+class EnvVar(SpecModel):
+    """One environment variable of the program; as in a container's env."""
+
+    model_config = ConfigDict(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+
+    name: str = Field(min_length=1, max_length=256)
+    value: str | None = Field(default=None, max_length=65536)
+    value_from: dict[str, Any] | None = Field(default=None, json_schema_extra=free())
+
+
+class Program(SpecModel):
+    """What the workers run."""
+
+    image: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="Image of the workers, and of the servers unless servers.image names another.",
+    )
+    command: tuple[str, ...] = Field(
+        min_length=1, max_length=64, description="The worker's command, e.g. [python, train.py]."
+    )
+    args: tuple[str, ...] = Field(default=(), max_length=256)
+    env: tuple[EnvVar, ...] = Field(default=(), max_length=256)
+
+
+class Servers(SpecModel):
+    """The parameter servers."""
+
+    replicas: int = Field(
+        default=1, ge=1, le=256, description="Shards: each server holds one. Default 1."
+    )
+    image: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="Image of the servers, which need no torch. Default: program.image.",
+    )
+    resources: dict[str, Any] | None = Field(default=None, json_schema_extra=free())
+    template: dict[str, Any] | None = Field(
+        default=None,
+        json_schema_extra=free(),
+        description="A PodTemplateSpec that is merged into the pods made; see the guide.",
+    )
+
+
+class Workers(SpecModel):
+    """The workers."""
+
+    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="Default 1.")
+    resources: dict[str, Any] | None = Field(default=None, json_schema_extra=free())
+    template: dict[str, Any] | None = Field(default=None, json_schema_extra=free())
+
+
+class Consistency(SpecModel):
+    """How workers wait for each other."""
+
+    mode: ConsistencyMode = Field(
+        default=ConsistencyMode.ASYNC,
+        description="Async: each push counts at once. Sync: one update a step, of all workers.",
+    )
+
+
+class Checkpoint(SpecModel):
+    """What is saved, where and when."""
+
+    store: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="Where saves lie: file:///path, within the claim. Default: nothing is saved.",
+        json_schema_extra=cel(
+            rule(
+                "self.startsWith('file:///')",
+                "spec.checkpoint.store must begin with file:/// (other stores come later)",
+            )
+        ),
+    )
+    claim_name: str | None = Field(
+        default=None,
+        max_length=253,
+        description="A PersistentVolumeClaim that all servers share (ReadWriteMany).",
+    )
+    every: int = Field(
+        default=96, ge=0, le=1_000_000_000, description="C, in steps; 0: no periodic saves."
+    )
+    fraction: float = Field(
+        default=0.125,
+        gt=0,
+        le=1,
+        description="r: save this fraction of the blocks every r·C steps; 1: all, every C steps.",
+        json_schema_extra=cel(
+            rule(
+                "self > 0.0 && self <= 1.0",
+                "spec.checkpoint.fraction must be above 0 and at most 1",
+            ),
+        ),
+    )
+    selection: SelectionMode = Field(
+        default=SelectionMode.PRIORITY, description="Priority: the most changed blocks first."
+    )
+    keep: int = Field(default=2, ge=1, le=100, description="Saves kept of each kind.")
+    final: bool = Field(
+        default=True, description="Succeeded only once the result is durable; needs a store."
+    )
+    restore_from: str | None = Field(
+        default=None, max_length=2048, description="status.result.uri of another job: a warm start."
+    )
+
+
+class Replay(SpecModel):
+    """Limits of what a worker accumulates while a server is away."""
+
+    max_pending: int = Field(default=1000, ge=1, le=1_000_000, description="Batches.")
+    max_age_seconds: Seconds = 600.0
+    combine: Combine = Combine.AUTO
+    trust: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Auto, SGD: a replay goes no farther than this × the way training went.",
+    )
+
+
+class Timeouts(SpecModel):
+    """Deadlines, in seconds."""
+
+    detect_seconds: Seconds = Field(
+        default=3.0, description="A member that the operator cannot reach for so long is doubted."
+    )
+    replace_seconds: Seconds = Field(default=120.0, description="For a replacement to run.")
+    restore_seconds: Seconds = Field(default=300.0, description="For lost slots to be back.")
+    progress_seconds: Seconds = Field(
+        default=600.0, description="Without a step for so long a job is Stalled."
+    )
+    pending_seconds: Seconds = Field(default=300.0, description="For all pods to start.")
+
+
+class Recovery(SpecModel):
+    """How losses are recovered."""
+
+    strategy: StrategyName = StrategyName.FRESHEST
+    fallback: tuple[StrategyName, ...] = Field(
+        default=(), max_length=4, description="What is tried, in order, where the strategy cannot."
+    )
+    allow_reset: bool = Field(
+        default=False, description="Whether initial values may be a last resort."
+    )
+    replay: Replay = Field(default_factory=Replay)
+    timeouts: Timeouts = Field(default_factory=Timeouts)
+
+
+class RunPolicy(SpecModel):
+    """How often and how long."""
+
+    backoff_limit: int = Field(
+        default=6, ge=0, le=100, description="Losses that count, per role, within windowSeconds."
+    )
+    window_seconds: Seconds = 3600.0
+    active_deadline_seconds: Seconds | None = Field(
+        default=None, description="The job fails when it runs longer. Default: no limit."
+    )
+    clean_pod_policy: CleanPodPolicy = CleanPodPolicy.RUNNING
+
+
+_USES_SAVES = (
+    "(!has(self.recovery) || !((has(self.recovery.strategy) && "
+    "self.recovery.strategy in ['Partial', 'FullCheckpoint']) || "
+    "(has(self.recovery.fallback) && self.recovery.fallback.exists(f, "
+    "f in ['Partial', 'FullCheckpoint']))))"
+)
+NEEDS_STORE = (
+    "recovery by Partial or FullCheckpoint needs spec.checkpoint.store: name one, or choose "
+    "Stateless or Freshest"
+)
+NEEDS_EVERY = (
+    "recovery by Partial or FullCheckpoint needs periodic saves: set spec.checkpoint.every to 1 "
+    "or more"
+)
+NEEDS_CLAIM = (
+    "a file:// store needs spec.checkpoint.claimName: the PersistentVolumeClaim that the servers "
+    "share"
+)
+TOO_OFTEN = "spec.checkpoint.every × fraction must be at least 1: save less often or more at once"
+NO_TWICE = "spec.recovery.fallback lists a strategy twice, or the strategy itself"
+
+
+class TrainingJobSpec(SpecModel):
+    """What the user wants."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            rule(
+                _USES_SAVES + " || (has(self.checkpoint) && has(self.checkpoint.store))",
+                NEEDS_STORE,
+            ),
+            rule(
+                _USES_SAVES + " || !has(self.checkpoint) || !has(self.checkpoint.every) || "
+                "self.checkpoint.every > 0",
+                NEEDS_EVERY,
+            ),
+            rule(
+                "!has(self.checkpoint) || !has(self.checkpoint.store) || "
+                "!self.checkpoint.store.startsWith('file://') || has(self.checkpoint.claimName)",
+                NEEDS_CLAIM,
+            ),
+            rule(
+                "!has(self.checkpoint) || self.checkpoint.every == 0 || "
+                "double(self.checkpoint.every) * double(self.checkpoint.fraction) >= 1.0",
+                TOO_OFTEN,
+            ),
+            rule(
+                "!has(self.recovery) || !has(self.recovery.fallback) || "
+                "self.recovery.fallback.all(f, f != self.recovery.strategy && "
+                "self.recovery.fallback.filter(g, g == f).size() == 1)",
+                NO_TWICE,
+            ),
+            rule("self.program == oldSelf.program", f"spec.program {IMMUTABLE}"),
+            rule(
+                "self.servers.replicas == oldSelf.servers.replicas",
+                f"spec.servers.replicas {IMMUTABLE}",
+            ),
+            rule(
+                "self.workers.replicas == oldSelf.workers.replicas",
+                f"spec.workers.replicas {IMMUTABLE} (elastic workers come later)",
+            ),
+            rule("self.consistency == oldSelf.consistency", f"spec.consistency {IMMUTABLE}"),
+            rule(
+                "has(self.checkpoint.store) == has(oldSelf.checkpoint.store) && "
+                "(!has(self.checkpoint.store) || "
+                "self.checkpoint.store == oldSelf.checkpoint.store)",
+                f"spec.checkpoint.store {IMMUTABLE}",
+            ),
+            rule(
+                "has(self.blockBytes) == has(oldSelf.blockBytes) && "
+                "(!has(self.blockBytes) || self.blockBytes == oldSelf.blockBytes)",
+                f"spec.blockBytes {IMMUTABLE}",
+            ),
+        ),
+    )
+
+    program: Program
+    servers: Servers = Field(default_factory=Servers)
+    workers: Workers = Field(default_factory=Workers)
+    consistency: Consistency = Field(default_factory=Consistency)
+    block_bytes: int | None = Field(
+        default=None,
+        ge=4,
+        le=65536,
+        description="Size of a block. Default: chosen from the tables, at most 65536.",
+    )
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    recovery: Recovery = Field(default_factory=Recovery)
+    run_policy: RunPolicy = Field(default_factory=RunPolicy)
+
+    def problems(self, *, local: bool) -> list[str]:
+        """Say what the CEL rules would say; `local`: `daruma run` needs no claim, has a store."""
+        saves = {StrategyName.PARTIAL, StrategyName.FULL_CHECKPOINT}
+        ladder = (self.recovery.strategy, *self.recovery.fallback)
+        point = self.checkpoint
+        uses = bool(saves & set(ladder))
+        checks = [
+            (uses and point.store is None and not local, NEEDS_STORE),
+            (uses and point.every == 0, NEEDS_EVERY),
+            (point.store is not None and point.claim_name is None and not local, NEEDS_CLAIM),
+            (point.every > 0 and point.every * point.fraction < 1, TOO_OFTEN),
+            (len(set(ladder)) != len(ladder), NO_TWICE),
+            (
+                point.store is not None and not point.store.startswith("file:///"),
+                "spec.checkpoint.store must begin with file:/// (other stores come later)",
+            ),
+        ]
+        return [message for wrong, message in checks if wrong]
+
+
+ApiVersion = Literal["daruma.dev/v1alpha1"]

@@ -1,0 +1,228 @@
+"""status of a TrainingJob: what is so, what it cost, and all that the operator needs to go on."""
+
+from datetime import datetime
+from enum import StrEnum
+
+from pydantic import Field
+
+from daruma_operator.api.model import StatusModel
+from daruma_trainer.contract import Role
+
+
+class Phase(StrEnum):
+    """Where a job stands."""
+
+    PENDING = "Pending"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    RECOVERING = "Recovering"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class RollbackStatus(StatusModel):
+    """Which cut all members went back to; generation 0: none yet."""
+
+    generation: int = 0
+    cut: str | None = None
+
+
+class MemberStatus(StatusModel):
+    """One incarnation that counts."""
+
+    role: Role
+    index: int
+    incarnation: int
+    pod: str
+    address: str | None = None
+
+
+class Ready(StatusModel):
+    """How many of a role are ready."""
+
+    ready: int = 0
+    total: int = 0
+    text: str = ""
+
+
+class WorkersReady(Ready):
+    """And how many ended well."""
+
+    succeeded: int = 0
+    succeeded_indexes: str = ""
+    """Comma-separated, ascending."""
+
+
+class Counted(StatusModel):
+    """One loss that counts towards runPolicy.backoffLimit."""
+
+    role: Role
+    at: datetime
+
+
+class Restarts(StatusModel):
+    """Members made anew; `disruptions` were the cluster's doing and never count."""
+
+    servers: int = 0
+    workers: int = 0
+    jobs: int = 0
+    disruptions: int = 0
+    counted: tuple[Counted, ...] = ()
+
+
+class Progress(StatusModel):
+    """How far training is; refreshed at most every 10 s."""
+
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    steps_per_second: float | None = None
+    eta_seconds: float | None = None
+    goodput: float | None = None
+    """Fraction of the time since it began in which no recovery went on."""
+    updated_at: datetime | None = None
+
+
+class CheckpointStatus(StatusModel):
+    """The newest save."""
+
+    cut: str | None = None
+    step: int = 0
+    saved_at: datetime | None = None
+    bytes: int = 0
+    distance: float | None = None
+
+
+class Result(StatusModel):
+    """What the job made."""
+
+    uri: str
+    step: int = 0
+    bytes: int = 0
+
+
+class Failure(StatusModel):
+    """The last member that was lost."""
+
+    role: Role | None = None
+    index: int | None = None
+    pod: str | None = None
+    node: str | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    message: str | None = None
+    time: datetime | None = None
+
+
+class Phases(StatusModel):
+    """Seconds from the failure to the first new step; they add up to `seconds`."""
+
+    detect: float | None = None
+    replace: float | None = None
+    restore: float | None = None
+    resume: float | None = None
+
+
+class DeltaNorm(StatusModel):
+    """The distance (L2) between the lost state and the restored one."""
+
+    value: float | None = None
+    kind: str = "Unknown"
+    """Exact | UpperBound | Unknown."""
+
+
+class Rework(StatusModel):
+    """Steps done again (only FullCheckpoint has them); estimated: an interval, or null."""
+
+    redone_steps: int = 0
+    estimated: tuple[float, float] | None = None
+
+
+class Pushes(StatusModel):
+    """Pushes that the recovery lost or replayed, in batches."""
+
+    lost: int = 0
+    replayed: int = 0
+
+
+class Loss(StatusModel):
+    """One member that was lost."""
+
+    role: Role
+    index: int
+    incarnation: int
+    pod: str
+    epoch: int = 0
+    at: datetime | None = None
+    reason: str = ""
+
+
+class RecoveryRecord(StatusModel):
+    """One recovery, in progress or ended."""
+
+    id: int = 0
+    epoch: int = 0
+    cause: str = ""
+    """ServerLost | WorkerLost | ServersAndWorkersLost."""
+    role: Role | None = None
+    indexes: tuple[int, ...] = ()
+    strategy: str = ""
+    rung: int = 0
+    placement: str = "Replace"
+    reason: str = ""
+    started_at: datetime | None = None
+    seconds: float | None = None
+    phases: Phases = Field(default_factory=Phases)
+    sources: dict[str, int] = Field(default_factory=dict)
+    bytes: int = 0
+    delta_norm: DeltaNorm = Field(default_factory=DeltaNorm)
+    rework: Rework = Field(default_factory=Rework)
+    pushes: Pushes = Field(default_factory=Pushes)
+    outcome: str | None = None
+    losses: tuple[Loss, ...] = ()
+    stage_since: datetime | None = None
+    """When the present rung began: what its deadlines count from."""
+    estimated: bool = False
+    """No member saw the failure: it began when the operator first knew."""
+    base: Pushes = Field(default_factory=Pushes)
+    """The job's counts when it began."""
+    step: int = 0
+    """The job's step when it began."""
+    silent: tuple[str, ...] = ()
+    """Workers that did not say what they hold in time."""
+
+
+class Condition(StatusModel):
+    """As in Kubernetes."""
+
+    type: str
+    status: str = "False"
+    reason: str = ""
+    message: str = ""
+    last_transition_time: datetime | None = None
+
+
+class TrainingJobStatus(StatusModel):
+    """Written once a pass, before anything is done."""
+
+    observed_generation: int | None = None
+    phase: Phase | None = None
+    phase_since: datetime | None = None
+    reason: str = ""
+    message: str = ""
+    start_time: datetime | None = None
+    completion_time: datetime | None = None
+    epoch: int = 0
+    initialised: bool = False
+    rollback: RollbackStatus = Field(default_factory=RollbackStatus)
+    members: tuple[MemberStatus, ...] = ()
+    servers: Ready = Field(default_factory=Ready)
+    workers: WorkersReady = Field(default_factory=WorkersReady)
+    restarts: Restarts = Field(default_factory=Restarts)
+    progress: Progress | None = None
+    checkpoint: CheckpointStatus | None = None
+    result: Result | None = None
+    last_failure: Failure | None = None
+    recovery: RecoveryRecord | None = None
+    recoveries: tuple[RecoveryRecord, ...] = ()
+    conditions: tuple[Condition, ...] = ()

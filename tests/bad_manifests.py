@@ -1,0 +1,88 @@
+"""Manifests that the API server and `daruma run` must refuse, and in which words."""
+
+from typing import Any
+
+Case = tuple[str, dict[str, Any], str]
+"""Name, spec, and part of the message that both give."""
+
+PROGRAM = {"image": "i", "command": ["c"]}
+STORE = {"store": "file:///s", "claimName": "c"}
+
+BAD: list[Case] = [
+    ("no program", {"servers": {"replicas": 1}}, "program"),
+    ("no command", {"program": {"image": "i"}}, "command"),
+    (
+        "zero servers",
+        {"program": PROGRAM, "servers": {"replicas": 0}},
+        "greater than or equal to 1",
+    ),
+    (
+        "fraction 0",
+        {"program": PROGRAM, "checkpoint": {**STORE, "fraction": 0}},
+        "greater than 0",
+    ),
+    (
+        "fraction 2",
+        {"program": PROGRAM, "checkpoint": {**STORE, "fraction": 2}},
+        "less than or equal to 1",
+    ),
+    (
+        "unknown strategy",
+        {"program": PROGRAM, "recovery": {"strategy": "Magic"}},
+        "Freshest",
+    ),
+    (
+        "negative deadline",
+        {"program": PROGRAM, "recovery": {"timeouts": {"replaceSeconds": -1}}},
+        "greater than 0",
+    ),
+    (
+        "Partial without a store",
+        {"program": PROGRAM, "recovery": {"strategy": "Partial"}},
+        "needs spec.checkpoint.store",
+    ),
+    (
+        "fallback without a store",
+        {"program": PROGRAM, "recovery": {"fallback": ["FullCheckpoint"]}},
+        "needs spec.checkpoint.store",
+    ),
+    (
+        "Partial without saves",
+        {
+            "program": PROGRAM,
+            "checkpoint": {**STORE, "every": 0},
+            "recovery": {"strategy": "Partial"},
+        },
+        "set spec.checkpoint.every to 1",
+    ),
+    (
+        "file without a claim",
+        {"program": PROGRAM, "checkpoint": {"store": "file:///s"}},
+        "needs spec.checkpoint.claimName",
+    ),
+    (
+        "another store",
+        {"program": PROGRAM, "checkpoint": {"store": "s3://b/p"}},
+        "must begin with file:///",
+    ),
+    (
+        "saves too often",
+        {"program": PROGRAM, "checkpoint": {**STORE, "every": 4, "fraction": 0.125}},
+        "must be at least 1",
+    ),
+    (
+        "fallback to itself",
+        {"program": PROGRAM, "recovery": {"strategy": "Freshest", "fallback": ["Freshest"]}},
+        "twice",
+    ),
+]
+
+
+def manifest(spec: dict[str, Any], name: str = "bad") -> dict[str, Any]:
+    """Wrap a spec into a TrainingJob."""
+    return {
+        "apiVersion": "daruma.dev/v1alpha1",
+        "kind": "TrainingJob",
+        "metadata": {"name": name},
+        "spec": spec,
+    }

@@ -1,0 +1,132 @@
+"""Tests of the API types: they agree with the CRD, and say what is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bad_manifests import BAD, PROGRAM, manifest
+from daruma_operator.api.crd import HEADER, crd
+from daruma_operator.api.job import TrainingJob
+from daruma_operator.api.load import MAX_BYTES, load_manifest, parse_manifest
+from daruma_operator.api.spec import TrainingJobSpec
+from daruma_operator.api.status import Phase, RecoveryRecord, TrainingJobStatus
+from daruma_operator.errors import ManifestError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("path", ["manifests/crd.yaml", "charts/daruma/crds/crd.yaml"])
+def test_the_crd_in_the_repository_is_the_one_that_the_types_make(path: str) -> None:
+    text = (ROOT / path).read_text()
+    assert text.startswith(HEADER)
+    assert yaml.safe_load(text) == crd(), "stale: run `make manifests`"
+    assert len(text) < 200_000, "client-side apply keeps it in an annotation of 256 KB at most"
+
+
+def nodes(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [schema]
+    for child in [*schema.get("properties", {}).values(), schema.get("items", {})]:
+        if isinstance(child, dict) and child:
+            found += nodes(child)
+    return found
+
+
+def test_the_schema_is_structural() -> None:
+    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    for node in nodes(schema):
+        assert not {"$ref", "anyOf", "title", "prefixItems", "const"} & set(node), node
+        assert "type" in node, node
+
+
+def test_templates_and_resources_have_no_default() -> None:
+    """CEL's has() is true for a field with a default, and a merge would not see its absence."""
+    spec = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    for role in ("servers", "workers"):
+        for field in ("template", "resources"):
+            assert "default" not in spec["properties"][role]["properties"][field]
+
+
+def test_defaults_of_the_crd_are_those_of_the_types() -> None:
+    spec = TrainingJobSpec.model_validate({"program": PROGRAM}).model_dump(
+        mode="json", by_alias=True
+    )
+    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+
+    def check(node: dict[str, Any], value: Any, at: str) -> None:
+        if "default" in node:
+            assert node["default"] == value, at
+        for name, child in node.get("properties", {}).items():
+            if isinstance(value, dict):
+                check(child, value.get(name), f"{at}.{name}")
+
+    check(schema, spec, "spec")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "manifests/examples").glob("*.yaml")), ids=str)
+def test_the_examples_are_good(path: Path) -> None:
+    assert load_manifest(path).spec.servers.replicas >= 1
+
+
+@pytest.mark.parametrize(("name", "spec", "message"), BAD, ids=[name for name, _, _ in BAD])
+def test_bad_manifests_are_refused_in_words(name: str, spec: dict[str, Any], message: str) -> None:
+    del name
+    with pytest.raises(ManifestError) as refused:
+        parse_manifest(json.dumps(manifest(spec)), "x.yaml")
+    assert message in str(refused.value)
+    assert "x.yaml" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML (line"),
+        ("", "0 documents"),
+        ("a: 1\n---\nb: 2", "2 documents"),
+        ("kind: Pod\napiVersion: v1", "write apiVersion: daruma.dev/v1alpha1"),
+        (json.dumps(manifest({"program": PROGRAM, "wokers": {}})), "spec.wokers: there is no such"),
+        (json.dumps({**manifest({"program": PROGRAM}), "spc": 1}), "unknown field 'spc'"),
+        (json.dumps({**manifest({"program": PROGRAM}), "metadata": {}}), "metadata.name"),
+    ],
+)
+def test_what_is_no_manifest_is_refused_in_words(text: str, message: str) -> None:
+    with pytest.raises(ManifestError) as refused:
+        parse_manifest(text, "x.yaml")
+    assert message in str(refused.value)
+
+
+def test_a_missing_and_a_huge_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="cannot read"):
+        load_manifest(tmp_path / "none.yaml")
+    (tmp_path / "huge.yaml").write_bytes(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(ManifestError, match="larger than"):
+        load_manifest(tmp_path / "huge.yaml")
+
+
+def test_a_local_run_needs_no_claim() -> None:
+    text = json.dumps(manifest({"program": PROGRAM, "checkpoint": {"store": "file:///s"}}))
+    assert parse_manifest(text, "x", local=True).spec.checkpoint.store == "file:///s"
+
+
+def test_a_status_reads_back_and_passes_over_what_it_does_not_know() -> None:
+    status = TrainingJobStatus(
+        phase=Phase.RECOVERING, epoch=7, recovery=RecoveryRecord(id=3, indexes=(1,))
+    )
+    raw = status.model_dump(mode="json", by_alias=True)
+    assert raw["recovery"]["deltaNorm"] == {"value": None, "kind": "Unknown"}
+    assert TrainingJobStatus.model_validate({**raw, "ofALaterVersion": 1}) == status
+
+
+def test_an_object_of_the_api_server_is_read() -> None:
+    raw = manifest({"program": PROGRAM}) | {
+        "metadata": {
+            "name": "j", "namespace": "n", "uid": "u", "generation": 3, "resourceVersion": "9",
+            "creationTimestamp": "2026-01-01T00:00:00Z", "deletionTimestamp": "2026-01-02T00:00:00Z",
+        }
+    }  # fmt: skip
+    job = TrainingJob.from_wire(raw)
+    assert (job.namespace, job.name, job.uid, job.resource_version) == ("n", "j", "u", "9")
+    assert job.deleting
+    assert job.status_to_wire()["epoch"] == 0
