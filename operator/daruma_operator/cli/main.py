@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from daruma_operator.cli.delegate import become
-from daruma_operator.errors import DarumaError, EnvironmentLacksError, ManifestError
+from daruma_operator.errors import DarumaError, EnvironmentLacksError, ManifestError, UsageError
 from daruma_trainer.contract import ExitCode
 
-_BENCHES = ("rework", "availability", "recovery", "checkpoint", "throughput", "operator")
+_BENCHES = ("recovery",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             become("daruma_trainer.bench", given[1:], ["numpy", "zmq"], "trainer")
         options = _parser().parse_args(given)
         return _run(options)
-    except ManifestError as error:
+    except (ManifestError, UsageError) as error:
         return _fail(error, ExitCode.USAGE)
     except EnvironmentLacksError as error:
         return _fail(error, ExitCode.MISSING)

@@ -44,7 +44,7 @@ class Recorder:
             else:
                 self._duplicates[member] = max(self._duplicates.get(member, 0), report.duplicate)
         for record in job.status.recoveries:
-            self._recoveries[record.id] = record.to_wire()
+            self._recoveries[record.id] = record.model_dump(mode="json", by_alias=True)
 
     def report(self, job: TrainingJob, seconds: float, *, interrupted: bool) -> dict[str, Any]:
         """Return `report.json`'s content (docs/guides/run.md describes it)."""
@@ -67,7 +67,11 @@ class Recorder:
                 "replayed": _pushes(recoveries, "replayed"),
                 "duplicate": sum(self._duplicates.values()),
             },
-            "result": None if status.result is None else status.result.to_wire(),
+            "result": (
+                None
+                if status.result is None
+                else status.result.model_dump(mode="json", by_alias=True)
+            ),
         }
 
     def _sample(self, loss: float, seconds: float) -> None:

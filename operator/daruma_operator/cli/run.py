@@ -7,12 +7,16 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 from rich.console import Console
 
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.load import load_manifest
+from daruma_operator.api.spec import StrategyName
 from daruma_operator.api.status import Phase
 from daruma_operator.cli.folder import used, write_report
 from daruma_operator.cli.kills import Kill, check_kills, due, parse_kill
@@ -21,7 +25,7 @@ from daruma_operator.cli.show import View, metrics_table, recoveries_table
 from daruma_operator.controller.decide import Decision
 from daruma_operator.controller.loop import Controller, Hooks
 from daruma_operator.controller.observe import Seen
-from daruma_operator.errors import ManifestError
+from daruma_operator.errors import UsageError
 from daruma_operator.metrics import Metrics
 from daruma_operator.settings import Settings
 from daruma_operator.substrate.ports import Ports
@@ -49,14 +53,9 @@ class RunOptions:
 
 def run(options: RunOptions, environment: Mapping[str, str]) -> int:
     """Run the job to its end and return the exit code. Raises the errors of errors.py."""
-    job = load_manifest(options.manifest, local=True, strategy=options.strategy)
+    job = _job(options, environment)
     kills = [parse_kill(text) for text in options.kills]
     check_kills(kills, job.spec.servers.replicas, job.spec.workers.replicas)
-    if not job.spec.program.command:
-        raise ManifestError(
-            "spec.program.command: `daruma run` needs it, since it does not see the image's own: "
-            "write for example [python, -m, daruma_trainer.programs.mlr]"
-        )
     program_command(job)
     ports = Ports(HOST, options.first_port)
     if options.first_port is not None:
@@ -84,6 +83,35 @@ def run(options: RunOptions, environment: Mapping[str, str]) -> int:
     return ExitCode.OK
 
 
+def _job(options: RunOptions, environment: Mapping[str, str]) -> TrainingJob:
+    job = load_manifest(options.manifest, local=True)
+    spec = job.spec
+    if options.strategy is not None:
+        if options.strategy not in set(StrategyName):
+            raise UsageError(f"--strategy {options.strategy}: there are {', '.join(StrategyName)}")
+        strategy = StrategyName(options.strategy)
+        # What is left of the ladder; a rung must not be there twice.
+        fallback = tuple(f for f in spec.recovery.fallback if f is not strategy)
+        update = {"strategy": strategy, "fallback": fallback}
+        spec = spec.model_copy(update={"recovery": spec.recovery.model_copy(update=update)})
+        problems = spec.problems(local=True)
+        if problems:
+            raise UsageError("\n".join(f"--strategy {strategy}: {p}" for p in problems))
+    for variable in spec.program.env:
+        if variable.value is None and variable.name not in environment:
+            raise UsageError(
+                f"spec.program.env: {variable.name} comes from the cluster; export it here first"
+            )
+    return job.model_copy(
+        update={
+            "spec": spec,
+            "uid": str(uuid4()),
+            "resource_version": "1",
+            "created_at": datetime.now(UTC),
+        }
+    )
+
+
 class _Run:
     def __init__(
         self, substrate: ProcessSubstrate, key: JobKey, kills: list[Kill], console: Console
@@ -98,7 +126,7 @@ class _Run:
         self._aborted = asyncio.Event()
         self.interrupted = False
 
-    async def to_the_end(self, out: Path) -> tuple[dict[str, object], Phase | None]:
+    async def to_the_end(self, out: Path) -> tuple[dict[str, Any], Phase | None]:
         """Run until the job is final, or was interrupted; nothing that was started remains."""
         loop = asyncio.get_running_loop()
         self._started = loop.time()

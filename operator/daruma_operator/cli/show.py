@@ -93,7 +93,7 @@ def _panel(job: TrainingJob, loss: float | None, seconds: float) -> RenderableTy
     grid.add_row("workers", status.workers.text or "-", "")
     grid.add_row("progress", _progress(job, loss) or "-", "")
     if status.recoveries:
-        last = status.recoveries[-1].to_wire()
+        last = status.recoveries[-1].model_dump(mode="json", by_alias=True)
         grid.add_row("recovery", _who(last), f"{_seconds(last.get('seconds'))} s")
     return Group(grid)
 

@@ -245,7 +245,8 @@ class ProcessSubstrate:
             ENV_LISTEN: address,
         }
         if plan.role is Role.WORKER:
-            environment |= {variable.name: variable.value for variable in job.spec.program.env}
+            # A Secret's value (valueFrom) is what the environment here says it is.
+            environment |= {v.name: v.value for v in job.spec.program.env if v.value is not None}
         return environment
 
 

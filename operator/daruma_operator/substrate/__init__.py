@@ -1,0 +1,1 @@
+"""Where members are made: pods of a cluster, or processes of this machine."""

@@ -1,0 +1,1 @@
+"""Measurements: `daruma bench …`. Tests say what happens; these say how fast."""
