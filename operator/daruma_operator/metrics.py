@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from daruma_operator.api.status import RecoveryRecord, TrainingJobStatus
 
-PHASES = ("Pending", "Starting", "Running", "Recovering", "Succeeded", "Failed")
 CONDITIONS = ("Stalled", "Unreachable", "CheckpointStale", "StateLost", "Degraded")
 SECONDS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 PASS_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -66,7 +65,7 @@ class Metrics:
         )
         self.delta_norm = Histogram(
             "daruma_recovery_delta_norm",
-            "L2 distance between the lost state and the restored one, where it is known or bounded.",
+            "L2 distance between the lost state and the restored one, where known or bounded.",
             ["strategy"],
             buckets=NORMS,
             registry=r,
@@ -149,9 +148,9 @@ class Metrics:
         for key, (role, cause) in _losses(new).items():
             if key not in before:
                 self.pod_failures.labels(namespace, role, cause).inc()
-        if old.recovery and new.recovery and old.recovery.id == new.recovery.id:
-            if new.recovery.rung > old.recovery.rung:
-                self.escalations.labels(old.recovery.strategy, new.recovery.strategy).inc()
+        was, now = old.recovery, new.recovery
+        if was and now and was.id == now.id and now.rung > was.rung:
+            self.escalations.labels(was.strategy, now.strategy).inc()
         if new.completion_time is not None and old.completion_time is None:
             used = len(new.restarts.counted)
             self.limit_used.observe(min(1.0, used / limit) if limit else float(used > 0))

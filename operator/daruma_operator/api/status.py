@@ -188,6 +188,8 @@ class RecoveryRecord(StatusModel):
     """The job's counts when it began."""
     step: int = 0
     """The job's step when it began."""
+    planned_epoch: int = 0
+    """The epoch in which the plan was announced; restores are sent in that one alone."""
     silent: tuple[str, ...] = ()
     """Workers that did not say what they hold in time."""
 

@@ -17,9 +17,7 @@ FRESH_SECONDS = 1.0
 FINAL = (Phase.SUCCEEDED, Phase.FAILED)
 
 
-async def observe(
-    job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk, agents: Agents
-) -> Seen:
+async def observe(job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk, agents: Agents) -> Seen:
     """Return what is seen of a job now."""
     if job.status.phase in FINAL:
         agents.follow(talk, {}, calm=True)

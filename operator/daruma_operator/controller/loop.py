@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import perf_counter
 
-from daruma_operator.api.job import TrainingJob
 from daruma_operator.controller.agents import Agents
 from daruma_operator.controller.apply import apply
-from daruma_operator.controller.decide import Decision, Policy, decide
+from daruma_operator.controller.decide import Decision, decide
+from daruma_operator.controller.draft import Policy
 from daruma_operator.controller.gather import observe
 from daruma_operator.controller.observe import Seen
 from daruma_operator.controller.queue import WorkQueue
@@ -100,7 +100,7 @@ class Controller:
         while True:
             try:
                 await self.enqueue_all()
-            except Exception:  # noqa: BLE001 - an edge: a LIST that failed is repeated
+            except Exception:
                 LOG.exception("the list of jobs could not be read; it will be tried again")
                 await asyncio.sleep(self._settings.longest_backoff_seconds)
                 continue
@@ -136,7 +136,7 @@ class Controller:
 
     async def _pass(self, key: JobKey) -> None:
         job = await self._substrate.read_job(key)
-        if job is None or job.deletion_timestamp is not None:
+        if job is None or job.deleting:
             # Its pods have it as owner and go with it.
             self._agents.forget(key)
             self._queue.forget(key)
@@ -161,7 +161,9 @@ class Controller:
             self._hooks.point("status-written")
         self._metrics.note_job(key.namespace, key.name, decision.status)
         self._hooks.observer(seen, decision)
-        done = await apply(decision.acts, job, self._substrate, self._agents, talk, self._hooks.point)
+        done = await apply(
+            decision.acts, job, self._substrate, self._agents, talk, self._hooks.point
+        )
         for event in decision.events:
             await self._substrate.emit(job, event)
         if not done:

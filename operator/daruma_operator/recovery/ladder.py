@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from daruma_operator.api.spec import Strategy
+from daruma_operator.api.spec import StrategyName
 from daruma_operator.recovery.strategies import PRESETS
 from daruma_trainer.contract import SourceKind
 
@@ -25,12 +25,12 @@ class Rung:
     """One step of the ladder that can be tried."""
 
     number: int
-    strategy: Strategy
+    strategy: StrategyName
     skipped: tuple[str, ...] = ()
     """Why those before it could not be."""
 
 
-def find_rung(ladder: Sequence[Strategy], start: int, means: Means) -> Rung | str:
+def find_rung(ladder: Sequence[StrategyName], start: int, means: Means) -> Rung | str:
     """Return the first rung from `start` on that has a source; else the reasons, as a sentence."""
     skipped: list[str] = []
     for number in range(start, len(ladder)):
@@ -41,7 +41,7 @@ def find_rung(ladder: Sequence[Strategy], start: int, means: Means) -> Rung | st
     return "; ".join(skipped) or "every strategy of the job was tried"
 
 
-def lacks(strategy: Strategy, means: Means) -> str | None:
+def lacks(strategy: StrategyName, means: Means) -> str | None:
     """Return why a strategy cannot work at all, or None."""
     preset = PRESETS[strategy]
     if preset.rollback:

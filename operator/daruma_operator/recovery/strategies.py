@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from daruma_operator.api.spec import Strategy
+from daruma_operator.api.spec import StrategyName
 from daruma_trainer.contract import SourceKind, WorkersMeanwhile
 
 
@@ -20,19 +20,24 @@ class Preset:
 _PEER, _RUNNING = SourceKind.PEER, SourceKind.RUNNING_CHECKPOINT
 _FULL = SourceKind.FULL_CHECKPOINT
 
-PRESETS: Mapping[Strategy, Preset] = {
-    Strategy.FULL_CHECKPOINT: Preset(frozenset({_FULL}), True, WorkersMeanwhile.WAIT),
-    Strategy.PARTIAL: Preset(frozenset({_RUNNING}), False, WorkersMeanwhile.WAIT),
-    Strategy.STATELESS: Preset(frozenset({_PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY),
-    Strategy.FRESHEST: Preset(frozenset({_PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY),
+PRESETS: Mapping[StrategyName, Preset] = {
+    StrategyName.FULL_CHECKPOINT: Preset(frozenset({_FULL}), True, WorkersMeanwhile.WAIT),
+    StrategyName.PARTIAL: Preset(frozenset({_RUNNING}), False, WorkersMeanwhile.WAIT),
+    StrategyName.STATELESS: Preset(frozenset({_PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY),
+    StrategyName.FRESHEST: Preset(frozenset({_PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY),
 }
 
 
-def rolls_back(strategies: Iterable[Strategy]) -> bool:
+def preset_of(strategy: str) -> Preset:
+    """Return the preset of a strategy as status names it."""
+    return PRESETS[StrategyName(strategy)]
+
+
+def rolls_back(strategies: Iterable[StrategyName]) -> bool:
     """Whether cuts have to be taken for a ladder."""
     return any(PRESETS[s].rollback for s in strategies)
 
 
-def keeps_running(strategies: Iterable[Strategy]) -> bool:
+def keeps_running(strategies: Iterable[StrategyName]) -> bool:
     """Whether a running checkpoint has to be kept for a ladder."""
     return any(_RUNNING in PRESETS[s].sources for s in strategies)

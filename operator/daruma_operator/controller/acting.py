@@ -1,0 +1,139 @@
+"""From a status to what has to be done: what it announces and the facts do not show yet. Pure."""
+
+from daruma_operator.api.spec import CleanPodPolicy
+from daruma_operator.api.status import Phase, TrainingJobStatus
+from daruma_operator.controller.acts import (
+    Act,
+    CreatePod,
+    DeletePod,
+    PostCheckpoint,
+    PostRestore,
+    PutMembership,
+)
+from daruma_operator.controller.draft import Policy, indexes
+from daruma_operator.controller.membership import membership_of
+from daruma_operator.controller.observe import Seen, runs
+from daruma_operator.controller.recovering import restores_of
+from daruma_operator.controller.verdicts import name_of
+from daruma_operator.names import cut_number, pod_plan
+from daruma_operator.substrate.protocol import PodFacts, PodState
+from daruma_trainer.contract import Role, agent_address
+
+FINAL = (Phase.SUCCEEDED, Phase.FAILED)
+
+
+def acts_of(seen: Seen, status: TrainingJobStatus, policy: Policy) -> tuple[Act, ...]:
+    """Return the acts, in the order in which they are done."""
+    if status.phase in FINAL:
+        return tuple(_clean(seen, policy))
+    return (
+        *_creations(seen, status),
+        *_memberships(seen, status, policy),
+        *_restores(seen, status, policy),
+        *_saves(seen, status),
+        *_deletions(seen, status, policy),
+    )
+
+
+def _creations(seen: Seen, status: TrainingJobStatus) -> list[Act]:
+    name = seen.job.name
+    return [
+        CreatePod(pod_plan(name, m.role, m.index, m.incarnation))
+        for m in status.members
+        if m.address is None and seen.pod(m.pod) is None
+    ]
+
+
+def _memberships(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[Act]:
+    """Everybody who has an address in the membership, and lacks it, gets it."""
+    if not any(m.address for m in status.members):
+        return []
+    membership = membership_of(seen.job, status, policy.store)
+    found: list[Act] = []
+    for member in status.members:
+        agent = _agent(seen, member.pod)
+        name = name_of(member)
+        if agent is None or member.address is None or name not in seen.reached:
+            continue
+        report = seen.report(name)
+        known = max(seen.delivered.get(name, 0), 0 if report is None else report.epoch)
+        if known < status.epoch:
+            found.append(PutMembership(name, agent, membership))
+    return found
+
+
+def _restores(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[Act]:
+    found: list[Act] = []
+    pods = {name_of(m): m.pod for m in status.members}
+    for name, restore in restores_of(seen, status, stored=policy.store is not None).items():
+        agent, planned = _agent(seen, pods[name]), seen.planned.get(name)
+        told = planned is not None and planned.restore.epoch == status.epoch
+        if agent is not None and name in seen.reached and not told:
+            found.append(PostRestore(name, agent, restore))
+    return found
+
+
+def _saves(seen: Seen, status: TrainingJobStatus) -> list[Act]:
+    if status.reason not in ("SavingResult", "WorkersLeaving"):
+        return []
+    number = cut_number(status.epoch, 0 if status.progress is None else status.progress.step)
+    return [
+        PostCheckpoint(name_of(m), agent, number)
+        for m in status.members
+        if m.role is Role.SERVER
+        and (agent := _agent(seen, m.pod)) is not None
+        and seen.saving.get(name_of(m)) != number
+        and (status.reason == "SavingResult" or not _final(seen, name_of(m)))
+    ]
+
+
+def _final(seen: Seen, member: str) -> bool:
+    report = seen.report(member)
+    return report is not None and report.final is not None
+
+
+def _deletions(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[Act]:
+    """Pods of incarnations that were replaced. A dead one's log is kept until it is over."""
+    current = {m.pod for m in status.members}
+    active = status.recovery is not None
+    return [
+        _delete(pod, policy.superseded_grace_seconds)
+        for pod in seen.pods
+        if pod.name not in current
+        and not pod.deleting
+        and not (active and pod.state is PodState.TERMINATED)
+    ]
+
+
+def _clean(seen: Seen, policy: Policy) -> list[Act]:
+    keep = seen.job.spec.run_policy.clean_pod_policy
+    if keep is CleanPodPolicy.NONE:
+        return []
+    return [
+        _delete(pod, policy.clean_grace_seconds)
+        for pod in seen.pods
+        if not pod.deleting and (keep is CleanPodPolicy.ALL or pod.state is not PodState.TERMINATED)
+    ]
+
+
+def _delete(pod: PodFacts, grace: float) -> DeletePod:
+    return DeletePod(pod.name, pod.uid, grace)
+
+
+def _agent(seen: Seen, name: str) -> str | None:
+    pod = seen.pod(name)
+    if pod is None or pod.address is None or not runs(pod):
+        return None
+    return agent_address(pod.address)
+
+
+def all_told(seen: Seen, status: TrainingJobStatus) -> bool:
+    """Whether every member that runs has the newest membership."""
+    done = indexes(status.workers.succeeded_indexes)
+    for member in status.members:
+        report = seen.report(name_of(member))
+        known = max(seen.delivered.get(name_of(member), 0), 0 if report is None else report.epoch)
+        ended = member.role is Role.WORKER and member.index in done
+        if not ended and known < status.epoch:
+            return False
+    return True

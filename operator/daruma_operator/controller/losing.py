@@ -1,0 +1,270 @@
+"""What a loss leads to: new incarnations in a new epoch, a recovery, or the job's end. Pure."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from daruma_operator.api.status import (
+    Counted,
+    DeltaNorm,
+    Failure,
+    Loss,
+    MemberStatus,
+    Phase,
+    Phases,
+    Pushes,
+    RecoveryRecord,
+    Rework,
+    RollbackStatus,
+)
+from daruma_operator.controller.draft import Draft
+from daruma_operator.controller.ending import fail
+from daruma_operator.controller.membership import ladder_of
+from daruma_operator.controller.observe import runs
+from daruma_operator.controller.progress import job_step
+from daruma_operator.controller.verdicts import Verdict, name_of
+from daruma_operator.names import pod_name, seat
+from daruma_operator.recovery.ladder import Means, Rung, find_rung
+from daruma_operator.recovery.price import counters
+from daruma_operator.recovery.strategies import PRESETS
+from daruma_trainer.contract import SLOTS, ExitCode, Role, SourceKind
+
+MAX_COUNTED = 100
+MAX_MESSAGE = 400
+
+
+def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
+    """Replace lost members, and begin a recovery or join the one in progress."""
+    count(d, verdicts)
+    if over_limit(d, verdicts):
+        return
+    before = d.status
+    epoch = d.raise_epoch()
+    d.replace_members(successor(d, v.member.role, v.member.index, epoch) for v in verdicts)
+    for v in verdicts:
+        d.tell(v.event, _sentence(v), warning=True, member=seat(v.member.role, v.member.index))
+    alone = not any(runs(d.seen.pod(m.pod)) for m in d.status.members)
+    if not before.initialised:
+        d.phase(Phase.PENDING, "MembersReplaced", f"{_names(verdicts)} ended before training began")
+        return
+    if before.recovery is None:
+        _begin(d, verdicts, epoch)
+    else:
+        _join(d, verdicts, epoch)
+    if any(v.member.role is Role.SERVER for v in verdicts):
+        climb(d, d.record.rung, "a server was lost")
+        if d.status.recovery is None:
+            return  # nothing can bring it back: the job failed, or begins again
+    if alone:
+        d.set_record(cause="AllPodsLost")
+        d.phase(Phase.PENDING, "AllPodsLost", "no pod is left; all are made anew and restored")
+    else:
+        d.phase(Phase.RECOVERING, d.record.cause, f"{_names(verdicts)} lost; {d.record.strategy}")
+
+
+def successor(d: Draft, role: Role, index: int, epoch: int) -> MemberStatus:
+    """Return the next incarnation of a seat."""
+    name = pod_name(d.seen.job.name, role, index, epoch)
+    return MemberStatus(role=role, index=index, incarnation=epoch, pod=name)
+
+
+def count(d: Draft, verdicts: Sequence[Verdict]) -> None:
+    """Note failures, and which of them count."""
+    restarts = d.status.restarts
+    since = d.now - timedelta(seconds=d.spec.run_policy.window_seconds)
+    counted = [c for c in restarts.counted if c.at > since]
+    counted += [Counted(role=v.member.role, at=d.now) for v in verdicts if v.counts]
+    roles = [v.member.role for v in verdicts]
+    update = {
+        "servers": restarts.servers + roles.count(Role.SERVER),
+        "workers": restarts.workers + roles.count(Role.WORKER),
+        "disruptions": restarts.disruptions + sum(not v.counts for v in verdicts),
+        "counted": tuple(counted[-2 * MAX_COUNTED :]),
+    }
+    worst = max(verdicts, key=lambda v: v.counts)
+    pod = worst.pod
+    d.set(
+        restarts=restarts.model_copy(update=update),
+        last_failure=Failure(
+            role=worst.member.role,
+            index=worst.member.index,
+            pod=worst.member.pod,
+            node=pod.node if pod else None,
+            exit_code=pod.exit_code if pod else None,
+            reason=worst.reason,
+            message=((pod.message if pod else None) or "")[-MAX_MESSAGE:],
+            time=d.now,
+        ),
+    )
+
+
+def over_limit(d: Draft, verdicts: Sequence[Verdict]) -> bool:
+    """Fail the job if a program asks for what cannot be, or too many failures count."""
+    for v in verdicts:
+        if v.member.role is Role.WORKER and v.pod and v.pod.exit_code == ExitCode.USAGE:
+            text = (v.pod.message or "its program was used wrongly").strip()
+            fail(d, "ProgramRefused", f"{v.member.pod} ended with exit code 2: {text}")
+            return True
+    limit = d.spec.run_policy.backoff_limit
+    for role in Role:
+        used = sum(c.role is role for c in d.status.restarts.counted)
+        if used > limit and any(v.counts and v.member.role is role for v in verdicts):
+            last = d.status.last_failure
+            text = f"; the last one: {last.reason} {last.message}" if last else ""
+            window = d.spec.run_policy.window_seconds
+            d.tell("LimitReached", f"{used} failures of {role}s count", warning=True)
+            fail(
+                d,
+                "BackoffLimitExceeded",
+                f"{used} failures of {role.lower()}s within {window:g} s are more than "
+                f"runPolicy.backoffLimit = {limit}{text}",
+            )
+            return True
+    return False
+
+
+def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
+    roles = {v.member.role for v in verdicts}
+    role = Role.SERVER if Role.SERVER in roles else Role.WORKER
+    ages = [v.age for v in verdicts if v.age is not None]
+    age = max(ages, default=0.0)
+    live = [name_of(m) for m in d.status.members]
+    reports = {i: heard.report for i, heard in d.seen.heard.items()}
+    lost, replayed = counters(reports, live)
+    number = max((r.id for r in d.status.recoveries), default=0) + 1
+    d.set(
+        recovery=RecoveryRecord(
+            id=number,
+            epoch=epoch,
+            cause=f"{role.value}Lost",
+            role=role,
+            indexes=_indexes(verdicts, role),
+            strategy=d.spec.recovery.strategy,
+            reason="WaitingForReplacement",
+            started_at=d.now - timedelta(seconds=age),
+            estimated=not ages,
+            stage_since=d.now,
+            step=job_step(d),
+            phases=Phases(detect=age),
+            base=Pushes(lost=lost, replayed=replayed),
+            losses=tuple(_loss(d, v, epoch) for v in verdicts),
+        )
+    )
+    d.tell("RecoveryStarted", f"{_names(verdicts)} lost: {_reasons(verdicts)}")
+
+
+def _join(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
+    """A loss during a recovery joins it; the plan is made anew."""
+    record = d.record
+    servers = any(v.member.role is Role.SERVER for v in verdicts)
+    role = Role.SERVER if servers else record.role or Role.WORKER
+    seats = {*record.indexes} if role is record.role else set()
+    seats |= {*_indexes(verdicts, role)}
+    d.set_record(
+        epoch=epoch,
+        role=role,
+        cause=record.cause if record.cause == "AllPodsLost" else f"{role.value}Lost",
+        indexes=tuple(sorted(seats)),
+        stage_since=d.now,
+        phases=Phases(detect=record.phases.detect),
+        losses=(*record.losses, *(_loss(d, v, epoch) for v in verdicts)),
+    )
+
+
+def climb(d: Draft, start: int, why: str) -> None:
+    """Take the first rung from `start` on that can work; none: initial values, or the end."""
+    found = find_rung(ladder_of(d.spec), start, means(d))
+    if isinstance(found, str):
+        exhausted(d, why, found)
+        return
+    record = d.record
+    if found.number != record.rung:
+        text = "; ".join([why, *found.skipped])
+        d.tell("RecoveryEscalated", f"{record.strategy} → {found.strategy}: {text}", warning=True)
+    _take(d, found)
+
+
+def _take(d: Draft, rung: Rung) -> None:
+    moved = rung.number != d.record.rung
+    d.set_record(rung=rung.number, strategy=rung.strategy, planned_epoch=0)
+    if moved:
+        # The membership may change with the rung, and plans of the old one must not be taken.
+        d.raise_epoch()
+        d.set_record(stage_since=d.now)
+    if not PRESETS[rung.strategy].rollback:
+        return
+    checkpoint = d.status.checkpoint
+    cut = None if checkpoint is None else checkpoint.cut
+    cut_step = 0 if checkpoint is None else checkpoint.step
+    before = d.status.rollback
+    d.set(rollback=RollbackStatus(generation=before.generation + 1, cut=cut))
+    d.set_record(
+        reason="RolledBackToCut",
+        rework=Rework(redone_steps=max(0, d.record.step - cut_step)),
+        delta_norm=DeltaNorm(value=None, kind="Unknown"),
+    )
+    if d.status.progress is not None:
+        d.set(progress=d.status.progress.model_copy(update={"step": cut_step}))
+
+
+def means(d: Draft) -> Means:
+    """Return what there is to recover from."""
+    lost = {(x.role, x.index) for x in d.record.losses}
+    peers = any(
+        m.role is Role.WORKER and (m.role, m.index) not in lost and runs(d.seen.pod(m.pod))
+        for m in d.status.members
+    )
+    checkpoint = d.status.checkpoint
+    cut = checkpoint is not None and checkpoint.cut is not None
+    return Means(d.policy.store is not None, cut, peers)
+
+
+def exhausted(d: Draft, why: str, reasons: str) -> None:
+    """No rung is left."""
+    d.condition("StateLost", true=True, reason="NoSource", message=f"{why}; {reasons}"[:1024])
+    d.tell("StateLost", f"{why}; {reasons}", warning=True)
+    if not d.spec.recovery.allow_reset:
+        fail(
+            d,
+            "StateLost",
+            f"{why}, and nothing can bring the lost parameters back ({reasons}). Give the job a "
+            "checkpoint.store, or set recovery.allowReset to begin again from initial values",
+        )
+        return
+    d.close("Reset", {SourceKind.INITIAL.value: SLOTS})
+    epoch = d.raise_epoch()
+    d.replace_members(successor(d, m.role, m.index, epoch) for m in d.status.members)
+    restarts = d.status.restarts
+    d.set(
+        initialised=False,
+        rollback=RollbackStatus(),
+        progress=None,
+        restarts=restarts.model_copy(update={"jobs": restarts.jobs + 1}),
+        workers=d.status.workers.model_copy(update={"succeeded": 0, "succeeded_indexes": ""}),
+    )
+    d.phase(Phase.PENDING, "StateLost", "the job begins again from initial values (allowReset)")
+
+
+def _loss(d: Draft, v: Verdict, epoch: int) -> Loss:
+    m = v.member
+    return Loss(
+        role=m.role, index=m.index, incarnation=m.incarnation, pod=m.pod, epoch=epoch, at=d.now,
+        reason=v.reason,
+    )  # fmt: skip
+
+
+def _indexes(verdicts: Sequence[Verdict], role: Role) -> tuple[int, ...]:
+    return tuple(sorted({v.member.index for v in verdicts if v.member.role is role}))
+
+
+def _names(verdicts: Sequence[Verdict]) -> str:
+    return ", ".join(seat(v.member.role, v.member.index) for v in verdicts)
+
+
+def _reasons(verdicts: Sequence[Verdict]) -> str:
+    return ", ".join(sorted({v.reason for v in verdicts}))
+
+
+def _sentence(v: Verdict) -> str:
+    code = f" with exit code {v.pod.exit_code}" if v.pod and v.pod.exit_code is not None else ""
+    text = f": {v.pod.message.strip()[-MAX_MESSAGE:]}" if v.pod and v.pod.message else ""
+    return f"{v.member.pod} was lost ({v.reason}){code}{text}"

@@ -1,0 +1,201 @@
+"""How far a job is, as its members say: steps, loss, saves, who is ready. Pure."""
+
+from datetime import datetime, timedelta
+
+from daruma_operator.api.spec import ConsistencyMode
+from daruma_operator.api.status import CheckpointStatus, Progress
+from daruma_operator.controller.draft import Draft, index_text, indexes
+from daruma_operator.controller.verdicts import finished, name_of, unreachable
+from daruma_trainer.contract import Report, Role
+
+
+def worker_reports(d: Draft) -> dict[int, Report]:
+    """Of each worker index what its newest incarnation that was heard of said."""
+    found: dict[int, tuple[int, Report]] = {}
+    for member, heard in d.seen.heard.items():
+        role, index, incarnation = member.rsplit("-", 2)
+        known = found.get(int(index))
+        if role == "worker" and (known is None or known[0] < int(incarnation)):
+            found[int(index)] = int(incarnation), heard.report
+    return {index: report for index, (_, report) in found.items()}
+
+
+def steps_of(d: Draft) -> dict[int, int]:
+    """Of each worker index the last batch that all slots acknowledged, in this generation."""
+    steps: dict[int, int] = {}
+    for member, heard in d.seen.heard.items():
+        report = heard.report
+        if member.startswith("worker-") and report.generation == d.status.rollback.generation:
+            index = int(member.rsplit("-", 2)[1])
+            steps[index] = max(steps.get(index, 0), report.step)
+    return steps
+
+
+def job_step(d: Draft) -> int:
+    """Return the job's step: it never goes back, but by a rollback."""
+    steps, workers = steps_of(d), d.spec.workers.replicas
+    known = 0 if d.status.progress is None else d.status.progress.step
+    if d.spec.consistency.mode is ConsistencyMode.SYNC:
+        heard = min(steps.values()) if len(steps) == workers else 0
+    else:
+        heard = sum(steps.values()) // workers
+    return max(known, heard)
+
+
+def fold(d: Draft) -> None:
+    """Take what members say into the status."""
+    _succeeded(d)
+    _initialised(d)
+    _progress(d)
+    _checkpoint(d)
+
+
+def _succeeded(d: Draft) -> None:
+    done = set(indexes(d.status.workers.succeeded_indexes))
+    done |= {m.index for m in d.members(Role.WORKER) if finished(d.seen.pod(m.pod))}
+    update = {"succeeded": len(done), "succeeded_indexes": index_text(done)}
+    d.set(workers=d.status.workers.model_copy(update=update))
+
+
+def _initialised(d: Draft) -> None:
+    """From the first acknowledged batch on, lost state has to be restored instead of made."""
+    if d.status.initialised:
+        return
+    servers = [d.seen.report(name_of(m)) for m in d.members(Role.SERVER)]
+    workers = [d.seen.report(name_of(m)) for m in d.members(Role.WORKER)]
+    all_saved = bool(servers) and all(r is not None and r.initialised for r in servers)
+    if all_saved or any(r is not None and r.step > 0 for r in workers):
+        d.set(initialised=True)
+        d.raise_epoch()
+
+
+def _progress(d: Draft) -> None:
+    reports = worker_reports(d)
+    if not reports or not d.status.initialised:
+        return
+    old, step = d.status.progress, job_step(d)
+    losses = [r.loss for r in reports.values() if r.loss is not None]
+    totals = [r.total_steps for r in reports.values() if r.total_steps is not None]
+    total = max(totals, default=None)
+    loss = round(sum(losses) / len(losses), 6) if losses else None
+    if old is not None and (old.step, old.loss, old.total_steps) == (step, loss, total):
+        return
+    speed = None if old is None else old.steps_per_second
+    if old is not None and old.updated_at is not None and step > old.step:
+        seconds = (d.now - old.updated_at).total_seconds()
+        speed = round((step - old.step) / seconds, 3) if seconds > 0 else speed
+    left = None if total is None or not speed else round(max(0, total - step) / speed, 1)
+    d.set(
+        progress=Progress(
+            step=step,
+            total_steps=total,
+            loss=loss,
+            steps_per_second=speed,
+            eta_seconds=left,
+            goodput=_goodput(d),
+            updated_at=d.now,
+        )
+    )
+
+
+def _goodput(d: Draft) -> float | None:
+    """Seconds without an outage ÷ seconds since the job began; only while all are remembered."""
+    records = d.status.recoveries
+    if d.status.start_time is None or any(r.id > len(records) for r in records):
+        return None
+    total = (d.now - d.status.start_time).total_seconds()
+    lost = sum(r.seconds or 0.0 for r in records)
+    return round(max(0.0, 1.0 - lost / total), 4) if total > 0 else None
+
+
+def _checkpoint(d: Draft) -> None:
+    servers = [d.seen.report(name_of(m)) for m in d.members(Role.SERVER)]
+    cuts = [r.cut for r in servers if r is not None and r.cut is not None]
+    saves = [r.running for r in servers if r is not None and r.running is not None]
+    old = d.status.checkpoint
+    if cuts:
+        cut = max(cuts, key=lambda c: c.path)
+        new = _saved(d.now, cut.path, cut.step, cut.bytes, cut.age)
+    elif len(saves) == len(servers) and saves:
+        slowest = min(saves, key=lambda s: s.step)
+        total = sum(s.bytes for s in saves)
+        new = _saved(d.now, None, slowest.step, total, max(s.age for s in saves))
+    else:
+        return
+    distances = [s.distance for s in saves if s.distance is not None]
+    if distances:
+        norm = sum(x * x for x in distances) ** 0.5
+        new = new.model_copy(update={"distance": round(norm, 6)})
+    if old is not None and old.cut is not None and (new.cut or "") < old.cut:
+        return
+    if old is None or (old.cut, old.step) != (new.cut, new.step):
+        d.set(checkpoint=new)
+
+
+def _saved(now: datetime, cut: str | None, step: int, size: int, age: float) -> CheckpointStatus:
+    return CheckpointStatus(cut=cut, step=step, bytes=size, saved_at=now - timedelta(seconds=age))
+
+
+def show(d: Draft) -> None:
+    """Count who is ready, and set the conditions that follow from what was seen."""
+    done = indexes(d.status.workers.succeeded_indexes)
+    servers = sum(_is(d, name_of(m), "Ready") for m in d.members(Role.SERVER))
+    workers = sum(
+        m.index in done or _is(d, name_of(m), "Training", "Left") for m in d.members(Role.WORKER)
+    )
+    n, w = d.spec.servers.replicas, d.spec.workers.replicas
+    ready = {"ready": servers, "total": n, "text": f"{servers}/{n}"}
+    d.set(servers=d.status.servers.model_copy(update=ready))
+    ready = {"ready": workers, "total": w, "text": f"{workers}/{w}"}
+    d.set(workers=d.status.workers.model_copy(update=ready))
+    d.set(observed_generation=d.seen.job.generation)
+    text = f"{servers} of {n} servers and {workers} of {w} workers are ready"
+    whole = servers == n and workers == w
+    d.condition("Ready", true=whole, reason="AllReady" if whole else "NotAllReady", message=text)
+    active = d.status.recovery is not None
+    d.condition("Recovering", true=active, reason="Recovery" if active else "NoRecovery")
+    d.condition(
+        "Degraded", true=active, reason="MembersLost" if active else "Complete",
+        message="the job goes on with less than it asked for" if active else "",
+    )  # fmt: skip
+    lonely = unreachable(d.seen, d.spec.recovery.timeouts.detect_seconds)
+    d.condition(
+        "Unreachable", true=bool(lonely), reason="OperatorAlone" if lonely else "Reached",
+        message=f"the operator cannot reach {', '.join(lonely)}; the other members can"
+        if lonely else "",
+    )  # fmt: skip
+    _stale_checkpoint(d)
+    _stalled(d)
+
+
+def _is(d: Draft, member: str, *states: str) -> bool:
+    report = d.seen.report(member)
+    return report is not None and report.state in states
+
+
+def _stale_checkpoint(d: Draft) -> None:
+    errors = [
+        f"{i}: {heard.report.save_error}"
+        for i, heard in sorted(d.seen.heard.items())
+        if heard.report.save_error
+    ]
+    if errors and not d.is_true("CheckpointStale"):
+        d.tell("CheckpointFailed", "; ".join(errors), warning=True)
+    d.condition(
+        "CheckpointStale", true=bool(errors), reason="SaveFailed" if errors else "Saved",
+        message="; ".join(errors)[:1024],
+    )  # fmt: skip
+
+
+def _stalled(d: Draft) -> None:
+    """No new step for progressSeconds is shown, and never a reason to roll anybody back."""
+    limit = d.spec.recovery.timeouts.progress_seconds
+    progress = d.status.progress
+    since = progress.updated_at if progress and progress.updated_at else d.status.phase_since
+    stalled = d.left(since, limit) <= 0
+    if stalled and not d.is_true("Stalled"):
+        d.tell("Stalled", f"no new step for {limit:g} s", warning=True)
+    d.condition(
+        "Stalled", true=stalled, reason="NoProgress" if stalled else "Progress",
+        message=f"no new step for {limit:g} s: see the workers' logs" if stalled else "",
+    )  # fmt: skip

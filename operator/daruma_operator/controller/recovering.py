@@ -1,0 +1,368 @@
+"""Bring a recovery to its end: replace, restore, resume. Pure.
+
+The stage is what the record's phases say: `replace` is filled in when every lost member has an
+address again, `restore` when every slot is Ready, `resume` with the first new step.
+"""
+
+from datetime import timedelta
+
+from daruma_operator.api.spec import ConsistencyMode
+from daruma_operator.api.status import (
+    DeltaNorm,
+    MemberStatus,
+    Phase,
+    Pushes,
+    RecoveryRecord,
+    RollbackStatus,
+    TrainingJobStatus,
+)
+from daruma_operator.controller.draft import Draft, indexes
+from daruma_operator.controller.ending import all_left, fail
+from daruma_operator.controller.losing import climb
+from daruma_operator.controller.observe import Heard, Seen
+from daruma_operator.controller.progress import steps_of
+from daruma_operator.controller.verdicts import name_of
+from daruma_operator.recovery.plan import Plan, plan_slots
+from daruma_operator.recovery.price import UNKNOWN, Delta, LostShard, bound, counters
+from daruma_operator.recovery.strategies import preset_of
+from daruma_trainer.contract import (
+    SLOTS,
+    Copies,
+    Restore,
+    Role,
+    SourceKind,
+    member_id,
+    place,
+)
+
+
+def recover(d: Draft) -> None:
+    """One look at the recovery in progress."""
+    if d.record.phases.replace is None and not _replaced(d):
+        return
+    if d.record.phases.restore is None:
+        if d.record.role is Role.SERVER and not _planned(d):
+            return
+        if not _restored(d):
+            _message(d, "waiting for the lost slots to be Ready")
+            return
+    _resumed(d)
+
+
+def lost_seats(record: RecoveryRecord, role: Role) -> tuple[int, ...]:
+    """Indexes of a role that the recovery brings back."""
+    return tuple(sorted({x.index for x in record.losses if x.role is role}))
+
+
+def _message(d: Draft, what: str) -> None:
+    names = ", ".join(sorted({f"{x.role.lower()}-{x.index}" for x in d.record.losses}))
+    phase = d.status.phase
+    if phase is Phase.PENDING and d.record.phases.replace is not None:
+        phase = Phase.RECOVERING
+    if phase is not None:
+        d.phase(phase, d.record.cause, f"{names} lost; {d.record.strategy}: {what}")
+
+
+# Replace
+
+
+def _replaced(d: Draft) -> bool:
+    record = d.record
+    seats = {(x.role, x.index) for x in record.losses}
+    # A worker that comes late holds up the end, but not the servers' restore.
+    waited = {s for s in seats if s[0] is Role.SERVER} or seats
+    waiting = [m for m in d.status.members if (m.role, m.index) in waited and m.address is None]
+    if not waiting:
+        begun = record.started_at or d.now
+        spent = (d.now - begun).total_seconds() - (record.phases.detect or 0.0)
+        phases = record.phases.model_copy(update={"replace": round(max(0.0, spent), 6)})
+        d.set_record(phases=phases, stage_since=d.now)
+        return True
+    timeouts = d.spec.recovery.timeouts
+    pending = d.status.phase is Phase.PENDING
+    limit = timeouts.pending_seconds if pending else timeouts.replace_seconds
+    if d.left(record.stage_since, limit) <= 0:
+        why = _waiting_reasons(d, waiting)
+        if record.role is Role.SERVER and record.rung < len(d.spec.recovery.fallback):
+            climb(d, record.rung + 1, f"no replacement ran within {limit:g} s ({why})")
+            return False
+        fail(d, "ReplaceTimeout", f"no replacement ran within {limit:g} s: {why}")
+        return False
+    _message(d, "waiting for replacements to run")
+    return False
+
+
+def _waiting_reasons(d: Draft, waiting: list[MemberStatus]) -> str:
+    parts = []
+    for member in waiting:
+        pod = d.seen.pod(member.pod)
+        state = "was not made" if pod is None else f"is {pod.state}"
+        detail = f" ({pod.reason}: {pod.message or ''})" if pod and pod.reason else ""
+        parts.append(f"{member.pod} {state}{detail}")
+    return "; ".join(parts)[:600]
+
+
+# Restore
+
+
+def _planned(d: Draft) -> bool:
+    """Announce the plan; True once it is announced for the present epoch."""
+    record = d.record
+    if _stage_expired(d):
+        return False
+    if preset_of(d.record.strategy).rollback:
+        if d.status.rollback.cut is None:
+            climb(d, record.rung + 1, "there is no full checkpoint")
+            return False
+        return True
+    damaged = _missing(d)
+    if damaged:
+        climb(d, record.rung + 1, f"{damaged} slots could not be had from any source")
+        return False
+    if record.planned_epoch == d.status.epoch:
+        return True
+    silent = _silent(d)
+    if silent and d.left(record.stage_since, d.policy.copies_seconds) > 0:
+        _message(d, "waiting for the workers to say what they hold")
+        return False
+    plans = plans_of(d.seen, d.status, stored=d.policy.store is not None)
+    unsourced = sum(p.unsourced for p in plans.values())
+    if unsourced:
+        climb(d, record.rung + 1, f"{unsourced} lost slots have no source")
+        return False
+    delta = _delta(d, plans)
+    peers = any(s.kind is SourceKind.PEER for p in plans.values() for s in p.sources)
+    d.set_record(
+        planned_epoch=d.status.epoch,
+        reason="PeerCopiesFound" if peers else "RunningCheckpointFound",
+        delta_norm=DeltaNorm(value=delta.value, kind=delta.kind),
+        silent=silent,
+    )
+    return True
+
+
+def _stage_expired(d: Draft) -> bool:
+    limit = d.spec.recovery.timeouts.restore_seconds
+    if d.left(d.record.stage_since, limit) > 0:
+        return False
+    if d.record.rung < len(d.spec.recovery.fallback):
+        climb(d, d.record.rung + 1, f"the lost slots were not Ready within {limit:g} s")
+    else:
+        fail(d, "RestoreTimeout", f"the lost slots were not Ready within {limit:g} s")
+    return True
+
+
+def restoring(status: TrainingJobStatus) -> tuple[MemberStatus, ...]:
+    """Servers whose slots the recovery in progress restores, as far as they have an address."""
+    if status.recovery is None or preset_of(status.recovery.strategy).rollback:
+        return ()
+    seats = lost_seats(status.recovery, Role.SERVER)
+    return tuple(
+        m
+        for m in status.members
+        if m.role is Role.SERVER and m.index in seats and m.address is not None
+    )
+
+
+def survivors(status: TrainingJobStatus) -> tuple[MemberStatus, ...]:
+    """Workers that were not lost in this recovery: they may hold copies."""
+    if status.recovery is None:
+        return ()
+    lost = lost_seats(status.recovery, Role.WORKER)
+    return tuple(m for m in status.members if m.role is Role.WORKER and m.index not in lost)
+
+
+def _silent(d: Draft) -> tuple[str, ...]:
+    """Survivors that did not say yet, in this recovery's epoch, what they hold."""
+    if SourceKind.PEER not in preset_of(d.record.strategy).sources:
+        return ()
+    done = indexes(d.status.workers.succeeded_indexes)
+    return tuple(
+        name_of(m)
+        for m in survivors(d.status)
+        if m.index not in done and not _copies(d.seen, d.record, m)
+    )
+
+
+def _copies(seen: Seen, record: RecoveryRecord, member: MemberStatus) -> tuple[Copies, ...]:
+    report = seen.report(name_of(member))
+    return () if report is None or report.epoch < record.epoch else report.copies
+
+
+def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str, Plan]:
+    """Plan every server that is restored, from what the survivors say now."""
+    record = status.recovery
+    if record is None:
+        return {}
+    owners = place(seen.job.uid, seen.job.spec.servers.replicas)
+    copies = {name_of(m): _copies(seen, record, m) for m in survivors(status)}
+    return {
+        name_of(m): plan_slots(
+            [s for s in range(SLOTS) if owners[s] == m.index],
+            preset_of(record.strategy).sources,
+            copies,
+            stored=stored,
+        )
+        for m in restoring(status)
+    }
+
+
+def restores_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str, Restore]:
+    """Return the restore orders that status announces, by member; none before it does."""
+    record = status.recovery
+    if record is None or record.planned_epoch != status.epoch or record.phases.restore is not None:
+        return {}
+    plans = plans_of(seen, status, stored=stored)
+    return {
+        name_of(m): Restore(record.id, status.epoch, m.incarnation, plans[name_of(m)].sources)
+        for m in restoring(status)
+    }
+
+
+def _missing(d: Draft) -> int:
+    """Slots that a server could not get from the plan of the present epoch."""
+    found = 0
+    for member in restoring(d.status):
+        heard, planned = d.seen.heard.get(name_of(member)), d.seen.planned.get(name_of(member))
+        if heard is None or planned is None or heard.report.restore is None:
+            continue
+        current = planned.restore.epoch == d.status.epoch and heard.age < planned.age
+        if current and heard.report.restore.recovery == d.record.id:
+            found += heard.report.restore.missing
+    return found
+
+
+def _delta(d: Draft, plans: dict[str, Plan]) -> Delta:
+    """Bound the perturbation by what was acknowledged since the version that comes back."""
+    if d.spec.consistency.mode is ConsistencyMode.SYNC:
+        updates = max([d.record.step, *steps_of(d).values()])
+    else:
+        updates = sum(steps_of(d).values())
+    shards = []
+    for member, plan in plans.items():
+        last = _last_words(d, int(member.split("-")[1]))
+        if last is None:
+            return UNKNOWN
+        report, norm = last.report, last.report.update_norm
+        if plan.exact_peers and plan.oldest is not None:
+            shards.append(LostShard(max(0, updates - plan.oldest.position), norm))
+        elif report.running is None:
+            return UNKNOWN
+        else:
+            per_step = d.spec.workers.replicas
+            if d.spec.consistency.mode is ConsistencyMode.SYNC:
+                per_step = 1
+            since = max(0, updates - report.running.step * per_step)
+            shards.append(LostShard(since, norm, report.running.distance))
+    return bound(shards)
+
+
+def _last_words(d: Draft, index: int) -> Heard | None:
+    """What the newest lost incarnation of a server said last."""
+    for loss in reversed(d.record.losses):
+        if loss.role is Role.SERVER and loss.index == index:
+            heard = d.seen.heard.get(member_id(loss.role, loss.index, loss.incarnation))
+            if heard is not None:
+                return heard
+    return None
+
+
+def _restored(d: Draft) -> bool:
+    for member in d.members(Role.SERVER):
+        report = d.seen.report(name_of(member))
+        if (
+            report is None
+            or report.state != "Ready"
+            or report.epoch < d.status.epoch
+            or report.generation != d.status.rollback.generation
+        ):
+            return False
+    return True
+
+
+# Resume
+
+
+def _resumed(d: Draft) -> None:
+    record = d.record
+    spent = (record.phases.detect or 0.0) + (record.phases.replace or 0.0)
+    replaced_at = (record.started_at or d.now) + timedelta(seconds=spent)
+    stepped = _first_step(d)
+    if record.phases.restore is None:
+        seconds = (d.now - replaced_at).total_seconds()
+        if stepped is not None:
+            # Both were seen in one pass: the servers' own clocks tell them apart.
+            whole = max(0.0, (d.now - replaced_at).total_seconds() - stepped)
+            seconds = min(whole, _restore_seconds(d))
+        phases = record.phases.model_copy(update={"restore": round(max(0.0, seconds), 6)})
+        d.set_record(phases=phases)
+        record = d.record
+    if stepped is None:
+        _message(d, "all slots are Ready; waiting for the first new step")
+        return
+    total = spent + (record.phases.restore or 0.0)
+    ended = (d.now - (record.started_at or d.now)).total_seconds() - stepped
+    resume = round(max(0.0, ended - total), 6)
+    phases = record.phases.model_copy(update={"resume": resume})
+    d.set_record(phases=phases, seconds=round(total + resume, 6))
+    _finish(d)
+
+
+def _first_step(d: Draft) -> float | None:
+    """Seconds since the first step after the recovery's last epoch; None: there is none yet."""
+    done = indexes(d.status.workers.succeeded_indexes)
+    ages = []
+    for member in d.members(Role.WORKER):
+        heard = d.seen.heard.get(name_of(member))
+        if member.index in done:
+            continue
+        if heard is None or heard.report.epoch < d.status.epoch:
+            return None
+        if heard.report.state not in ("Training", "Left"):
+            return None
+        if heard.report.acked_epoch >= d.status.epoch:
+            ages.append(heard.age + (heard.report.acked_age or 0.0))
+    if ages:
+        return max(ages)
+    return 0.0 if all_left(d) else None
+
+
+def _restore_seconds(d: Draft) -> float:
+    found = [0.0]
+    for member in restoring(d.status):
+        report = d.seen.report(name_of(member))
+        if report is not None and report.restore is not None:
+            found.append(report.restore.seconds)
+    return max(found)
+
+
+def _finish(d: Draft) -> None:
+    """Price the recovery, and tell everybody that it is over (a last epoch)."""
+    record = d.record
+    sources: dict[str, int] = {}
+    size = 0
+    for member in restoring(d.status):
+        report = d.seen.report(name_of(member))
+        if report is not None and report.restore is not None:
+            size += report.restore.bytes
+            for kind, slots in report.restore.sources.items():
+                sources[kind] = sources.get(kind, 0) + slots
+    if record.role is Role.SERVER and preset_of(d.record.strategy).rollback:
+        sources = {SourceKind.FULL_CHECKPOINT.value: SLOTS}
+        size = d.status.checkpoint.bytes if d.status.checkpoint else 0
+    if record.role is Role.WORKER:
+        d.set_record(delta_norm=DeltaNorm(value=0.0, kind="Exact"), reason="WorkerReplaced")
+    reports = {i: heard.report for i, heard in d.seen.heard.items()}
+    lost, replayed = counters(reports, [name_of(m) for m in d.status.members])
+    base = record.base
+    pushes = Pushes(lost=max(0, lost - base.lost), replayed=max(0, replayed - base.replayed))
+    d.set_record(sources=sources, bytes=size, pushes=pushes)
+    d.close("Succeeded")
+    closed = d.status.recoveries[-1]
+    d.raise_epoch()
+    if d.status.rollback.cut is not None:
+        # Who comes later restores from the survivors; nobody goes back to this cut again.
+        d.set(rollback=RollbackStatus(generation=d.status.rollback.generation))
+    text = f"recovered by {closed.strategy} in {closed.seconds:.2f} s ({closed.reason})"
+    d.phase(Phase.RUNNING, "Recovered", text)
+    d.tell("RecoverySucceeded", text)

@@ -1,0 +1,117 @@
+"""Who is lost, who is done, who cannot be reached: facts turned into verdicts. Pure.
+
+A member is dead when its container ended, when its pod is gone or going, or when it answers
+neither the operator (for detectSeconds) nor a member that does answer. Nothing else is a verdict:
+not a node that is NotReady, not the operator's failure alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from daruma_operator.api.status import MemberStatus
+from daruma_operator.controller.observe import Seen
+from daruma_operator.substrate.protocol import PodFacts, PodState
+from daruma_trainer.contract import ExitCode, Role, member_id
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One member that is lost."""
+
+    member: MemberStatus
+    reason: str
+    """OOMKilled, Error, … of its container; PodDeleted, Disrupted, Unresponsive."""
+    counts: bool
+    """Whether it counts towards runPolicy.backoffLimit; what the cluster took does not."""
+    age: float | None
+    """Seconds since a member first saw it fail; None: nobody did."""
+    pod: PodFacts | None
+
+    @property
+    def event(self) -> str:
+        """The event's reason."""
+        special = {"OOMKilled": "OOMKilled", "Unresponsive": "NodeLost", "Disrupted": "Preempted"}
+        return special.get(self.reason, "PodFailed")
+
+
+def name_of(member: MemberStatus) -> str:
+    """Return a member's id."""
+    return member_id(member.role, member.index, member.incarnation)
+
+
+def losses(
+    seen: Seen, members: Iterable[MemberStatus], detect_seconds: float, done: frozenset[int]
+) -> tuple[Verdict, ...]:
+    """Return the members that are lost; workers in `done` ended well and are none."""
+    found = []
+    for member in members:
+        if member.role is Role.WORKER and member.index in done:
+            continue
+        verdict = _verdict(seen, member, detect_seconds)
+        if verdict is not None:
+            found.append(verdict)
+    return tuple(found)
+
+
+def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict | None:
+    pod = seen.pod(member.pod)
+    name = name_of(member)
+    age = seen.suspected(name)
+    if pod is None:
+        # Without an address it was announced but perhaps never made: it is made (again).
+        if member.address is None:
+            return None
+        return Verdict(member, "PodDeleted", False, age, None)
+    if pod.state is PodState.TERMINATED:
+        counts = not (pod.deleting or pod.disrupted)
+        reason = (pod.reason or "Error") if counts else _taken(pod)
+        return Verdict(member, reason, counts, age, pod)
+    if pod.deleting or pod.disrupted:
+        return Verdict(member, _taken(pod), False, age, pod)
+    failing = seen.failing.get(name)
+    if failing is not None and failing >= detect_seconds and confirmed(seen, member):
+        return Verdict(member, "Unresponsive", False, age or failing, pod)
+    return None
+
+
+def _taken(pod: PodFacts) -> str:
+    return "Disrupted" if pod.disrupted else "PodDeleted"
+
+
+def confirmed(seen: Seen, member: MemberStatus) -> bool:
+    """Whether a member that the operator reaches cannot reach this one either."""
+    name = name_of(member)
+    witnesses = [i for i in seen.reached if i != name]
+    for witness in witnesses:
+        report = seen.report(witness)
+        if report is not None and any(s.id == name for s in report.suspects):
+            return True
+    if member.role is Role.SERVER:
+        return False
+    # Nobody connects to a worker; servers hear it four times a second.
+    heard = seen.heard.get(name)
+    servers = any(w.startswith("server-") for w in witnesses)
+    return servers and (heard is None or heard.age > seen.failing.get(name, 0.0))
+
+
+def finished(pod: PodFacts | None) -> bool:
+    """Whether a worker's program came to its end. One that was told to end exits with 0 too."""
+    return (
+        pod is not None
+        and pod.state is PodState.TERMINATED
+        and pod.exit_code == ExitCode.OK
+        and not (pod.deleting or pod.disrupted)
+    )
+
+
+def unreachable(seen: Seen, detect_seconds: float) -> tuple[str, ...]:
+    """Members that the others reach but the operator does not."""
+    return tuple(
+        name_of(m)
+        for m in seen.job.status.members
+        if seen.failing.get(name_of(m), 0.0) >= detect_seconds
+        and m.address is not None
+        and (heard := seen.heard.get(name_of(m))) is not None
+        and heard.age < detect_seconds
+        and not confirmed(seen, m)
+    )
