@@ -123,10 +123,11 @@ def test_an_object_of_the_api_server_is_read() -> None:
     raw = manifest({"program": PROGRAM}) | {
         "metadata": {
             "name": "j", "namespace": "n", "uid": "u", "generation": 3, "resourceVersion": "9",
-            "creationTimestamp": "2026-01-01T00:00:00Z", "deletionTimestamp": "2026-01-02T00:00:00Z",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+            "deletionTimestamp": "2026-01-02T00:00:00Z",
         }
     }  # fmt: skip
     job = TrainingJob.from_wire(raw)
     assert (job.namespace, job.name, job.uid, job.resource_version) == ("n", "j", "u", "9")
-    assert job.deleting
+    assert job.deletion_timestamp is not None
     assert job.status_to_wire()["epoch"] == 0

@@ -27,7 +27,7 @@ class TrainingJob(BaseModel):
     generation: int = 1
     resource_version: str = ""
     created_at: datetime | None = None
-    deleting: bool = False
+    deletion_timestamp: datetime | None = None
     spec: TrainingJobSpec
     status: TrainingJobStatus = Field(default_factory=TrainingJobStatus)
 
@@ -42,7 +42,7 @@ class TrainingJob(BaseModel):
             generation=meta.get("generation", 1),
             resource_version=meta.get("resourceVersion", ""),
             created_at=meta.get("creationTimestamp"),
-            deleting="deletionTimestamp" in meta,
+            deletion_timestamp=meta.get("deletionTimestamp"),
             spec=TrainingJobSpec.model_validate(raw["spec"]),
             status=TrainingJobStatus.model_validate(raw.get("status") or {}),
         )

@@ -208,7 +208,7 @@ class KubernetesSubstrate:
             self._key = base64.b64decode(raw["data"]["key"])
         return self._key
 
-    def _list_jobs(self, namespace: str | None, token: str) -> Awaitable[Any]:
+    def _list_jobs(self, namespace: str | None, token: str) -> Any:
         options = {"limit": PAGE, "_continue": token}
         if namespace is None:
             return self._jobs.list_cluster_custom_object(GROUP, VERSION, PLURAL, **options)
@@ -231,16 +231,20 @@ class KubernetesSubstrate:
         """Await a request with a deadline; errors become the operator's own."""
         try:
             answer = await asyncio.wait_for(request, REQUEST_SECONDS)
-            status = getattr(answer, "status", 200)
-            # Without _preload_content the client hands on failures as they are.
-            if isinstance(status, int) and status >= 400:
-                raise client.ApiException(status=status, reason=await answer.text())
+            await _raise_for_status(answer)
         except client.ApiException as error:
             raise _translated(error) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise ClusterError(f"the API server did not answer: {error!r}") from error
         self.contact = time.monotonic()
         return answer
+
+
+async def _raise_for_status(answer: Any) -> None:
+    """Without _preload_content the client hands on failures as they are."""
+    status = getattr(answer, "status", 200)
+    if isinstance(status, int) and status >= 400:
+        raise client.ApiException(status=status, reason=await answer.text())
 
 
 class NotFoundError(ClusterError):

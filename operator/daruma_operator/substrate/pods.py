@@ -90,10 +90,10 @@ def pod_manifest(job: TrainingJob, plan: PodPlan) -> dict[str, Any]:
 
 
 def merge(base: Any, over: Any, field: str = "") -> Any:
-    """Merge a template: maps by key, named lists by name, other lists appended, scalars replaced."""
+    """Merge a template: maps by key, named lists by name, others appended, scalars replaced."""
     if isinstance(base, dict) and isinstance(over, Mapping):
-        return {k: merge(base[k], over[k], k) if k in base and k in over else over.get(k, base.get(k))
-                for k in [*base, *(k for k in over if k not in base)]}  # fmt: skip
+        both = {k: merge(base[k], over[k], k) for k in base if k in over}
+        return {**base, **over, **both}
     if isinstance(base, list) and isinstance(over, Sequence) and not isinstance(over, str):
         key = _MERGED_BY.get(field)
         if key is None:
@@ -149,7 +149,7 @@ def pod_facts(raw: Mapping[str, Any]) -> PodFacts | None:
 
 def _state(status: Mapping[str, Any]) -> tuple[PodState, Mapping[str, Any]]:
     """A container's state is there a second before the pod's phase."""
-    container = next(
+    container: Mapping[str, Any] = next(
         (c for c in status.get("containerStatuses", []) if c.get("name") == CONTAINER), {}
     )
     state = container.get("state", {})

@@ -1,0 +1,1 @@
+"""The operator of Daruma: TrainingJobs on Kubernetes, or on this machine."""
