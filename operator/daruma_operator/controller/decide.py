@@ -84,7 +84,7 @@ def _advance(d: Draft) -> None:
             recover(d)
         case _:
             pass
-    if d.status.phase is Phase.RUNNING and d.status.recovery is None and all_left(d):
+    if d.status.phase is d.seen.job.status.phase is Phase.RUNNING and all_left(d):
         end(d)
     show(d)
 
@@ -159,8 +159,10 @@ def _decision(d: Draft) -> Decision:
     acts = acts_of(d.seen, status, d.policy)
     if status.phase is None:
         raise ValueError("a decision without a phase")
-    if any(heard.report.suspects for heard in d.seen.heard.values()) or d.seen.failing:
+    if d.seen.doubted:
         d.waits.append(SUSPECT_SECONDS)
+    if status.phase is not before.phase:
+        d.waits.append(0.0)
     after = None if status.phase in FINAL and not acts else min(d.waits, default=None)
     return Decision(
         status.phase, status.reason, status.message, status, acts, tuple(d.events), after

@@ -70,7 +70,7 @@ def is_calm(seen: Seen, targets: Mapping[str, str]) -> bool:
             or ((report := seen.report(member)) is not None and report.epoch >= status.epoch)
             for member in targets
         )
-        and not any(heard.report.suspects for heard in seen.heard.values())
+        and not seen.doubted
         and not any(heard.report.state == "Left" for heard in seen.heard.values())
     )
 

@@ -71,7 +71,7 @@ class Controller:
         self._errors: dict[JobKey, int] = {}
 
     def enqueue(self, key: JobKey) -> None:
-        """Ask for a pass over a job: something about it may have changed. From the loop's thread."""
+        """Ask for a pass: something about the job may have changed. From the loop's thread."""
         self._queue.add(key)
         self._metrics.queue_depth.set(len(self._queue))
 
@@ -136,7 +136,7 @@ class Controller:
 
     async def _pass(self, key: JobKey) -> None:
         job = await self._substrate.read_job(key)
-        if job is None or job.deleting:
+        if job is None or job.deletion_timestamp is not None:
             # Its pods have it as owner and go with it.
             self._agents.forget(key)
             self._queue.forget(key)

@@ -45,6 +45,7 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
     alone = not any(runs(d.seen.pod(m.pod)) for m in d.status.members)
     if not before.initialised:
         d.phase(Phase.PENDING, "MembersReplaced", f"{_names(verdicts)} ended before training began")
+        d.set(phase_since=d.now)
         return
     if before.recovery is None:
         _begin(d, verdicts, epoch)

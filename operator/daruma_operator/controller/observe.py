@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.substrate.protocol import PodFacts, PodState
-from daruma_trainer.contract import Report, Restore, Role, View
+from daruma_trainer.contract import Report, Restore, Role, View, member_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,18 @@ class Seen:
     def pod(self, name: str) -> PodFacts | None:
         """Return a pod by name."""
         return next((p for p in self.pods if p.name == name), None)
+
+    @property
+    def doubted(self) -> bool:
+        """Whether a member that counts, and was heard before, is suspected or does not answer."""
+        members = {member_id(m.role, m.index, m.incarnation) for m in self.job.status.members}
+        if any(m in self.heard for m in members & self.failing.keys()):
+            return True
+        return any(
+            suspect.id in members
+            for member in members & self.heard.keys()
+            for suspect in self.heard[member].report.suspects
+        )
 
     def suspected(self, member: str) -> float | None:
         """Return for how long a member that was heard of suspects this one, or None."""

@@ -114,6 +114,10 @@ def _planned(d: Draft) -> bool:
         if d.status.rollback.cut is None:
             climb(d, record.rung + 1, "there is no full checkpoint")
             return False
+        unread = _unread_cut(d)
+        if unread is not None:
+            climb(d, record.rung + 1, unread)
+            return False
         return True
     damaged = _missing(d)
     if damaged:
@@ -150,6 +154,17 @@ def _stage_expired(d: Draft) -> bool:
     else:
         fail(d, "RestoreTimeout", f"the lost slots were not Ready within {limit:g} s")
     return True
+
+
+def _unread_cut(d: Draft) -> str | None:
+    """Why a server that runs cannot load the cut, or None."""
+    for member in d.members(Role.SERVER):
+        report = d.seen.report(name_of(member))
+        if report is None or report.error is None or report.epoch < d.status.epoch:
+            continue
+        if report.generation == d.status.rollback.generation:
+            return f"{name_of(member)}: {report.error}"
+    return None
 
 
 def restoring(status: TrainingJobStatus) -> tuple[MemberStatus, ...]:

@@ -90,8 +90,9 @@ def confirmed(seen: Seen, member: MemberStatus) -> bool:
         return False
     # Nobody connects to a worker; servers hear it four times a second.
     heard = seen.heard.get(name)
+    # One that was never heard has yet to join (torch takes its time): a deadline of its own.
     servers = any(w.startswith("server-") for w in witnesses)
-    return servers and (heard is None or heard.age > seen.failing.get(name, 0.0))
+    return servers and heard is not None and heard.age > seen.failing.get(name, 0.0)
 
 
 def finished(pod: PodFacts | None) -> bool:
