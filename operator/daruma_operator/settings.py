@@ -35,4 +35,4 @@ class Settings:
 
     def local(self) -> "Settings":
         """Return what `daruma run` uses: one job, a person who watches, no API server to spare."""
-        return replace(self, progress_seconds=0.2, calm_seconds=0.1, superseded_grace_seconds=2.0)
+        return replace(self, progress_seconds=0.1, calm_seconds=0.05, superseded_grace_seconds=2.0)

@@ -17,7 +17,7 @@ from daruma_operator.controller.observe import Seen, newest_pods, runs
 from daruma_operator.controller.progress import fold, show
 from daruma_operator.controller.recovering import recover
 from daruma_operator.controller.starting import addresses, pending, starting
-from daruma_operator.controller.verdicts import Verdict, losses
+from daruma_operator.controller.verdicts import UNRESPONSIVE, Verdict, losses
 from daruma_operator.substrate.protocol import Event
 from daruma_trainer.contract import Role
 
@@ -93,8 +93,11 @@ def _losses(d: Draft) -> tuple[Verdict, ...]:
     done = indexes(d.status.workers.succeeded_indexes)
     found = losses(d.seen, d.status.members, d.spec.recovery.timeouts.detect_seconds, done)
     if all_left(d) and (result_saved(d) or not wants_result(d)):
-        # The result is safe, and no worker needs a server any more but to be released.
-        found = tuple(v for v in found if v.member.role is Role.WORKER)
+        # The result is safe: no server is needed but to release the workers, and a worker that
+        # was released closes its agent before its process is gone.
+        found = tuple(
+            v for v in found if v.member.role is Role.WORKER and v.reason != UNRESPONSIVE
+        )
     return found
 
 
@@ -156,6 +159,8 @@ def _decision(d: Draft) -> Decision:
         left = d.left(fresh, d.policy.progress_seconds)
         if left > 0:
             status = before
+    if status.phase is Phase.RUNNING:
+        d.waits.append(d.policy.progress_seconds)
     acts = acts_of(d.seen, status, d.policy)
     if status.phase is None:
         raise ValueError("a decision without a phase")

@@ -13,6 +13,8 @@ from daruma_operator.controller.observe import Seen
 from daruma_operator.substrate.protocol import PodFacts, PodState
 from daruma_trainer.contract import ExitCode, Role, member_id
 
+UNRESPONSIVE = "Unresponsive"
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -30,7 +32,7 @@ class Verdict:
     @property
     def event(self) -> str:
         """The event's reason."""
-        special = {"OOMKilled": "OOMKilled", "Unresponsive": "NodeLost", "Disrupted": "Preempted"}
+        special = {"OOMKilled": "OOMKilled", UNRESPONSIVE: "NodeLost", "Disrupted": "Preempted"}
         return special.get(self.reason, "PodFailed")
 
 
@@ -70,7 +72,7 @@ def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict
         return Verdict(member, _taken(pod), False, age, pod)
     failing = seen.failing.get(name)
     if failing is not None and failing >= detect_seconds and confirmed(seen, member):
-        return Verdict(member, "Unresponsive", False, age or failing, pod)
+        return Verdict(member, UNRESPONSIVE, False, age or failing, pod)
     return None
 
 
