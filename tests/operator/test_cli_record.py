@@ -18,7 +18,7 @@ from daruma_operator.api.status import (
     TrainingJobStatus,
 )
 from daruma_operator.cli.record import MOST_SAMPLES, Recorder, mean_loss
-from daruma_operator.cli.show import View, metrics_table, recoveries_table
+from daruma_operator.cli.show import View, metrics_table, recoveries_tables
 from daruma_operator.substrate.protocol import Event
 from daruma_trainer.contract import Report, Role
 
@@ -122,12 +122,18 @@ def test_what_people_see_names_the_numbers() -> None:
     recorder = Recorder()
     recorder.note(job_at(10, (RECOVERY,)), {}, 1.0)
     report = recorder.report(job_at(10, (RECOVERY,)), 1.0, interrupted=False)
-    console.print(recoveries_table(report["recoveries"]))
+    for table in recoveries_tables(report["recoveries"] * 7, width=100):
+        console.print(table)
     console.print(metrics_table(report))
     text = console.export_text()
     assert "step 10 of 400, loss 0.5000, 50 steps/s" in text
     assert "step 11" not in text, "lines come at a readable pace"
-    for word in ("RecoveryStarted server-1: server 1 was lost", "≤ 0.03", "peer 250", "2/5"):
+    for word in (
+        "RecoveryStarted server-1: server 1 was lost",
+        "≤ 0.03",
+        "peer 250",
+        "2 lost, 5 replayed",
+    ):
         assert word in text
 
 

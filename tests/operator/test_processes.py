@@ -94,7 +94,12 @@ def ended(pods: list[PodFacts]) -> bool:
 
 def test_it_keeps_the_protocol(tmp_path: Path) -> None:
     substrate: Substrate = ProcessSubstrate(job_of("true"), tmp_path, {}, Ports(HOST))
-    assert substrate.store_uri(job_of("true")) == f"file://{tmp_path}/store/a/b"
+    assert asyncio.run(substrate.list_jobs()) == [JobKey("default", "toy")]
+
+
+def test_the_store_lies_in_the_folder_of_the_run(tmp_path: Path) -> None:
+    substrate = ProcessSubstrate(job_of("true"), tmp_path, {}, Ports(HOST))
+    assert substrate.store_uri(substrate.job) == f"file://{tmp_path}/store/a/b"
 
 
 def test_a_pod_runs_with_its_environment_and_ends(tmp_path: Path) -> None:

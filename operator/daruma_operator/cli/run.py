@@ -5,7 +5,8 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from daruma_operator.api.status import Phase
 from daruma_operator.cli.folder import used, write_report
 from daruma_operator.cli.kills import Kill, check_kills, due, parse_kill
 from daruma_operator.cli.record import Recorder, mean_loss
-from daruma_operator.cli.show import View, metrics_table, recoveries_table
+from daruma_operator.cli.show import View, metrics_table, recoveries_tables
 from daruma_operator.controller.decide import Decision
 from daruma_operator.controller.loop import Controller, Hooks
 from daruma_operator.controller.observe import Seen
@@ -70,8 +71,8 @@ def run(options: RunOptions, environment: Mapping[str, str]) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        if report["recoveries"]:
-            console.print(recoveries_table(report["recoveries"]))
+        for table in recoveries_tables(report["recoveries"], console.width):
+            console.print(table)
         console.print(metrics_table(report))
         console.print(f"report: {out / 'report.json'}", soft_wrap=True, highlight=False)
     if one.interrupted:
@@ -131,7 +132,6 @@ class _Run:
         loop = asyncio.get_running_loop()
         self._started = loop.time()
         self._substrate.open()
-        handler = _log_to(out / "logs" / "daruma.log")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._interrupt)
         controller = Controller(
@@ -141,15 +141,13 @@ class _Run:
         self._substrate.told = lambda event: self._view.event(self._seconds(), event)
         stop = asyncio.Event()
         try:
-            with self._view:
+            with self._view, _logged(out / "logs" / "daruma.log", self._warn):
                 work = asyncio.create_task(controller.run(stop), name="controller")
                 await self._wait()
                 stop.set()
                 await work
         finally:
             await self._substrate.close(0.0 if self._aborted.is_set() else _GRACE_SECONDS)
-            logging.getLogger("daruma").removeHandler(handler)
-            handler.close()
         job = self._substrate.job
         report = self._recorder.report(job, self._seconds(), interrupted=self.interrupted)
         return report, job.status.phase
@@ -166,15 +164,14 @@ class _Run:
 
     def _interrupt(self) -> None:
         if self.interrupted:
-            self._view.say(self._seconds(), "killing everything", warning=True)
+            self._warn("killing everything")
             self._aborted.set()
             return
         self.interrupted = True
-        self._view.say(
-            self._seconds(), "interrupted: saving what there is; once more to kill", warning=True
-        )
-        self._substrate.terminate_workers()
-        asyncio.get_running_loop().call_later(_FINISH_SECONDS, self._aborted.set)
+        self._warn("interrupted: saving what there is; once more to kill")
+        workers = self._substrate.terminate_workers()
+        finish = _FINISH_SECONDS if workers else 0.0
+        asyncio.get_running_loop().call_later(finish, self._aborted.set)
 
     def _observe(self, seen: Seen, decision: Decision) -> None:
         """Called by the controller once a pass."""
@@ -187,23 +184,49 @@ class _Run:
             pod = self._substrate.kill(kill.role, kill.index)
             if pod is not None:
                 self._kills.remove(kill)
-                self._view.say(seconds, f"killed {pod.name}, as --kill {kill} asked", warning=True)
+                self._warn(f"killed {pod.name}, as --kill {kill} asked")
         if decision.status.phase in (Phase.SUCCEEDED, Phase.FAILED):
             for kill in self._kills:
-                self._view.say(seconds, f"--kill {kill} never came to pass", warning=True)
+                self._warn(f"--kill {kill} never came to pass")
             self._kills.clear()
             self._done.set()
+
+    def _warn(self, text: str) -> None:
+        self._view.say(self._seconds(), text, warning=True)
 
     def _seconds(self) -> float:
         return asyncio.get_running_loop().time() - self._started
 
 
-def _log_to(path: Path) -> logging.Handler:
-    """Send what the controller logs to a file: the terminal shows the job."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+class _Told(logging.Handler):
+    """Errors of the controller belong before the eyes of who waits for it."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.ERROR)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it in a line; the traceback is in the file."""
+        cause = record.exc_info[1] if record.exc_info else None
+        self._say(record.getMessage() + (f": {cause}" if cause else ""))
+
+
+@contextmanager
+def _logged(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Send what the controller logs to a file, and its errors to the terminal as well."""
     logger = logging.getLogger("daruma")
-    logger.addHandler(handler)
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handlers = file, _Told(say)
+    for handler in handlers:
+        logger.addHandler(handler)
+    before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    return handler
+    try:
+        yield
+    finally:
+        logger.level, logger.propagate = before
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()

@@ -14,6 +14,7 @@ from daruma_operator.substrate.protocol import Event
 
 _REFRESH_SECONDS = 0.1
 _LINE_SECONDS = 2.0
+_PHASES = ("detect", "replace", "restore", "resume")
 _STYLES = {"Running": "green", "Recovering": "yellow", "Succeeded": "green", "Failed": "red"}
 
 
@@ -98,37 +99,50 @@ def _panel(job: TrainingJob, loss: float | None, seconds: float) -> RenderableTy
     return Group(grid)
 
 
-def recoveries_table(recoveries: Sequence[Mapping[str, Any]]) -> Table:
-    """Return what each recovery did and cost; rows are entries of status.recoveries."""
+def recoveries_tables(recoveries: Sequence[Mapping[str, Any]], width: int) -> list[Table]:
+    """Return what each recovery did and cost, a column each; as many a table as are legible.
+
+    Recoveries are entries of status.recoveries.
+    """
+    most = max(1, (width - 18) // 26)
+    return [
+        _recoveries_table(recoveries[first : first + most])
+        for first in range(0, len(recoveries), most)
+    ]
+
+
+def _recoveries_table(recoveries: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Recoveries", title_justify="left")
-    for name in ("#", "lost", "strategy", "seconds"):
-        table.add_column(name)
-    for name in ("detect", "replace", "restore", "resume"):
-        table.add_column(name, justify="right")
-    for name in ("‖δ‖", "redone", "sources", "pushes lost/replayed", "outcome"):
-        table.add_column(name)
+    table.add_column("")
     for record in recoveries:
-        phases = record.get("phases") or {}
-        pushes = record.get("pushes") or {}
-        rework = record.get("rework") or {}
-        table.add_row(
-            str(record.get("id")),
-            _who(record),
-            str(record.get("strategy")),
-            _seconds(record.get("seconds")),
-            *(_seconds(phases.get(name)) for name in ("detect", "replace", "restore", "resume")),
-            _delta(record.get("deltaNorm") or {}),
-            str(rework.get("redoneSteps", 0)),
-            ", ".join(f"{k} {n}" for k, n in sorted((record.get("sources") or {}).items())) or "-",
-            f"{pushes.get('lost', 0)}/{pushes.get('replayed', 0)}",
-            str(record.get("outcome")),
-        )
+        table.add_column(f"{record['id']}: {_who(record)} lost")
+    cells = [_cells(record) for record in recoveries]
+    for name in cells[0]:
+        table.add_row(name, *(cell[name] for cell in cells))
+        if name in ("reason", "resume", "= seconds"):
+            table.add_section()
     return table
+
+
+def _cells(record: Mapping[str, Any]) -> dict[str, str]:
+    sources = (f"{kind} {slots}" for kind, slots in sorted(record["sources"].items()))
+    return {
+        "strategy": f"{record['strategy']}, {record['outcome']}",
+        "reason": str(record["reason"]),
+        **{name: _seconds(record["phases"][name]) for name in _PHASES},
+        "= seconds": _seconds(record["seconds"]),
+        "‖δ‖": _delta(record["deltaNorm"]),
+        "rework": f"{record['rework']['redoneSteps']} steps redone",
+        "sources": ", ".join(sources) or "-",
+        "pushes": f"{record['pushes']['lost']} lost, {record['pushes']['replayed']} replayed",
+    }
 
 
 def metrics_table(report: Mapping[str, Any]) -> Table:
     """Return what the run reached."""
     table = Table(title="Result", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     loss = report["loss"][-1][2] if report["loss"] else None
     table.add_row("steps", str(report["steps"]))
     if loss is not None:

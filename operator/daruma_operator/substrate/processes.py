@@ -65,9 +65,9 @@ class ProcessSubstrate:
     def __init__(
         self, job: TrainingJob, out: Path, environment: Mapping[str, str], ports: Ports
     ) -> None:
-        self._job = job
-        self._key = JobKey(job.namespace, job.name)
         self._out = out.absolute()
+        self._job = _with_store(job, self._out)
+        self._key = JobKey(job.namespace, job.name)
         self._environment = environment
         self._ports = ports
         self._pods: dict[str, _Pod] = {}
@@ -111,11 +111,18 @@ class ProcessSubstrate:
             pod.child.send(signal.SIGKILL)
         return pod.facts
 
-    def terminate_workers(self) -> None:
-        """SIGTERM to all workers: finish what is under way, and leave the job."""
-        for pod in self._pods.values():
-            if pod.child is not None and pod.facts.role is Role.WORKER:
-                pod.child.send(signal.SIGTERM)
+    def terminate_workers(self) -> bool:
+        """SIGTERM to all workers: leave the job. False: none runs."""
+        children = [
+            pod.child
+            for pod in self._pods.values()
+            if pod.child is not None
+            and pod.child.exit_code is None
+            and pod.facts.role is Role.WORKER
+        ]
+        for child in children:
+            child.send(signal.SIGTERM)
+        return bool(children)
 
     @property
     def job(self) -> TrainingJob:
@@ -195,9 +202,8 @@ class ProcessSubstrate:
         self.told(event)
 
     def store_uri(self, job: TrainingJob) -> str | None:
-        """See the Protocol; there is always one, in the folder of the run."""
-        path = urlsplit(job.spec.checkpoint.store or "file:///").path.strip("/")
-        return f"file://{self._out / 'store' / path}"
+        """See the Protocol; the job's spec names the folder itself."""
+        return job.spec.checkpoint.store
 
     @property
     def _token_file(self) -> Path:
@@ -248,6 +254,14 @@ class ProcessSubstrate:
             # A Secret's value (valueFrom) is what the environment here says it is.
             environment |= {v.name: v.value for v in job.spec.program.env if v.value is not None}
         return environment
+
+
+def _with_store(job: TrainingJob, out: Path) -> TrainingJob:
+    """Let the spec name the folder here, so that what the job says of its result is true here."""
+    checkpoint = job.spec.checkpoint
+    path = urlsplit(checkpoint.store or "file:///").path.strip("/")
+    store = checkpoint.model_copy(update={"store": f"file://{out / 'store' / path}"})
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"checkpoint": store})})
 
 
 def program_command(job: TrainingJob) -> list[str]:
