@@ -1,0 +1,205 @@
+"""What the test cluster is made of, built once and cached: programs, base images, our images.
+
+Each thing has a folder in the cache named by the hash of what it is made from, so a change builds
+anew and nothing else does. The cache is `$DARUMA_CACHE`, or `~/.cache/daruma`.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+HELM = "helm.sh/helm/v3/cmd/helm@v3.19.0"
+KUBERNETES = "v1.34.4"
+VERSION = "0.1.0"
+IMAGES = ("operator", "server", "worker")
+_BUILD_SECONDS = 2400
+_BUILDAH = {**os.environ, "BUILDAH_ISOLATION": "chroot", "STORAGE_DRIVER": "overlay"}
+
+
+def missing() -> str | None:
+    """Say what this machine lacks for a cluster, or None."""
+    if os.geteuid() != 0:
+        return "a cluster of our own needs root"
+    for program in ("unshare", "nsenter", "containerd", "runc", "iptables", "buildah", "mmdebstrap"):
+        if shutil.which(program) is None:
+            return f"no {program}: run `make machine` as root"
+    if shutil.which("go") is None:
+        return "no Go to build Kubernetes with: install Go 1.24 or newer"
+    return None
+
+
+def cache() -> Path:
+    """Return the cache's folder."""
+    return Path(os.environ.get("DARUMA_CACHE", str(Path.home() / ".cache" / "daruma")))
+
+
+def kube() -> Path:
+    """Return the binary with every Kubernetes component; about 7 minutes the first time."""
+
+    def build(folder: Path) -> None:
+        for name in ("go.mod", "go.sum", "main.go"):
+            shutil.copy(HERE / name, folder)
+        flags = f"-X k8s.io/component-base/version.gitVersion={KUBERNETES}"
+        flags += " -X k8s.io/component-base/version.gitMajor=1"
+        flags += " -X k8s.io/component-base/version.gitMinor=34"
+        _run(
+            ["go", "build", "-trimpath", "-ldflags", f"-s -w {flags}", "-o", "kube", "."],
+            cwd=folder,
+            env={**os.environ, "GOFLAGS": "-mod=mod"},
+        )
+
+    inputs = [(HERE / name).read_bytes() for name in ("go.mod", "go.sum", "main.go")]
+    return _made("kube", inputs, build) / "kube"
+
+
+def helm() -> Path:
+    """Return the real Helm; about 2 minutes the first time."""
+
+    def build(folder: Path) -> None:
+        _run(["go", "install", HELM], cwd=folder, env={**os.environ, "GOBIN": str(folder)})
+
+    return _made("helm", [HELM.encode()], build) / "helm"
+
+
+def pause() -> Path:
+    """Return the pause image's archive."""
+
+    def build(folder: Path) -> None:
+        _run(["gcc", "-Os", "-static", "-o", "pause", str(HERE / "pause.c")], cwd=folder)
+        (folder / "Dockerfile").write_text('FROM scratch\nCOPY pause /pause\nENTRYPOINT ["/pause"]\n')
+        _image(folder / "Dockerfile", "daruma.dev/pause:1", folder, folder / "image.tar", {})
+
+    return _made("pause", [(HERE / "pause.c").read_bytes()], build) / "image.tar"
+
+
+def base(*packages: str) -> str:
+    """Return the name of a Debian image with these packages; about a minute the first time."""
+    include = ",".join(("ca-certificates", "python3", "python3-pip", *packages))
+
+    def build(folder: Path) -> None:
+        tree = folder / "base.tar"
+        _run(["mmdebstrap", "--quiet", "--variant=minbase", f"--include={include}", "bookworm", str(tree)])
+
+    folder = _made("base", [include.encode()], build)
+    name = f"localhost/daruma-base:{folder.name}"
+    found = subprocess.run(["buildah", "inspect", "--type", "image", name], env=_BUILDAH, capture_output=True, check=False)
+    if found.returncode:
+        (folder / "Dockerfile").write_text("FROM scratch\nADD base.tar /\n")
+        _run(["buildah", "bud", "--quiet", "-t", name, str(folder)], env=_BUILDAH)
+    return name
+
+
+def images() -> list[Path]:
+    """Return the archives of our images, in the order of IMAGES."""
+    return [_our_image(name) for name in IMAGES]
+
+
+def tag(name: str) -> str:
+    """Name one of our images as the charts and examples do."""
+    return f"daruma.dev/{name}:{VERSION}"
+
+
+def _our_image(name: str) -> Path:
+    half = "operator" if name == "operator" else "trainer"
+    extra = {"operator": "operator", "server": "trainer", "worker": "wire"}[name]
+    dockerfile = ROOT / half / "Dockerfile"
+    sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", dockerfile]
+    sources += sorted((ROOT / "scripts").glob("*.py"))
+    for package in ("operator/daruma_operator", "trainer/daruma_trainer"):
+        sources += sorted((ROOT / package).rglob("*.py"))
+    wheels = _wheels(extra)
+
+    def build(folder: Path) -> None:
+        context = folder / "context"
+        context.mkdir()
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "operator", "trainer", "scripts"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout.split()  # fmt: skip
+        for file in [*listed, "pyproject.toml", "constraints.txt"]:
+            if (ROOT / file).exists():
+                (context / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, context / file)
+        arguments = {
+            "BASE_IMAGE": base("python3-torch") if name == "worker" else base(),
+            "PIP_OPTIONS": "--no-index --find-links=/wheels",
+            "EXTRA": extra,
+        }
+        _image(context / half / "Dockerfile", tag(name), context, folder / "image.tar", arguments, f"{wheels}:/wheels:ro")
+        shutil.rmtree(context)
+
+    inputs = [str(p.relative_to(ROOT)).encode() + p.read_bytes() for p in sources]
+    return _made(name, inputs, build) / "image.tar"
+
+
+def _wheels(extra: str) -> Path:
+    """Download the wheels of an extra once: images are built without a network."""
+    needed = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/requirements.py"), extra],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+
+    def build(folder: Path) -> None:
+        (folder / "requirements.txt").write_text(needed)
+        _run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:",
+             "--python-version", "3.11", "--dest", str(folder / "wheels"),
+             "--constraint", str(ROOT / "constraints.txt"), "--requirement", "requirements.txt"],
+            cwd=folder,
+        )  # fmt: skip
+
+    inputs = [needed.encode(), (ROOT / "constraints.txt").read_bytes()]
+    return _made("wheels", inputs, build) / "wheels"
+
+
+def _image(
+    dockerfile: Path, name: str, context: Path, archive: Path, arguments: dict[str, str], *volumes: str
+) -> None:
+    options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
+    options += [f"--volume={volume}" for volume in volumes]
+    _run(["buildah", "bud", "--quiet", "--layers", *options, "-t", name, "-f", str(dockerfile), str(context)], env=_BUILDAH)
+    _run(["buildah", "push", "--quiet", name, f"docker-archive:{archive}:{name}"], env=_BUILDAH)
+
+
+def _made(name: str, inputs: Iterable[bytes], build: Callable[[Path], None]) -> Path:
+    """Return the folder of something, building it unless it is there whole."""
+    digest = hashlib.sha256()
+    for part in inputs:
+        digest.update(hashlib.sha256(part).digest())
+    folder = cache() / name / digest.hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder
+        sys.stderr.write(f"daruma: building {name} (cached in {folder})\n")
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        build(partial)
+        # Older ones of the same name will not be asked for again, but for bases and wheels.
+        if name in IMAGES:
+            for old in folder.parent.glob("[0-9a-f]*"):
+                if old not in (partial, folder):
+                    shutil.rmtree(old, ignore_errors=True)
+        partial.rename(folder)
+    return folder
+
+
+def _run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
+    if done.returncode:
+        sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
+        raise RuntimeError(f"{' '.join(command[:4])} … ended with {done.returncode}")
+
+
+if __name__ == "__main__":
+    for archive in (pause(), *images()):
+        sys.stdout.write(f"{archive}\n")
