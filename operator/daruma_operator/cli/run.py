@@ -169,7 +169,9 @@ class _Run:
             return
         self.interrupted = True
         self._warn("interrupted: saving what there is; once more to kill")
-        workers = self._substrate.terminate_workers()
+        # With the result saved, workers leave on their own.
+        saved = self._substrate.job.status.result is not None
+        workers = saved or self._substrate.terminate_workers()
         finish = _FINISH_SECONDS if workers else 0.0
         asyncio.get_running_loop().call_later(finish, self._aborted.set)
 

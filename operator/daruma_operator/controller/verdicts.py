@@ -71,7 +71,10 @@ def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict
     if pod.deleting or pod.disrupted:
         return Verdict(member, _taken(pod), False, age, pod)
     failing = seen.failing.get(name)
-    if failing is not None and failing >= detect_seconds and confirmed(seen, member):
+    # One that was never heard has yet to join (torch takes its time): a deadline of its own.
+    if name not in seen.heard or failing is None:
+        return None
+    if failing >= detect_seconds and confirmed(seen, member):
         return Verdict(member, UNRESPONSIVE, False, age or failing, pod)
     return None
 
@@ -92,7 +95,6 @@ def confirmed(seen: Seen, member: MemberStatus) -> bool:
         return False
     # Nobody connects to a worker; servers hear it four times a second.
     heard = seen.heard.get(name)
-    # One that was never heard has yet to join (torch takes its time): a deadline of its own.
     servers = any(w.startswith("server-") for w in witnesses)
     return servers and heard is not None and heard.age > seen.failing.get(name, 0.0)
 
