@@ -15,8 +15,11 @@ class Settings:
     """Progress alone is written to status at most this often."""
     calm_seconds: float = 0.5
     """While nothing fails, a job's view is asked for at most this often."""
-    poll_seconds: float = 20.0
-    """Length of a long poll."""
+    hurry_seconds: float = 0.03
+    """As long as something happens, a member that had no news is asked again after this long."""
+    poll_seconds: float = 2.0
+    """Length of a long poll. A server has something to say four times a second, so one that says
+    nothing for so long is doubted."""
     view_seconds: float = 0.5
     """How long a member may take to answer when it is asked for its view at once."""
     command_seconds: float = 2.0

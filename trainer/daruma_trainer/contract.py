@@ -470,8 +470,14 @@ def _parse_scalar(kind: Any, raw: Any, at: str) -> Any:
     raise ContractError(f"{at}: expected {getattr(kind, '__name__', kind)}, got {raw!r:.80}")
 
 
+@lru_cache(maxsize=64)
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Fields' types; a view holds dozens of reports, and looking them up is half of the work."""
+    return get_type_hints(kind)
+
+
 def _parse_fields(kind: type[T], raw: Mapping[str, Any], at: str) -> T:
-    hints = get_type_hints(kind)
+    hints = _hints(cast("Any", kind))
     known = {
         f.name: _parse(hints[f.name], raw[f.name], f"{at}.{f.name}")
         for f in fields(cast("type[Any]", kind))

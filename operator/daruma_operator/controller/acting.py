@@ -66,9 +66,8 @@ def _restores(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[Act
     found: list[Act] = []
     pods = {name_of(m): m.pod for m in status.members}
     for name, restore in restores_of(seen, status, stored=policy.store is not None).items():
-        agent, planned = _agent(seen, pods[name]), seen.planned.get(name)
-        told = planned is not None and planned.restore.epoch == status.epoch
-        if agent is not None and name in seen.reached and not told:
+        agent = _agent(seen, pods[name])
+        if agent is not None and name in seen.reached:
             found.append(PostRestore(name, agent, restore))
     return found
 

@@ -155,6 +155,9 @@ class Agents:
             if talk.calm:
                 talk.hurry.clear()
                 await _wait(talk.hurry, settings.calm_seconds)
+            elif not changed:
+                # A server that works has a new view all the time, of which few say anything new.
+                await asyncio.sleep(settings.hurry_seconds)
 
     async def _look(self, talk: Talk, member: str, agent: str) -> None:
         try:
@@ -214,7 +217,7 @@ def _gist(view: View) -> dict[str, tuple[object, ...]]:
     reports = [view.own, *(report for _, report in view.others.values())]
     return {
         r.id: (
-            r.epoch, r.state, r.generation, r.initialised, r.copies, r.final, r.restore,
+            r.epoch, r.state, r.generation, r.initialised, bool(r.copies), r.final, r.restore,
             r.acked_epoch, r.error, r.stop, r.save_error, {s.id for s in r.suspects},
         )
         for r in reports

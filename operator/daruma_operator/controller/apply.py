@@ -16,6 +16,7 @@ from daruma_operator.controller.acts import (
 from daruma_operator.controller.agents import Agents, Talk
 from daruma_operator.substrate.protocol import Substrate
 
+Message = PutMembership | PostRestore | PostCheckpoint
 CREATIONS = 16
 """Pods of one job that are made or removed at the same time."""
 
@@ -43,20 +44,37 @@ async def apply(
     if creations:
         await asyncio.gather(*map(bounded, creations))
         point("pods-created")
-    memberships = [a for a in acts if isinstance(a, PutMembership)]
-    told = await asyncio.gather(*(agents.put_membership(talk, a) for a in memberships))
-    if memberships:
-        point("membership-sent")
-    restores = [a for a in acts if isinstance(a, PostRestore)]
-    planned = await asyncio.gather(*(agents.post_restore(talk, a) for a in restores))
-    if restores:
-        point("restore-sent")
-    saves = [a for a in acts if isinstance(a, PostCheckpoint)]
-    saved = await asyncio.gather(*(agents.post_checkpoint(talk, a) for a in saves))
+    told = await asyncio.gather(*(_tell(agents, talk, each) for each in _by_member(acts)))
+    for kind, name in ((PutMembership, "membership-sent"), (PostRestore, "restore-sent")):
+        if any(isinstance(act, kind) for act in acts):
+            point(name)
     deletions = [
         substrate.delete_pod(job, a.name, a.uid, a.grace_seconds)
         for a in acts
         if isinstance(a, DeletePod)
     ]
     await asyncio.gather(*map(bounded, deletions))
-    return all([*told, *planned, *saved])
+    return all(told)
+
+
+def _by_member(acts: Iterable[Act]) -> list[list[Message]]:
+    found: dict[str, list[Message]] = {}
+    for act in acts:
+        if isinstance(act, PutMembership | PostRestore | PostCheckpoint):
+            found.setdefault(act.member, []).append(act)
+    return list(found.values())
+
+
+async def _tell(agents: Agents, talk: Talk, messages: list[Message]) -> bool:
+    """Speak to one member, in order; a slow one holds up no other."""
+    for act in messages:
+        match act:
+            case PutMembership():
+                done = await agents.put_membership(talk, act)
+            case PostRestore():
+                done = await agents.post_restore(talk, act)
+            case PostCheckpoint():
+                done = await agents.post_checkpoint(talk, act)
+        if not done:
+            return False
+    return True

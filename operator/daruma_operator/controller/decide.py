@@ -95,9 +95,7 @@ def _losses(d: Draft) -> tuple[Verdict, ...]:
     if all_left(d) and (result_saved(d) or not wants_result(d)):
         # The result is safe: no server is needed but to release the workers, and a worker that
         # was released closes its agent before its process is gone.
-        found = tuple(
-            v for v in found if v.member.role is Role.WORKER and v.reason != UNRESPONSIVE
-        )
+        found = tuple(v for v in found if v.member.role is Role.WORKER and v.reason != UNRESPONSIVE)
     return found
 
 

@@ -110,20 +110,11 @@ def _planned(d: Draft) -> bool:
     record = d.record
     if _stage_expired(d):
         return False
-    if preset_of(d.record.strategy).rollback:
-        if d.status.rollback.cut is None:
-            climb(d, record.rung + 1, "there is no full checkpoint")
-            return False
-        unread = _unread_cut(d)
-        if unread is not None:
-            climb(d, record.rung + 1, unread)
-            return False
-        return True
-    damaged = _missing(d)
-    if damaged:
-        climb(d, record.rung + 1, f"{damaged} slots could not be had from any source")
+    broken = _broken(d)
+    if broken is not None:
+        climb(d, record.rung + 1, broken)
         return False
-    if record.planned_epoch == d.status.epoch:
+    if preset_of(record.strategy).rollback or record.planned_epoch == d.status.epoch:
         return True
     silent = _silent(d)
     if silent and d.left(record.stage_since, d.policy.copies_seconds) > 0:
@@ -143,6 +134,14 @@ def _planned(d: Draft) -> bool:
         silent=silent,
     )
     return True
+
+
+def _broken(d: Draft) -> str | None:
+    """Why the present rung cannot work, as the servers found out, or None."""
+    if preset_of(d.record.strategy).rollback:
+        return "there is no full checkpoint" if d.status.rollback.cut is None else _unread_cut(d)
+    missing = _missing(d)
+    return f"{missing} slots could not be had from any source" if missing else None
 
 
 def _stage_expired(d: Draft) -> bool:
@@ -223,14 +222,18 @@ def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str
 
 
 def restores_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str, Restore]:
-    """Return the restore orders that status announces, by member; none before it does."""
+    """Return the restore orders that status announces and nobody gave yet, by member."""
     record = status.recovery
     if record is None or record.planned_epoch != status.epoch or record.phases.restore is not None:
+        return {}
+    told = {m for m, planned in seen.planned.items() if planned.restore.epoch == status.epoch}
+    if told.issuperset(name_of(m) for m in restoring(status)):
         return {}
     plans = plans_of(seen, status, stored=stored)
     return {
         name_of(m): Restore(record.id, status.epoch, m.incarnation, plans[name_of(m)].sources)
         for m in restoring(status)
+        if name_of(m) not in told
     }
 
 
