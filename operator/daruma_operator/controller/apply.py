@@ -31,7 +31,7 @@ async def apply(
 ) -> bool:
     """Do all acts, those that do not wait for each other at once; False if a member refused.
 
-    Pods come first, for they take longest. A member has its membership before anything else.
+    A member has its membership before anything else. Nothing waits for a pod to be deleted.
     """
     acts = list(acts)
     gate = asyncio.Semaphore(CREATIONS)
@@ -40,11 +40,14 @@ async def apply(
         async with gate:
             await work
 
-    creations = [substrate.create_pod(job, a.plan) for a in acts if isinstance(a, CreatePod)]
-    if creations:
-        await asyncio.gather(*map(bounded, creations))
-        point("pods-created")
-    told = await asyncio.gather(*(_tell(agents, talk, each) for each in _by_member(acts)))
+    async def create() -> None:
+        plans = [act.plan for act in acts if isinstance(act, CreatePod)]
+        await asyncio.gather(*(bounded(substrate.create_pod(job, plan)) for plan in plans))
+        if plans:
+            point("pods-created")
+
+    talks = [_tell(agents, talk, each) for each in _by_member(acts)]
+    _, *told = await asyncio.gather(create(), *talks)
     for kind, name in ((PutMembership, "membership-sent"), (PostRestore, "restore-sent")):
         if any(isinstance(act, kind) for act in acts):
             point(name)

@@ -354,6 +354,17 @@ def _restore_seconds(d: Draft) -> float:
     return max(found)
 
 
+def _correct(d: Draft, sources: dict[str, int]) -> None:
+    """Where slots came from other sources than those that stood first, say what is true."""
+    planned = d.record.reason == "PeerCopiesFound"
+    if not planned or not sources.get(SourceKind.RUNNING_CHECKPOINT.value):
+        return
+    # How stale each block of the running checkpoint was, only the reading server could have told.
+    d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"))
+    if not sources.get(SourceKind.PEER.value):
+        d.set_record(reason="PeerCopiesFailed")
+
+
 def _finish(d: Draft) -> None:
     """Price the recovery, and tell everybody that it is over (a last epoch)."""
     record = d.record
@@ -368,6 +379,8 @@ def _finish(d: Draft) -> None:
     if record.role is Role.SERVER and preset_of(d.record.strategy).rollback:
         sources = {SourceKind.FULL_CHECKPOINT.value: SLOTS}
         size = d.status.checkpoint.bytes if d.status.checkpoint else 0
+    elif record.role is Role.SERVER:
+        _correct(d, sources)
     if record.role is Role.WORKER:
         d.set_record(delta_norm=DeltaNorm(value=0.0, kind="Exact"), reason="WorkerReplaced")
     reports = {i: heard.report for i, heard in d.seen.heard.items()}

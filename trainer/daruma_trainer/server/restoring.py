@@ -87,7 +87,7 @@ class Restorer:
             source = self._source(ask)
             if source.kind is not SourceKind.PEER:
                 continue
-            if not ask.sent:
+            if not ask.sent and self.plane.shard.tables:
                 ask.sent = self.fetch(source.member or "", self.plane.slots.ids[ask.k], ask.source)
             if now - ask.since > PEER_SECONDS:
                 LOG.warning("%s did not give its copy within %s s", source.member, PEER_SECONDS)
@@ -100,12 +100,16 @@ class Restorer:
             source = self._source(ask)
             if source.member != member or ask.source != number:
                 continue
+            tables = len(self.plane.shard.tables)
+            if tables < len(state.values):
+                # Its answer overtook the Create of some table: it is asked again.
+                ask.sent = False
+                continue
             self._asks.remove(ask)
             ids = np.flatnonzero(state.slots)
             k = self.plane.slots.index_of(ids)
             good = np.isin(k, ask.k)
-            tables = len(self.plane.shard.tables)
-            if not good.all() or len(state.values) != tables or not tables:
+            if not good.all() or len(state.values) != tables:
                 LOG.warning("%s gave slots that nobody asked it for", member)
                 self._next(ask.k, time.monotonic())
                 continue
