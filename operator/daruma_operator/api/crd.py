@@ -108,7 +108,7 @@ def _convert_children(node: dict[str, Any], convert: Any) -> dict[str, Any]:
         node["additionalProperties"] = convert(extra)
     # Exclusive bounds are booleans in the dialect that Kubernetes speaks.
     for bound, flag in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if bound in node:
+        if bound in node and node[bound] is not True:
             node[flag] = node.pop(bound)
             node[bound] = True
     return node

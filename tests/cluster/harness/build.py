@@ -112,8 +112,11 @@ def _our_image(name: str) -> Path:
     dockerfile = ROOT / half / "Dockerfile"
     sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", dockerfile]
     sources += sorted((ROOT / "scripts").glob("*.py"))
-    for package in ("operator/daruma_operator", "trainer/daruma_trainer"):
-        sources += sorted((ROOT / package).rglob("*.py"))
+    if half == "operator":
+        sources += sorted((ROOT / "operator/daruma_operator").rglob("*.py"))
+        sources += [ROOT / "trainer/daruma_trainer" / n for n in ("__init__.py", "contract.py")]
+    else:
+        sources += sorted((ROOT / "trainer/daruma_trainer").rglob("*.py"))
     wheels = _wheels(extra)
 
     def build(folder: Path) -> None:

@@ -1,0 +1,110 @@
+"""Whole jobs on a real cluster: they end well, whatever is done to their members."""
+
+import signal
+from typing import Any
+
+import pytest
+from jobs import JobNamespace
+
+from daruma_trainer.contract import Role
+
+
+def incarnations(status: dict[str, Any], role: Role) -> dict[int, int]:
+    return {m["index"]: m["incarnation"] for m in status["members"] if m["role"] == role.value}
+
+
+def kill(jobs: JobNamespace, name: str, role: Role, index: int) -> None:
+    """kill -9 of the process of a member's newest incarnation."""
+    number = incarnations(jobs.status(name), role)[index]
+    jobs.cluster.kill(
+        signal.SIGKILL, JOB=name, ROLE=role.value, INDEX=str(index), INCARNATION=str(number)
+    )
+
+
+def check_recovered(
+    jobs: JobNamespace, name: str, before: dict[str, str], lost: set[str], status: dict[str, Any]
+) -> None:
+    """The job went on: nobody but the lost was replaced, and status tells it."""
+    kept = {pod: uid for pod, uid in before.items() if not any(seat in pod for seat in lost)}
+    now = jobs.pods(name)
+    assert {pod: now.get(pod, uid) for pod, uid in kept.items()} == kept
+    last = status["recoveries"][-1]
+    assert last["outcome"] == "Succeeded"
+    assert sum(v or 0 for v in last["phases"].values()) == pytest.approx(last["seconds"], abs=0.01)
+    assert status["progress"]["step"] >= 400
+
+
+def test_a_job_succeeds_and_says_where_its_result_is(jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("plain", steps=100))
+    status = jobs.ended("plain")
+    assert status["restarts"]["servers"] == status["restarts"]["workers"] == 0
+    assert status["result"]["uri"].startswith("file:///")
+    assert status["workers"]["succeeded"] == 2
+
+
+def test_kill_9_of_a_servers_process(jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("killed"))
+    jobs.at_step("killed", 100)
+    before = jobs.pods("killed")
+    kill(jobs, "killed", Role.SERVER, 1)
+    status = jobs.ended("killed")
+    check_recovered(jobs, "killed", before, {"server-1"}, status)
+    assert status["restarts"]["servers"] == 1
+    assert status["recoveries"][-1]["sources"] == {"peer": pytest.approx(341, abs=20)}
+    events = jobs.cluster.get("events", "-n", jobs.name)["items"]
+    assert {"RecoveryStarted", "RecoverySucceeded", "Succeeded"} <= {e["reason"] for e in events}
+
+
+def test_a_deleted_server_pod(jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("deleted"))
+    jobs.at_step("deleted", 100)
+    before = jobs.pods("deleted")
+    number = incarnations(jobs.status("deleted"), Role.SERVER)[0]
+    jobs.cluster.kubectl(
+        "delete", "pod", f"deleted-server-0-{number}", "-n", jobs.name, "--grace-period=1"
+    )
+    check_recovered(jobs, "deleted", before, {"server-0"}, jobs.ended("deleted"))
+
+
+def test_kill_9_of_a_worker(jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("worker"))
+    jobs.at_step("worker", 100)
+    before = jobs.pods("worker")
+    kill(jobs, "worker", Role.WORKER, 1)
+    status = jobs.ended("worker")
+    check_recovered(jobs, "worker", before, {"worker-1"}, status)
+    assert status["restarts"]["workers"] == 1
+
+
+def test_two_servers_at_once(jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("two"))
+    jobs.at_step("two", 100)
+    before = jobs.pods("two")
+    kill(jobs, "two", Role.SERVER, 0)
+    kill(jobs, "two", Role.SERVER, 2)
+    status = jobs.ended("two")
+    check_recovered(jobs, "two", before, {"server-0", "server-2"}, status)
+    assert status["restarts"]["servers"] == 2
+
+
+def test_a_server_and_a_worker_at_once(jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("both"))
+    jobs.at_step("both", 100)
+    before = jobs.pods("both")
+    kill(jobs, "both", Role.SERVER, 1)
+    kill(jobs, "both", Role.WORKER, 0)
+    check_recovered(jobs, "both", before, {"server-1", "worker-0"}, jobs.ended("both"))
+
+
+def test_a_second_server_while_the_first_is_restored(jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("second"))
+    jobs.at_step("second", 100)
+    before = jobs.pods("second")
+    kill(jobs, "second", Role.SERVER, 1)
+    jobs.cluster.until(
+        lambda: jobs.status("second").get("phase") == "Recovering", "the recovery begins", 30
+    )
+    kill(jobs, "second", Role.SERVER, 2)
+    status = jobs.ended("second")
+    check_recovered(jobs, "second", before, {"server-1", "server-2"}, status)
+    assert status["restarts"]["servers"] == 2
