@@ -96,6 +96,8 @@ class Manifest:
             raw = json.loads(body)
             names, slots = raw["segments"], raw["slots"]
             n = len(slots["ids"])
+            # A server of a small model may hold no block at all.
+            workers = -1 if n else 0
             return cls(
                 raw["uid"], raw["shard"], raw["incarnation"], raw["number"], raw["step"],
                 tuple(TableSpec.from_json(t) for t in raw["tables"]),
@@ -103,8 +105,8 @@ class Manifest:
                 SlotStates(
                     np.array(slots["ids"], np.int64), np.array(slots["lineage"], np.int64),
                     np.array(slots["position"], np.int64),
-                    np.array(slots["last"], np.int64).reshape(n, -1),
-                    np.array(slots["window"], np.uint64).reshape(n, -1),
+                    np.array(slots["last"], np.int64).reshape(n, workers),
+                    np.array(slots["window"], np.uint64).reshape(n, workers),
                 ),
                 raw["kind"],
             )  # fmt: skip

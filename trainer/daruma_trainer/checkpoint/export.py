@@ -1,0 +1,153 @@
+"""Make one file of a checkpoint's shards: `daruma export URI --format safetensors|torch -o FILE`.
+
+The state dict has one tensor a table, named and shaped as the worker's parameters were.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from daruma_trainer.checkpoint.manifest import Cut, newest_cut, read_blocks, read_manifest
+from daruma_trainer.checkpoint.store import Store, open_store
+from daruma_trainer.contract import ExitCode
+from daruma_trainer.errors import ConfigurationError, DamagedError, MissingError, StoreError
+from daruma_trainer.layout import Floats, TableSpec
+
+Arrays = Mapping[str, Floats]
+
+
+def open_cut(uri: str) -> tuple[Store, Cut]:
+    """Open what `status.result.uri` names: a cut's file, or a job's folder (its newest cut).
+
+    ConfigurationError: it is neither. StoreError: it cannot be read.
+    """
+    # <store>/<namespace>/<name>/<uid>[/cuts/<number>.json]
+    parts = uri.rstrip("/").split("/")
+    depth = 5 if parts[-1].endswith(".json") else 3
+    if len(parts) < depth + 3:
+        raise ConfigurationError(
+            f"{uri} is no checkpoint: name the job's status.result.uri, "
+            "<store>/<namespace>/<name>/<uid>/cuts/<number>.json, or the folder <uid>"
+        )
+    store, name = open_store("/".join(parts[:-depth])), "/".join(parts[-depth:])
+    if depth == 3:
+        found = newest_cut(store, name)
+        if found is None:
+            raise StoreError(f"{uri} holds no complete cut; was the job ever saved?")
+        return store, found[1]
+    return store, Cut.decode(store.read(name))
+
+
+def load_state(store: Store, cut: Cut) -> dict[str, Floats]:
+    """Put all tables of a cut together, by name. DamagedError: a part is missing or not whole."""
+    tables: dict[int, TableSpec] = {}
+    arrays: dict[int, Floats] = {}
+    found: dict[int, int] = {}
+    for path in cut.shards:
+        manifest = read_manifest(store, path)
+        for table in manifest.tables:
+            if tables.setdefault(table.id, table) != table:
+                raise DamagedError(f"{path}: table {table.name!r} differs from other shards'")
+            arrays.setdefault(table.id, np.zeros((table.rows, table.cols), np.float32))
+        # One block at a time: a whole shard's records would double the memory needed.
+        for key in manifest.blocks:
+            blocks, damaged = read_blocks(store, manifest, [key])
+            if damaged:
+                raise DamagedError(f"{path}: {damaged[0]}")
+            table, first = tables[key[0]], key[1] * tables[key[0]].block_rows
+            rows = arrays[table.id][first : first + table.block_rows]
+            if not rows.size or blocks[0].data.size != rows.size:
+                raise DamagedError(f"{path}: block {key[1]} of table {table.name!r} does not fit")
+            rows[:] = blocks[0].data.reshape(rows.shape)
+            found[table.id] = found.get(table.id, 0) + 1
+    for table in tables.values():
+        if found.get(table.id, 0) != table.blocks:
+            raise DamagedError(
+                f"table {table.name!r}: {found.get(table.id, 0)} of {table.blocks} blocks are there"
+            )
+    return {t.name: arrays[t.id].reshape(t.shape) for t in tables.values()}
+
+
+def write_safetensors(arrays: Arrays, path: Path) -> None:
+    """Write a safetensors file. MissingError: its library is not installed."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise _missing("safetensors") from error
+    try:
+        save_file(dict(arrays), path)
+    except SafetensorError as error:
+        raise StoreError(f"cannot write {path}: {error}") from error
+
+
+def write_torch(arrays: Arrays, path: Path) -> None:
+    """Write a state dict for `torch.load(..., weights_only=True)`."""
+    try:
+        import torch
+    except ImportError as error:
+        raise _missing("torch") from error
+    # Opened here, so that a full disk is an OSError and not one of torch's.
+    with path.open("wb") as file:
+        torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, file)
+
+
+FORMATS: Mapping[str, Callable[[Arrays, Path], None]] = {
+    "safetensors": write_safetensors,
+    "torch": write_torch,
+}
+
+
+def export(uri: str, form: str, out: Path) -> list[str]:
+    """Write the file, whole or not at all; returns the names of the tensors in it."""
+    arrays = load_state(*open_cut(uri))
+    new = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        FORMATS[form](arrays, new)
+        new.replace(out)
+    except OSError as error:
+        raise StoreError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+    return sorted(arrays)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Export; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="daruma export", description="Make one file of a job's result."
+    )
+    parser.add_argument("uri", metavar="URI", help="status.result.uri of the job")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="safetensors")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args(arguments)
+    try:
+        names = export(options.uri, options.format, options.out)
+    except ConfigurationError as error:
+        return _fail(error, ExitCode.USAGE)
+    except MissingError as error:
+        return _fail(error, ExitCode.MISSING)
+    except StoreError as error:
+        return _fail(error, ExitCode.FAILED)
+    sys.stdout.write(f"{options.out}: {', '.join(names)}\n")
+    return ExitCode.OK
+
+
+def _missing(library: str) -> MissingError:
+    return MissingError(
+        f"this format needs {library}: pip install 'daruma-operator[torch]', "
+        "or choose another --format"
+    )
+
+
+def _fail(error: Exception, code: ExitCode) -> int:
+    sys.stderr.write(f"daruma export: {error}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
