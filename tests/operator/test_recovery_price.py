@@ -1,0 +1,44 @@
+"""Prices: bounds that hold, and nothing claimed that is not known."""
+
+from math import sqrt
+
+import pytest
+
+from daruma_operator.recovery.price import EXACT, UNKNOWN, DeltaKind, LostShard, bound, counters
+from daruma_trainer.contract import Report
+
+
+def test_nothing_acknowledged_since_is_exact() -> None:
+    assert bound([LostShard(0, None), LostShard(0, 3.0)]) == EXACT
+    assert bound([]) == EXACT
+
+
+def test_the_bound_adds_up_over_orthogonal_shards() -> None:
+    delta = bound([LostShard(3, 1.0), LostShard(2, 2.0)])
+    assert delta.kind is DeltaKind.UPPER_BOUND
+    assert delta.value == pytest.approx(sqrt(3**2 + 4**2))
+
+
+def test_the_distance_when_it_was_saved_counts() -> None:
+    delta = bound([LostShard(2, 0.5, distance=1.0)])
+    assert delta.value == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "shard", [LostShard(2, None), LostShard(None, 1.0), LostShard(2, 1.0, distance=None)]
+)
+def test_what_is_not_known_is_unknown(shard: LostShard) -> None:
+    assert bound([LostShard(0, None), shard]) == UNKNOWN
+
+
+def test_a_push_is_lost_once() -> None:
+    reports = {
+        "server-0-1": Report("server-0-1", 1, "Ready", lost=4),
+        "server-1-1": Report("server-1-1", 1, "Ready", lost=4),
+        "worker-0-1": Report("worker-0-1", 1, "Training", lost=3, replayed=2),
+        "worker-1-1": Report("worker-1-1", 1, "Training", lost=0, replayed=5),
+        "worker-9-1": Report("worker-9-1", 1, "Training", lost=99, replayed=99),
+    }
+    live = [m for m in reports if m != "worker-9-1"]
+    assert counters(reports, live) == (4, 7)
+    assert counters(reports, ["worker-0-1", "worker-7-7"]) == (3, 2)
