@@ -19,6 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from daruma_trainer.checkpoint.manifest import newest_cut, read_blocks, read_manifest
+from daruma_trainer.checkpoint.store import open_store
 from daruma_trainer.contract import (
     Member,
     Membership,
@@ -200,6 +204,26 @@ class LocalCluster:
             assert self.call(server, "POST", "/v1/checkpoint", body) == 204
         for worker in workers:
             assert self.processes[worker.id].wait(DEADLINE) == 0, self.logs()
+
+    def result(self, store: Path) -> dict[str, "np.ndarray[Any, np.dtype[np.float32]]"]:
+        """Read the tables of the final cut, by name, from what lies in the store."""
+        opened = open_store(f"file://{store}")
+        found = newest_cut(opened, self.membership.prefix)
+        if found is None:
+            raise AssertionError(f"no cut in {store}")
+        tables: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+        for name in found[1].shards:
+            manifest = read_manifest(opened, name)
+            specs = {t.id: t for t in manifest.tables}
+            blocks, damaged = read_blocks(opened, manifest, manifest.blocks)
+            assert not damaged
+            for block in blocks:
+                spec = specs[block.table]
+                rows = tables.setdefault(spec.name, np.zeros((spec.rows, spec.cols), np.float32))
+                start = block.block * spec.block_rows
+                part = block.data.reshape(-1, spec.cols)
+                rows[start : start + len(part)] = part
+        return tables
 
     def logs(self) -> str:
         """Return the end of every member's output."""
