@@ -5,6 +5,7 @@ long as something happens, every member that can be reached is polled.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -77,7 +78,9 @@ class Agents:
         """Stop polling a job and drop what is remembered."""
         talk = self._talks.pop(key, None)
         if talk is not None:
-            for task in talk.polls.values():
+            polls = list(talk.polls.values())
+            talk.polls.clear()
+            for task in polls:
                 task.cancel()
 
     async def close(self) -> None:
@@ -133,7 +136,8 @@ class Agents:
 
     async def _poll(self, talk: Talk, member: str, agent: str) -> None:
         after, settings, failures = 0, self._settings, 0
-        while True:
+        # A cancellation that comes together with a timeout may be taken for that.
+        while talk.polls.get(member) is asyncio.current_task():
             try:
                 view = await self._view(talk, agent, after, settings.poll_seconds)
             except FAILURES as error:
@@ -225,10 +229,9 @@ def _gist(view: View) -> dict[str, tuple[object, ...]]:
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def _now() -> float:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any
 
 from daruma_operator.api.job import TrainingJob
@@ -36,13 +37,14 @@ async def apply(
     acts = list(acts)
     gate = asyncio.Semaphore(CREATIONS)
 
-    async def bounded(work: Coroutine[Any, Any, None]) -> None:
+    async def bounded(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        # Made only here: a pass may be cancelled while it waits.
         async with gate:
-            await work
+            await work()
 
     async def create() -> None:
         plans = [act.plan for act in acts if isinstance(act, CreatePod)]
-        await asyncio.gather(*(bounded(substrate.create_pod(job, plan)) for plan in plans))
+        await asyncio.gather(*(bounded(partial(substrate.create_pod, job, p)) for p in plans))
         if plans:
             point("pods-created")
 
@@ -52,11 +54,11 @@ async def apply(
         if any(isinstance(act, kind) for act in acts):
             point(name)
     deletions = [
-        substrate.delete_pod(job, a.name, a.uid, a.grace_seconds)
+        bounded(partial(substrate.delete_pod, job, a.name, a.uid, a.grace_seconds))
         for a in acts
         if isinstance(a, DeletePod)
     ]
-    await asyncio.gather(*map(bounded, deletions))
+    await asyncio.gather(*deletions)
     return all(told)
 
 

@@ -1,0 +1,202 @@
+"""`daruma run` from start to end: failures on order, Ctrl-C, its own death; nothing is left."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from daruma_trainer.programs.data import classification
+from left_behind import left_by
+
+pytestmark = pytest.mark.faults
+DEADLINE = 180.0
+MANIFEST = """\
+apiVersion: daruma.dev/v1alpha1
+kind: TrainingJob
+metadata: {name: toy}
+spec:
+  program:
+    image: none
+    command: [python, -m, daruma_trainer.programs.mlr]
+    args: [--steps, "STEPS", --think-ms, "10"]
+  servers: {replicas: 3}
+  workers: {replicas: 2}
+  checkpoint: {store: "file:///saves", every: 32, fraction: 0.25}
+"""
+KEYS = {"job", "phase", "steps", "loss", "metrics", "recoveries", "seconds", "pushes", "result"}
+
+
+@contextmanager
+def running(folder: Path, *arguments: str, steps: int = 200) -> Iterator[subprocess.Popen[str]]:
+    manifest = folder / "toy.yaml"
+    manifest.write_text(MANIFEST.replace("STEPS", str(steps)))
+    command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--out", str(folder / "out"), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            text=True,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def output(folder: Path) -> str:
+    return (folder / "output").read_text()
+
+
+def ended(folder: Path, process: subprocess.Popen[str]) -> int:
+    code = process.wait(DEADLINE)
+    assert left_by(folder) == []
+    assert not (folder / "out" / "token").exists()
+    assert "Traceback" not in output(folder)
+    assert "Warning:" not in output(folder)
+    return code
+
+
+def report(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "out" / "report.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def until(what: str, found: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not found():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def trains(folder: Path) -> bool:
+    return re.search(r"Running.* step [1-9]", output(folder)) is not None
+
+
+def accuracy(uri: str, out: Path) -> float:
+    """Export a result, and score it as the program does."""
+    command = [sys.executable, "-m", "daruma_operator.cli.main", "export", uri, "-o", str(out)]
+    subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True)
+    state = load_file(out)
+    _, (x, y) = classification("digits", 0)
+    return float(np.mean((x @ state["weight"].T + state["bias"]).argmax(1) == y))
+
+
+def check_recovery(record: dict[str, Any]) -> None:
+    phases = [record["phases"][name] for name in ("detect", "replace", "restore", "resume")]
+    assert sum(phases) == pytest.approx(record["seconds"], abs=0.01)
+    assert record["outcome"] == "Succeeded"
+
+
+def test_a_server_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
+    with running(tmp_path, "--kill", "server-1@step=60") as process:
+        assert ended(tmp_path, process) == 0, output(tmp_path)
+    found = report(tmp_path)
+    assert set(found) >= KEYS
+    (recovery,) = found["recoveries"]
+    check_recovery(recovery)
+    assert (recovery["cause"], recovery["indexes"]) == ("ServerLost", [1])
+    assert sum(recovery["sources"].values()) > 300, "a third of 1,024 slots"
+    assert recovery["rework"]["redoneSteps"] == 0
+    assert (found["phase"], found["steps"]) == ("Succeeded", 200)
+    assert found["pushes"]["applied"] == 400
+    steps = [step for step, _, _ in found["loss"]]
+    assert steps == sorted(steps), "the step count never goes back"
+    assert found["metrics"]["test_accuracy"] >= 0.9
+    exported = accuracy(found["result"]["uri"], tmp_path / "model")
+    assert exported == pytest.approx(found["metrics"]["test_accuracy"], abs=1e-6)
+    for word in ("Recoveries", "server-1 lost", "detect", "peer", "test_accuracy"):
+        assert word in output(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param(["worker-1@step=60"], id="worker"),
+        pytest.param(["server-0@step=60", "server-2@step=60"], id="two-servers"),
+        pytest.param(["server-0@step=60", "worker-0@step=60"], id="server-and-worker"),
+    ],
+)
+def test_others_are_killed(tmp_path: Path, kills: list[str]) -> None:
+    arguments = [word for kill in kills for word in ("--kill", kill)]
+    with running(tmp_path, *arguments) as process:
+        assert ended(tmp_path, process) == 0, output(tmp_path)
+    found = report(tmp_path)
+    lost = [(x["role"], x["index"]) for r in found["recoveries"] for x in r["losses"]]
+    wanted = [kill.partition("@")[0].split("-") for kill in kills]
+    assert sorted(lost) == sorted((role.capitalize(), int(index)) for role, index in wanted)
+    for record in found["recoveries"]:
+        check_recovery(record)
+    assert found["steps"] == 200
+    assert found["metrics"]["test_accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("strategy", ["FullCheckpoint", "Partial", "Stateless"])
+def test_each_strategy_recovers(tmp_path: Path, strategy: str) -> None:
+    with running(tmp_path, "--strategy", strategy, "--kill", "server-2@step=80", "--json") as it:
+        assert ended(tmp_path, it) == 0, output(tmp_path)
+    found = report(tmp_path)
+    (recovery,) = found["recoveries"]
+    assert recovery["strategy"] == strategy
+    assert (recovery["rework"]["redoneSteps"] > 0) is (strategy == "FullCheckpoint")
+    assert found["metrics"]["test_accuracy"] >= 0.9
+
+
+def test_ctrl_c_saves_what_there_is(tmp_path: Path) -> None:
+    with running(tmp_path, steps=100_000) as process:
+        until("it trains", lambda: trains(tmp_path))
+        process.send_signal(signal.SIGINT)
+        assert ended(tmp_path, process) == 1
+    assert "interrupted at step" in output(tmp_path)
+    found = report(tmp_path)
+    assert found["interrupted"] is True
+    assert 0 < found["steps"] < 100_000
+    assert accuracy(found["result"]["uri"], tmp_path / "model") > 0.2
+
+
+def test_the_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    with running(tmp_path, steps=100_000) as process:
+        until("it trains", lambda: trains(tmp_path))
+        process.send_signal(signal.SIGINT)
+        until("the first was heard", lambda: "once more to kill" in output(tmp_path))
+        process.send_signal(signal.SIGINT)
+        assert ended(tmp_path, process) == 1
+
+
+def test_no_member_survives_a_killed_daruma(tmp_path: Path) -> None:
+    with running(tmp_path, steps=100_000) as process:
+        until("members run", lambda: len(left_by(tmp_path)) == 5)
+        os.kill(process.pid, signal.SIGKILL)
+        until("none is left", lambda: left_by(tmp_path) == [])
+
+
+def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
+    with running(tmp_path, steps=100_000) as process:
+        until("members run", lambda: len(left_by(tmp_path)) == 5)
+        command = [sys.executable, "-m", "daruma_operator.cli.main", "run", "toy.yaml"]
+        second = subprocess.run(
+            [*command, "--out", "out"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert second.returncode == 3
+        assert "another `daruma run` uses this folder" in second.stderr
+        process.send_signal(signal.SIGINT)
+        assert ended(tmp_path, process) == 1
