@@ -4,7 +4,10 @@ Exceptions in these handlers would be swallowed, and patches or finalizers are n
 decision is made in the controller's pass.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import kopf
@@ -13,6 +16,36 @@ from daruma_operator.api.job import GROUP, PLURAL, VERSION
 from daruma_operator.substrate.pods import LABEL
 from daruma_operator.substrate.protocol import JobKey
 
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+RELOGIN = timedelta(minutes=30)
+"""Tokens of service accounts are renewed by the kubelet; after this long the file is read again."""
+
+
+def service_account(environment: Mapping[str, str]) -> kopf.ConnectionInfo | None:
+    """Return how a pod reaches the API server, or None outside of one.
+
+    By address, not by name as kopf's own does: a cluster need not have DNS.
+    """
+    host = environment.get("KUBERNETES_SERVICE_HOST")
+    if host is None or not (ACCOUNT / "token").exists():
+        return None
+    host = f"[{host}]" if ":" in host else host
+    return kopf.ConnectionInfo(
+        server=f"https://{host}:{environment.get('KUBERNETES_SERVICE_PORT', '443')}",
+        ca_path=str(ACCOUNT / "ca.crt"),
+        token=(ACCOUNT / "token").read_text().strip(),
+        expiration=datetime.now(UTC) + RELOGIN,
+    )
+
+
+def in_cluster_server(environment: Mapping[str, str]) -> str | None:
+    """Return the API server's URL as kubelet tells it to every pod; None outside a cluster."""
+    host = environment.get("KUBERNETES_SERVICE_HOST")
+    port = environment.get("KUBERNETES_SERVICE_PORT")
+    if not host or not port:
+        return None
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+
 
 def registry(enqueue: Callable[[JobKey], None], heard: Callable[[], None]) -> kopf.OperatorRegistry:
     """Return the handlers. `heard` is called at each event: a watch that lives."""
@@ -20,9 +53,7 @@ def registry(enqueue: Callable[[JobKey], None], heard: Callable[[], None]) -> ko
 
     @kopf.on.login(registry=made)
     def login(**arguments: Any) -> kopf.ConnectionInfo | None:
-        return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(
-            **arguments
-        )
+        return service_account(os.environ) or kopf.login_with_kubeconfig(**arguments)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=made)
     def job_changed(namespace: str | None, name: str | None, **_: Any) -> None:
