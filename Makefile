@@ -78,7 +78,7 @@ manifests: $(STAMP) machine ## write crd.yaml and install.yaml anew from the typ
 
 .PHONY: images
 images: $(STAMP) machine ## build the images of operator, server and worker for the test cluster
-	@$(BIN)/python tests/cluster/harness/build.py
+	@$(BIN)/python tests/cluster/harness/parts.py
 
 .PHONY: docs
 docs: $(STAMP) ## check the links and commands that the documents name

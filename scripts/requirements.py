@@ -7,7 +7,9 @@ from pathlib import Path
 
 def requirements(extra: str) -> list[str]:
     """Resolve an extra, with the extras of this project that it names."""
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
+        "project"
+    ]
     found: list[str] = []
     for requirement in project["optional-dependencies"][extra]:
         if requirement.startswith(project["name"] + "["):

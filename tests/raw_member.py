@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import zmq
@@ -92,7 +93,9 @@ class RawMember:
         """Make a table."""
         return self.ask(Kind.CREATE, [encode_json(spec.to_json())])[0]
 
-    def push_body(self, worker: int, batch: int, slots: Slots, values: np.ndarray) -> list[Frame]:  # type: ignore[type-arg]
+    def push_body(
+        self, worker: int, batch: int, slots: Slots, values: np.ndarray[Any, Any]
+    ) -> list[Frame]:
         """Return a push of table 0."""
         part = TablePush(0, 1.0, values.astype(np.float32))
         return encode_push(Push(worker, batch, batch, 1, 0, slots, (part,)))

@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import parts
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "harness"))
-
-import build  # noqa: E402
-from cluster import Cluster, cluster  # noqa: E402
-from jobs import JobNamespace, job_namespace  # noqa: E402
+from testcluster import Cluster, cluster
+from testjobs import JobNamespace, job_namespace
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATOR_NAMESPACE = "daruma-system"
@@ -21,7 +18,7 @@ OPERATOR_NAMESPACE = "daruma-system"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark all tests here; without a cluster to be had they skip, and say why."""
     here = Path(__file__).parent
-    reason = None if os.environ.get("KUBECONFIG") else build.missing()
+    reason = None if os.environ.get("KUBECONFIG") else parts.missing()
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.cluster)

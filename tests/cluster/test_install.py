@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import build
+import parts
 import pytest
 import yaml
-from bad_manifests import BAD, PROGRAM, manifest
-from cluster import Cluster
-from jobs import JobNamespace
 from render import render
+from testcluster import Cluster
+from testjobs import JobNamespace
+
+from bad_manifests import BAD, PROGRAM, manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def with_crd(k8s: Cluster) -> Cluster:
     """A cluster that knows TrainingJobs."""
     k8s.kubectl("apply", "-f", str(ROOT / "manifests/crd.yaml"))
-    k8s.kubectl("wait", "--for=condition=Established", "crd/trainingjobs.daruma.dev", "--timeout=30s")
+    k8s.kubectl(
+        "wait", "--for=condition=Established", "crd/trainingjobs.daruma.dev", "--timeout=30s"
+    )
     return k8s
 
 
@@ -71,8 +74,12 @@ def test_kubectl_apply_of_the_manifests_works_as_well(jobs: JobNamespace) -> Non
     documents = list(yaml.safe_load_all((ROOT / "manifests/install.yaml").read_text()))
     assert {d["kind"] for d in documents if d} >= {"Deployment", "ClusterRole", "ServiceAccount"}
     cluster = jobs.cluster
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "manifests/install.yaml"))
-    cluster.kubectl("rollout", "status", "-n", "daruma-system", "deploy/daruma-operator", "--timeout=110s")
+    cluster.kubectl(
+        "apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "manifests/install.yaml")
+    )
+    cluster.kubectl(
+        "rollout", "status", "-n", "daruma-system", "deploy/daruma-operator", "--timeout=110s"
+    )
     cluster.apply(jobs.manifest("applied", servers=1, workers=1, steps=20))
     jobs.ended("applied")
-    assert build.tag("operator") in json.dumps(documents)
+    assert parts.tag("operator") in json.dumps(documents)

@@ -4,7 +4,7 @@ import signal
 from typing import Any
 
 import pytest
-from jobs import JobNamespace
+from testjobs import JobNamespace
 
 from daruma_trainer.contract import Role
 

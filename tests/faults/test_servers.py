@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def lose_and_replace(cluster: LocalCluster, index: int) -> Member:
     return cluster.replace_server(index, freshest(cluster, index))
 
 
-def trained(folder: Path, consistency: str, *, disturb: bool) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def trained(folder: Path, consistency: str, *, disturb: bool) -> dict[str, np.ndarray[Any, Any]]:
     folder.mkdir()
     config = Settings(consistency=consistency, store=f"file://{folder}/store", every=20)
     with local_cluster(folder, servers=2, workers=2, settings=config, program=MLR) as cluster:
@@ -161,7 +162,9 @@ def test_a_push_whose_acknowledgement_died_is_applied_once(tmp_path: Path) -> No
             assert w1.create(SPEC).kind is Kind.OK
             plan = {
                 "recovery": 1, "epoch": 3, "incarnation": 2,
-                "sources": [{"kind": "peer", "slots": slots_to_hex(range(SLOTS)), "member": "worker-1-1"}],
+                "sources": [
+                    {"kind": "peer", "slots": slots_to_hex(range(SLOTS)), "member": "worker-1-1"}
+                ],
             }  # fmt: skip
             assert cluster.call(new, "POST", "/v1/restore", json.dumps(plan).encode()) == 204
             w1.give_copy(copy)

@@ -36,7 +36,7 @@ class Shard:
             self.values[s].update((worker, b) for b in range(first, last + 1))
         if len(new):
             self.slots.advance(new, worker, first, last)
-        return where[found != Seen.OVERLAP].tolist()
+        return [int(s) for s in where[found != Seen.OVERLAP]]
 
 
 class Copy:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import build
+import parts
 
 NAMESPACE = "daruma-system"
 HEADER = "# Rendered from charts/daruma by `make manifests`; do not edit. Apply crd.yaml as well.\n"
@@ -20,8 +20,8 @@ metadata:
 def render() -> str:
     """Return the text of install.yaml."""
     chart = subprocess.run(
-        [str(build.helm()), "template", "daruma", str(build.ROOT / "charts/daruma"),
-         "--namespace", NAMESPACE, "--kube-version", build.KUBERNETES],
+        [str(parts.helm()), "template", "daruma", str(parts.ROOT / "charts/daruma"),
+         "--namespace", NAMESPACE, "--kube-version", parts.KUBERNETES],
         capture_output=True, text=True, check=True, timeout=60,
     ).stdout  # fmt: skip
     return HEADER + NAMESPACE_OBJECT + chart

@@ -37,8 +37,12 @@ def free_port() -> int:
 
 def spawn(name: str, *args: str) -> None:
     with (ROOT / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(args, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-    (ROOT / "pids" / name).write_text(str(process.pid))  # so that a test can stop or freeze one component
+        process = subprocess.Popen(
+            args, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    (ROOT / "pids" / name).write_text(
+        str(process.pid)
+    )  # so that a test can stop or freeze one component
 
 
 def component(name: str, *args: str, log: str | None = None) -> None:
@@ -46,7 +50,7 @@ def component(name: str, *args: str, log: str | None = None) -> None:
 
 
 def network() -> None:
-    """Addresses for nodes on a bridge without ports, and a default route, which kubelet and kube-proxy look for."""
+    """Addresses on a bridge without ports, and a default route: kubelet looks for them."""
     for args in (
         "link set lo up",
         "link add nodes0 type bridge",
@@ -68,15 +72,22 @@ def credentials(server: str) -> dict[str, str]:
         **{f"node{i}": (f"system:node:node{i}", "system:nodes") for i in range(NODES)},
     }
     tokens = {name: secrets.token_hex(16) for name in users}
-    rows = [f"{tokens[n]},{user},{n}" + (f",{group}" if group else "") for n, (user, group) in users.items()]
+    rows = [
+        f"{tokens[n]},{user},{n}" + (f",{group}" if group else "")
+        for n, (user, group) in users.items()
+    ]
     (ROOT / "tokens.csv").write_text("\n".join(rows) + "\n")
-    subprocess.run(["openssl", "genrsa", "-out", str(ROOT / "sa.key"), "2048"], check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "genrsa", "-out", str(ROOT / "sa.key"), "2048"], check=True, capture_output=True
+    )
     for name, token in tokens.items():
         config = {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {"server": server, "insecure-skip-tls-verify": True}}],
+            "clusters": [
+                {"name": "test", "cluster": {"server": server, "insecure-skip-tls-verify": True}}
+            ],
             "users": [{"name": "test", "user": {"token": token}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
         }
@@ -89,30 +100,110 @@ def control_plane() -> None:
     server = f"https://127.0.0.1:{api}"
     tokens = credentials(server)
     client_url, peer_url = f"http://127.0.0.1:{etcd}", f"http://127.0.0.1:{peer}"
-    component("etcd", "--data-dir", f"{ROOT}/etcd", "--unsafe-no-fsync",
-              "--listen-client-urls", client_url, "--advertise-client-urls", client_url, "--listen-peer-urls", peer_url,
-              "--initial-advertise-peer-urls", peer_url, "--initial-cluster", f"default={peer_url}")
-    component("kube-apiserver", "--etcd-servers", client_url, "--secure-port", str(api), "--bind-address", "0.0.0.0",
-              "--advertise-address", API_ADDRESS, "--cert-dir", f"{ROOT}/certs", "--token-auth-file", f"{ROOT}/tokens.csv",
-              "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction",
-              "--service-cluster-ip-range", "10.96.0.0/16", "--service-account-issuer", "https://kubernetes.default.svc",
-              "--service-account-signing-key-file", f"{ROOT}/sa.key", "--service-account-key-file", f"{ROOT}/sa.key",
-              "--allow-privileged", "--kubelet-preferred-address-types", "InternalIP")
+    component(
+        "etcd",
+        "--data-dir",
+        f"{ROOT}/etcd",
+        "--unsafe-no-fsync",
+        "--listen-client-urls",
+        client_url,
+        "--advertise-client-urls",
+        client_url,
+        "--listen-peer-urls",
+        peer_url,
+        "--initial-advertise-peer-urls",
+        peer_url,
+        "--initial-cluster",
+        f"default={peer_url}",
+    )
+    component(
+        "kube-apiserver",
+        "--etcd-servers",
+        client_url,
+        "--secure-port",
+        str(api),
+        "--bind-address",
+        "0.0.0.0",
+        "--advertise-address",
+        API_ADDRESS,
+        "--cert-dir",
+        f"{ROOT}/certs",
+        "--token-auth-file",
+        f"{ROOT}/tokens.csv",
+        "--authorization-mode",
+        "Node,RBAC",
+        "--enable-admission-plugins",
+        "NodeRestriction",
+        "--service-cluster-ip-range",
+        "10.96.0.0/16",
+        "--service-account-issuer",
+        "https://kubernetes.default.svc",
+        "--service-account-signing-key-file",
+        f"{ROOT}/sa.key",
+        "--service-account-key-file",
+        f"{ROOT}/sa.key",
+        "--allow-privileged",
+        "--kubelet-preferred-address-types",
+        "InternalIP",
+    )
     wait_ready(server, tokens["admin"])
     config = f"{ROOT}/controller-manager.kubeconfig"
-    component("kube-controller-manager", "--kubeconfig", config, "--authentication-kubeconfig", config,
-              "--authorization-kubeconfig", config, "--service-account-private-key-file", f"{ROOT}/sa.key",
-              "--use-service-account-credentials", "--root-ca-file", f"{ROOT}/certs/apiserver.crt", "--leader-elect=false",
-              "--secure-port", "0", "--node-monitor-grace-period", "16s", "--node-monitor-period", "1s")
-    component("kube-scheduler", "--kubeconfig", f"{ROOT}/scheduler.kubeconfig", "--leader-elect=false", "--secure-port", "0")
-    component("kube-proxy", "--kubeconfig", f"{ROOT}/proxy.kubeconfig", "--hostname-override", "node0",
-              "--cluster-cidr", "10.244.0.0/16", "--proxy-mode", "iptables", "--conntrack-max-per-core", "0",
-              "--conntrack-tcp-timeout-established", "0", "--conntrack-tcp-timeout-close-wait", "0",
-              "--healthz-bind-address", "127.0.0.1:10256", "--metrics-bind-address", "127.0.0.1:10249")
+    component(
+        "kube-controller-manager",
+        "--kubeconfig",
+        config,
+        "--authentication-kubeconfig",
+        config,
+        "--authorization-kubeconfig",
+        config,
+        "--service-account-private-key-file",
+        f"{ROOT}/sa.key",
+        "--use-service-account-credentials",
+        "--root-ca-file",
+        f"{ROOT}/certs/apiserver.crt",
+        "--leader-elect=false",
+        "--secure-port",
+        "0",
+        "--node-monitor-grace-period",
+        "16s",
+        "--node-monitor-period",
+        "1s",
+    )
+    component(
+        "kube-scheduler",
+        "--kubeconfig",
+        f"{ROOT}/scheduler.kubeconfig",
+        "--leader-elect=false",
+        "--secure-port",
+        "0",
+    )
+    component(
+        "kube-proxy",
+        "--kubeconfig",
+        f"{ROOT}/proxy.kubeconfig",
+        "--hostname-override",
+        "node0",
+        "--cluster-cidr",
+        "10.244.0.0/16",
+        "--proxy-mode",
+        "iptables",
+        "--conntrack-max-per-core",
+        "0",
+        "--conntrack-tcp-timeout-established",
+        "0",
+        "--conntrack-tcp-timeout-close-wait",
+        "0",
+        "--healthz-bind-address",
+        "127.0.0.1:10256",
+        "--metrics-bind-address",
+        "127.0.0.1:10249",
+    )
 
 
 def wait_ready(server: str, token: str) -> None:
-    request = urllib.request.Request(server + "/readyz", headers={"Authorization": "Bearer " + token})
+    request = urllib.request.Request(
+        server + "/readyz", headers={"Authorization": "Bearer " + token}
+    )
     end = time.monotonic() + DEADLINE_S
     while time.monotonic() < end:
         try:
@@ -126,12 +217,21 @@ def wait_ready(server: str, token: str) -> None:
 
 def pod_network() -> None:
     bridge = {
-        "type": "bridge", "bridge": "pods0", "isGateway": True, "hairpinMode": True,
-        "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.244.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}],
-                 "dataDir": f"{ROOT}/ipam"},
+        "type": "bridge",
+        "bridge": "pods0",
+        "isGateway": True,
+        "hairpinMode": True,
+        "ipam": {
+            "type": "host-local",
+            "ranges": [[{"subnet": "10.244.0.0/16"}]],
+            "routes": [{"dst": "0.0.0.0/0"}],
+            "dataDir": f"{ROOT}/ipam",
+        },
     }
     (ROOT / "cni").mkdir()
-    (ROOT / "cni/10-pods.conflist").write_text(json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}))
+    (ROOT / "cni/10-pods.conflist").write_text(
+        json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]})
+    )
 
 
 CONTAINERD = """
@@ -154,10 +254,13 @@ state = "{folder}/state"
 def cgroup(name: str) -> str:
     """A cgroup of the node's own: kubelets that share one kill each other's pods as orphans."""
     top = pathlib.Path("/sys/fs/cgroup")
-    for controller in [top] if (top / "cgroup.controllers").exists() else top.iterdir():
+    for controller in [top] if (top / "cgroup.controllers").exists() else list(top.iterdir()):
         (controller / name).mkdir(exist_ok=True)
-        for knob in ("cpuset.cpus", "cpuset.mems"):  # version 1 starts them empty, which admits no process
-            if (controller / knob).exists() and "cgroup.controllers" not in os.listdir(top):
+        for knob in (
+            "cpuset.cpus",
+            "cpuset.mems",
+        ):  # version 1 starts them empty, which admits no process
+            if (controller / knob).exists() and not (top / "cgroup.controllers").exists():
                 (controller / name / knob).write_text((controller / knob).read_text())
     return f"/{name}"
 
@@ -174,23 +277,60 @@ def node(i: int) -> None:
             sys.exit(f"containerd did not start; see {ROOT}/containerd{i}.log")
         time.sleep(0.05)
     for tar in IMAGES:
-        subprocess.run(["ctr", "-a", str(sock), "-n", "k8s.io", "images", "import", tar], check=True, capture_output=True)
+        subprocess.run(
+            ["ctr", "-a", str(sock), "-n", "k8s.io", "images", "import", tar],
+            check=True,
+            capture_output=True,
+        )
     config = {
-        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
         "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
         "authorization": {"mode": "AlwaysAllow"},
-        "cgroupDriver": "cgroupfs", "cgroupRoot": cgroup(f"daruma-node{i}"), "enforceNodeAllocatable": [], "failSwapOn": False, "failCgroupV1": False,
-        "containerRuntimeEndpoint": f"unix://{sock}", "imageServiceEndpoint": f"unix://{sock}",
-        "oomScoreAdj": 0, "address": f"10.245.0.{i + 1}", "port": free_port(), "readOnlyPort": 0, "healthzPort": 0,
-        "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%", "nodefs.inodesFree": "0%"},
-        "imageGCHighThresholdPercent": 100, "resolvConf": "", "clusterDNS": ["10.96.0.10"], "clusterDomain": "cluster.local",
-        "nodeStatusUpdateFrequency": "4s", "nodeLeaseDurationSeconds": 10, "podLogsDir": f"{folder}/podlogs",
+        "cgroupDriver": "cgroupfs",
+        "cgroupRoot": cgroup(f"daruma-node{i}"),
+        "enforceNodeAllocatable": [],
+        "failSwapOn": False,
+        "failCgroupV1": False,
+        "containerRuntimeEndpoint": f"unix://{sock}",
+        "imageServiceEndpoint": f"unix://{sock}",
+        "oomScoreAdj": 0,
+        "address": f"10.245.0.{i + 1}",
+        "port": free_port(),
+        "readOnlyPort": 0,
+        "healthzPort": 0,
+        "evictionHard": {
+            "memory.available": "0%",
+            "nodefs.available": "0%",
+            "imagefs.available": "0%",
+            "nodefs.inodesFree": "0%",
+        },
+        "imageGCHighThresholdPercent": 100,
+        "resolvConf": "",
+        "clusterDNS": ["10.96.0.10"],
+        "clusterDomain": "cluster.local",
+        "nodeStatusUpdateFrequency": "4s",
+        "nodeLeaseDurationSeconds": 10,
+        "podLogsDir": f"{folder}/podlogs",
         "makeIPTablesUtilChains": False,
     }
     (folder / "kubelet.yaml").write_text(json.dumps(config))
-    component("kubelet", "--config", f"{folder}/kubelet.yaml", "--kubeconfig", f"{ROOT}/node{i}.kubeconfig",
-              "--root-dir", f"{folder}/kubelet", "--cert-dir", f"{folder}/pki", "--hostname-override", f"node{i}",
-              "--node-ip", f"10.245.0.{i + 1}", log=f"kubelet{i}")
+    component(
+        "kubelet",
+        "--config",
+        f"{folder}/kubelet.yaml",
+        "--kubeconfig",
+        f"{ROOT}/node{i}.kubeconfig",
+        "--root-dir",
+        f"{folder}/kubelet",
+        "--cert-dir",
+        f"{folder}/pki",
+        "--hostname-override",
+        f"node{i}",
+        "--node-ip",
+        f"10.245.0.{i + 1}",
+        log=f"kubelet{i}",
+    )
 
 
 def main() -> int:
@@ -201,7 +341,9 @@ def main() -> int:
     pod_network()
     for i in range(NODES):
         node(i)
-    return subprocess.call(sys.argv[1:] or ["bash"], env={**os.environ, "KUBECONFIG": f"{ROOT}/admin.kubeconfig"})
+    return subprocess.call(
+        sys.argv[1:] or ["bash"], env={**os.environ, "KUBECONFIG": f"{ROOT}/admin.kubeconfig"}
+    )
 
 
 if __name__ == "__main__":

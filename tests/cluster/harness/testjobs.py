@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import build
-from cluster import Cluster
+import parts
+from testcluster import Cluster
 
 CLAIM = "checkpoints"
 SYSTEM = "daruma-system"
@@ -24,7 +24,9 @@ class JobNamespace:
         self.cluster = cluster
         self.name = name
 
-    def manifest(self, name: str, *, servers: int = 3, workers: int = 2, steps: int = 400, **spec: Any) -> dict[str, Any]:
+    def manifest(
+        self, name: str, *, servers: int = 3, workers: int = 2, steps: int = 400, **spec: Any
+    ) -> dict[str, Any]:
         """Return an MLR job on synthetic data; `spec` overrides whole parts."""
         return {
             "apiVersion": "daruma.dev/v1alpha1",
@@ -32,14 +34,16 @@ class JobNamespace:
             "metadata": {"name": name, "namespace": self.name},
             "spec": {
                 "program": {
-                    "image": build.tag("worker"),
+                    "image": parts.tag("worker"),
                     "command": ["python", "-m", "daruma_trainer.programs.mlr"],
                     "args": ["--data", "synthetic:2000,32,5", "--steps", str(steps), "--lr", "0.1",
                              "--think-ms", "25"],
                 },
-                "servers": {"replicas": servers, "image": build.tag("server")},
+                "servers": {"replicas": servers, "image": parts.tag("server")},
                 "workers": {"replicas": workers},
-                "checkpoint": {"store": "file:///jobs", "claimName": CLAIM, "every": 40, "fraction": 0.25},
+                "checkpoint": {
+                    "store": "file:///jobs", "claimName": CLAIM, "every": 40, "fraction": 0.25,
+                },
                 **spec,
             },
         }  # fmt: skip
@@ -69,7 +73,9 @@ class JobNamespace:
     def step_of(self, name: str) -> float:
         """Return a live server's own step, from its metrics: fresher than status."""
         member = next(m for m in self.status(name)["members"] if m["role"] == "Server")
-        text = self.cluster.raw(f"/api/v1/namespaces/{self.name}/pods/{member['pod']}:7071/proxy/metrics")
+        text = self.cluster.raw(
+            f"/api/v1/namespaces/{self.name}/pods/{member['pod']}:7071/proxy/metrics"
+        )
         found = re.search(r"^daruma_step\{[^}]*\} (\S+)$", text, re.MULTILINE)
         return float(found.group(1)) if found else 0.0
 
@@ -83,19 +89,27 @@ class JobNamespace:
         self.cluster.until(lambda: self.status(name).get("phase") in END, f"{name} ends", seconds)
         status = self.status(name)
         if status["phase"] != phase:
-            raise AssertionError(f"{name} is {status['phase']}: {json.dumps(status, indent=1)[:5000]}")
+            raise AssertionError(
+                f"{name} is {status['phase']}: {json.dumps(status, indent=1)[:5000]}"
+            )
         return status
 
     def story(self) -> str:
         """Tell all that is known, for a test that failed."""
         parts = [
-            self.cluster.kubectl("get", "tj,pods,events", "-n", self.name, "-o", "wide", check=False).stdout,
+            self.cluster.kubectl(
+                "get", "tj,pods,events", "-n", self.name, "-o", "wide", check=False
+            ).stdout,
             self.cluster.kubectl("get", "tj", "-n", self.name, "-o", "yaml", check=False).stdout,
-            self.cluster.kubectl("logs", "-n", SYSTEM, "deploy/daruma-operator", "--tail", "120", check=False).stdout,
+            self.cluster.kubectl(
+                "logs", "-n", SYSTEM, "deploy/daruma-operator", "--tail", "120", check=False
+            ).stdout,
         ]
         for pod in self.cluster.get("pods", "-n", self.name)["items"]:
             name = pod["metadata"]["name"]
-            log = self.cluster.kubectl("logs", "-n", self.name, name, "--tail", "30", check=False).stdout
+            log = self.cluster.kubectl(
+                "logs", "-n", self.name, name, "--tail", "30", check=False
+            ).stdout
             parts.append(f"--- {name}\n{log}")
         return "\n".join(parts)
 
@@ -110,7 +124,9 @@ def job_namespace(cluster: Cluster, test: str) -> Iterator[JobNamespace]:
         yield JobNamespace(cluster, name)
     finally:
         cluster.kubectl("delete", "tj", "--all", "-n", name, "--wait=false", check=False)
-        cluster.kubectl("delete", "pods", "--all", "-n", name, "--grace-period=1", "--timeout=60s", check=False)
+        cluster.kubectl(
+            "delete", "pods", "--all", "-n", name, "--grace-period=1", "--timeout=60s", check=False
+        )
         cluster.kubectl("delete", "namespace", name, "--timeout=90s", check=False)
         cluster.kubectl("delete", "pv", f"store-{name}", "--timeout=60s", check=False)
 

@@ -27,7 +27,15 @@ def missing() -> str | None:
     """Say what this machine lacks for a cluster, or None."""
     if os.geteuid() != 0:
         return "a cluster of our own needs root"
-    for program in ("unshare", "nsenter", "containerd", "runc", "iptables", "buildah", "mmdebstrap"):
+    for program in (
+        "unshare",
+        "nsenter",
+        "containerd",
+        "runc",
+        "iptables",
+        "buildah",
+        "mmdebstrap",
+    ):
         if shutil.which(program) is None:
             return f"no {program}: run `make machine` as root"
     if shutil.which("go") is None:
@@ -73,7 +81,9 @@ def pause() -> Path:
 
     def build(folder: Path) -> None:
         _run(["gcc", "-Os", "-static", "-o", "pause", str(HERE / "pause.c")], cwd=folder)
-        (folder / "Dockerfile").write_text('FROM scratch\nCOPY pause /pause\nENTRYPOINT ["/pause"]\n')
+        (folder / "Dockerfile").write_text(
+            'FROM scratch\nCOPY pause /pause\nENTRYPOINT ["/pause"]\n'
+        )
         _image(folder / "Dockerfile", "daruma.dev/pause:1", folder, folder / "image.tar", {})
 
     return _made("pause", [(HERE / "pause.c").read_bytes()], build) / "image.tar"
@@ -85,11 +95,25 @@ def base(*packages: str) -> str:
 
     def build(folder: Path) -> None:
         tree = folder / "base.tar"
-        _run(["mmdebstrap", "--quiet", "--variant=minbase", f"--include={include}", "bookworm", str(tree)])
+        _run(
+            [
+                "mmdebstrap",
+                "--quiet",
+                "--variant=minbase",
+                f"--include={include}",
+                "bookworm",
+                str(tree),
+            ]
+        )
 
     folder = _made("base", [include.encode()], build)
     name = f"localhost/daruma-base:{folder.name}"
-    found = subprocess.run(["buildah", "inspect", "--type", "image", name], env=_BUILDAH, capture_output=True, check=False)
+    found = subprocess.run(
+        ["buildah", "inspect", "--type", "image", name],
+        env=_BUILDAH,
+        capture_output=True,
+        check=False,
+    )
     if found.returncode:
         (folder / "Dockerfile").write_text("FROM scratch\nADD base.tar /\n")
         _run(["buildah", "bud", "--quiet", "-t", name, str(folder)], env=_BUILDAH)
@@ -135,7 +159,14 @@ def _our_image(name: str) -> Path:
             "PIP_OPTIONS": "--no-index --find-links=/wheels",
             "EXTRA": extra,
         }
-        _image(context / half / "Dockerfile", tag(name), context, folder / "image.tar", arguments, f"{wheels}:/wheels:ro")
+        _image(
+            context / half / "Dockerfile",
+            tag(name),
+            context,
+            folder / "image.tar",
+            arguments,
+            f"{wheels}:/wheels:ro",
+        )
         shutil.rmtree(context)
 
     inputs = [str(p.relative_to(ROOT)).encode() + p.read_bytes() for p in sources]
@@ -163,11 +194,30 @@ def _wheels(extra: str) -> Path:
 
 
 def _image(
-    dockerfile: Path, name: str, context: Path, archive: Path, arguments: dict[str, str], *volumes: str
+    dockerfile: Path,
+    name: str,
+    context: Path,
+    archive: Path,
+    arguments: dict[str, str],
+    *volumes: str,
 ) -> None:
     options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
     options += [f"--volume={volume}" for volume in volumes]
-    _run(["buildah", "bud", "--quiet", "--layers", *options, "-t", name, "-f", str(dockerfile), str(context)], env=_BUILDAH)
+    _run(
+        [
+            "buildah",
+            "bud",
+            "--quiet",
+            "--layers",
+            *options,
+            "-t",
+            name,
+            "-f",
+            str(dockerfile),
+            str(context),
+        ],
+        env=_BUILDAH,
+    )
     _run(["buildah", "push", "--quiet", name, f"docker-archive:{archive}:{name}"], env=_BUILDAH)
 
 
@@ -197,7 +247,15 @@ def _made(name: str, inputs: Iterable[bytes], build: Callable[[Path], None]) -> 
 
 
 def _run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=_BUILD_SECONDS,
+        check=False,
+    )
     if done.returncode:
         sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
         raise RuntimeError(f"{' '.join(command[:4])} … ended with {done.returncode}")

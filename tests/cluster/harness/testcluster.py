@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import build
+import parts
 import yaml
 
 HERE = Path(__file__).resolve().parent
@@ -25,14 +25,22 @@ CGROUPS = Path("/sys/fs/cgroup")
 class Cluster:
     """Ways to speak to a cluster, and to hurt what runs on it."""
 
-    def __init__(self, prefix: list[str], kubectl: list[str], environment: Mapping[str, str], folder: Path | None) -> None:
+    def __init__(
+        self,
+        prefix: list[str],
+        kubectl: list[str],
+        environment: Mapping[str, str],
+        folder: Path | None,
+    ) -> None:
         self._prefix = prefix
         self._kubectl = kubectl
         self._environment = dict(environment)
         self.folder = folder
         """Of our own cluster: logs, pids and volumes. None for somebody else's."""
 
-    def run(self, *command: str, stdin: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, stdin: str | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command where the cluster can be reached."""
         done = subprocess.run(
             [*self._prefix, *command], input=stdin, env=self._environment, capture_output=True,
@@ -42,13 +50,15 @@ class Cluster:
             raise AssertionError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
         return done
 
-    def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def kubectl(
+        self, *arguments: str, stdin: str | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """Run kubectl."""
         return self.run(*self._kubectl, *arguments, stdin=stdin, check=check)
 
     def helm(self, *arguments: str) -> str:
         """Run Helm."""
-        return self.run(str(build.helm()), *arguments).stdout
+        return self.run(str(parts.helm()), *arguments).stdout
 
     def get(self, *arguments: str) -> Any:
         """Return an object or a list; None if it is not there."""
@@ -63,7 +73,9 @@ class Cluster:
         """GET a path of the API server; pods and services are behind its proxy."""
         return self.kubectl("get", "--raw", path).stdout
 
-    def apply(self, *documents: Mapping[str, Any], check: bool = True) -> subprocess.CompletedProcess[str]:
+    def apply(
+        self, *documents: Mapping[str, Any], check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """Apply objects."""
         return self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(documents), check=check)
 
@@ -83,7 +95,9 @@ class Cluster:
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+                environment = (
+                    (process / "environ").read_bytes().decode(errors="replace").split("\0")
+                )
             except OSError:
                 continue
             if all(f"DARUMA_{name}={value}" in environment for name, value in labels.items()):
@@ -105,11 +119,11 @@ def cluster() -> Iterator[Cluster]:
     if os.environ.get("KUBECONFIG"):
         yield Cluster([], ["kubectl"], os.environ, None)
         return
-    archives = [build.pause(), *build.images()]
+    archives = [parts.pause(), *parts.images()]
     folder = Path(tempfile.mkdtemp(prefix="daruma-cluster-"))
     environment = {
         **os.environ,
-        "KUBE": str(build.kube()),
+        "KUBE": str(parts.kube()),
         "ROOT": str(folder / "root"),
         "IMAGES": " ".join(map(str, archives)),
     }
@@ -129,7 +143,9 @@ def cluster() -> Iterator[Cluster]:
         _forget(folder)
 
 
-def _reach(process: "subprocess.Popen[bytes]", folder: Path, environment: Mapping[str, str]) -> Cluster:
+def _reach(
+    process: "subprocess.Popen[bytes]", folder: Path, environment: Mapping[str, str]
+) -> Cluster:
     end = time.monotonic() + START_SECONDS
     while not (folder / "ready").exists():
         if process.poll() is not None or time.monotonic() > end:
