@@ -118,7 +118,8 @@ def test_a_server_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
     assert steps == sorted(steps), "the step count never goes back"
     assert found["metrics"]["test_accuracy"] >= 0.9
     exported = accuracy(found["result"]["uri"], tmp_path / "model")
-    assert exported == pytest.approx(found["metrics"]["test_accuracy"], abs=1e-6)
+    # Async: the other worker may still push after worker 0 looked for the last time.
+    assert exported == pytest.approx(found["metrics"]["test_accuracy"], abs=0.03)
     for word in ("Recoveries", "server-1 lost", "detect", "peer", "test_accuracy"):
         assert word in output(tmp_path)
 
