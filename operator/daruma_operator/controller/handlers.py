@@ -38,15 +38,6 @@ def service_account(environment: Mapping[str, str]) -> kopf.ConnectionInfo | Non
     )
 
 
-def in_cluster_server(environment: Mapping[str, str]) -> str | None:
-    """Return the API server's URL as kubelet tells it to every pod; None outside a cluster."""
-    host = environment.get("KUBERNETES_SERVICE_HOST")
-    port = environment.get("KUBERNETES_SERVICE_PORT")
-    if not host or not port:
-        return None
-    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-
-
 def registry(enqueue: Callable[[JobKey], None], heard: Callable[[], None]) -> kopf.OperatorRegistry:
     """Return the handlers. `heard` is called at each event: a watch that lives."""
     made = kopf.OperatorRegistry()
