@@ -69,10 +69,12 @@ bench: $(STAMP) ## time to recover, written to docs/benchmarks/recovery.md
 	@$(BIN)/daruma bench recovery --write docs/benchmarks/recovery.md
 
 .PHONY: manifests
-manifests: $(STAMP) machine ## write crd.yaml and install.yaml anew from the types and the chart
+manifests: $(STAMP) machine ## write what is made from the types and the chart: CRD, guide, install.yaml
 	@$(BIN)/python -m daruma_operator.api.crd > manifests/crd.yaml.new
 	@mv manifests/crd.yaml.new manifests/crd.yaml
 	@cp manifests/crd.yaml charts/daruma/crds/crd.yaml
+	@$(BIN)/python -m daruma_operator.api.reference > docs/guides/trainingjob.md.new
+	@mv docs/guides/trainingjob.md.new docs/guides/trainingjob.md
 	@$(BIN)/python tests/cluster/harness/render.py > manifests/install.yaml.new
 	@mv manifests/install.yaml.new manifests/install.yaml
 

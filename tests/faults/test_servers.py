@@ -336,3 +336,21 @@ def test_a_server_starts_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_job_starts_from_the_result_of_another_with_other_numbers(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    config = Settings(store=f"file://{first}/store", every=20)
+    with local_cluster(first, servers=3, workers=1, settings=config, program=MLR) as cluster:
+        cluster.finish()
+        learnt = cluster.result(first / "store")
+        cut = next((first / "store").rglob("cuts/*.json"))
+    config = Settings(store=f"file://{second}/store", every=0, restore_from=f"file://{cut}")
+    still = [*MLR, "--lr", "0"]
+    with local_cluster(second, servers=2, workers=2, settings=config, program=still) as cluster:
+        cluster.finish()
+        again = cluster.result(second / "store")
+    for name, values in learnt.items():
+        assert values.tobytes() == again[name].tobytes(), name

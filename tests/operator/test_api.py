@@ -11,6 +11,7 @@ from bad_manifests import BAD, PROGRAM, manifest
 from daruma_operator.api.crd import HEADER, crd
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.load import MAX_BYTES, load_manifest, parse_manifest
+from daruma_operator.api.reference import reference
 from daruma_operator.api.spec import TrainingJobSpec
 from daruma_operator.api.status import Phase, RecoveryRecord, TrainingJobStatus
 from daruma_operator.errors import ManifestError
@@ -24,6 +25,11 @@ def test_the_crd_in_the_repository_is_the_one_that_the_types_make(path: str) -> 
     assert text.startswith(HEADER)
     assert yaml.safe_load(text) == crd(), "stale: run `make manifests`"
     assert len(text) < 200_000, "client-side apply keeps it in an annotation of 256 KB at most"
+
+
+def test_the_guide_in_the_repository_is_the_one_that_the_types_make() -> None:
+    guide = (ROOT / "docs/guides/trainingjob.md").read_text()
+    assert guide == reference(), "stale: run `make manifests`"
 
 
 def nodes(schema: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from daruma_trainer.applied import Seen
 from daruma_trainer.contract import ContractError, Membership, Role, place, slots_from_hex
-from daruma_trainer.layout import Ints, TableSpec
+from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
 from daruma_trainer.server.barrier import Barrier, TwoWritersError
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
@@ -93,6 +93,9 @@ class DataPlane:
         self.waiting: list[Waiting] = []
         self.hold: tuple[int, ...] | None = None
         """A cut in the making: the last batch of each worker that may still be applied."""
+        self.warm: dict[str, Floats] | str | None = None
+        """spec.checkpoint.restoreFrom: tables by name; "" while they are read, or what went wrong.
+        None: workers give the initial values."""
         self._given: list[SlotMask] = []
         """For each table, which of this shard's slots were initialised."""
 
@@ -101,6 +104,15 @@ class DataPlane:
     def create(self, frames: Sequence[Frame]) -> Reply:
         """CREATE: the first wins, an equal one is a no-op, a different one is refused."""
         spec = TableSpec.from_json(decode_json(frames[1]))
+        if isinstance(self.warm, str):
+            refusal = Refusal.MALFORMED if self.warm else Refusal.UNSURE
+            return refuse(refusal, self.warm or "reading the checkpoint to start from")
+        if self.warm is not None and getattr(self.warm.get(spec.name), "shape", ()) != spec.shape:
+            return refuse(
+                Refusal.TABLE_MISMATCH,
+                f"restoreFrom has no table {spec.name!r} of shape {spec.shape}: it has "
+                f"{ {name: values.shape for name, values in self.warm.items()} }",
+            )
         return self.add_table(spec) or Reply(Kind.OK, [b"{}"])
 
     def add_table(self, spec: TableSpec) -> Reply | None:
@@ -136,7 +148,12 @@ class DataPlane:
         given = self._given[part.table]
         todo = k[~given[k] & (self.slots.state[k] != SlotState.RESTORING)]
         if len(todo) == len(k):
-            self.shard.set_values(k, {part.table: part.values})
+            values = part.values
+            if isinstance(self.warm, dict):
+                spec = self.shard.specs[part.table]
+                rows = TableLayout(self.shard.uid, spec, self.slots.ids[k]).rows
+                values = self.warm[spec.name].reshape(-1, spec.cols)[rows].reshape(-1)
+            self.shard.set_values(k, {part.table: values})
             given[k] = True
             self.open_slots()
         return Reply(Kind.OK, [b"{}"])

@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 
 from daruma_trainer.agent import COMMAND_SECONDS, Agent, Command, Outcome, ViewCell
+from daruma_trainer.checkpoint.export import load_state, open_cut
 from daruma_trainer.checkpoint.store import Store, open_store
 from daruma_trainer.contract import (
     ContractError,
@@ -29,8 +30,9 @@ from daruma_trainer.contract import (
     Restore,
     Role,
 )
+from daruma_trainer.errors import StoreError
 from daruma_trainer.identity import Identity
-from daruma_trainer.layout import Ints
+from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.links import Link, open_socket
 from daruma_trainer.server.authentication import Gate
 from daruma_trainer.server.background import Background
@@ -376,11 +378,26 @@ class Server:
                 self.plane, self.saver, self.store, self.background, self.me.index,
                 self._tell_cut, membership,
             )  # fmt: skip
+        if settings.restore_from is not None and not membership.initialised:
+            self._warm_start(self.plane, settings.restore_from)
         self.restorer = Restorer(
             self.plane, self.store, self.background, membership.prefix, self.me.index,
             self._fetch, self._all_back,
         )  # fmt: skip
         self.generation = 0
+
+    def _warm_start(self, plane: DataPlane, uri: str) -> None:
+        """Take another job's result for initial values, whatever its number of servers was."""
+        plane.warm = ""
+        background = self.background = self.background or Background(self.post)
+
+        def read() -> dict[str, Floats]:
+            return load_state(*open_cut(uri))
+
+        def done(tables: dict[str, Floats] | None, error: StoreError | None) -> None:
+            plane.warm = f"restoreFrom: {error}" if tables is None else tables
+
+        background.submit(read, done)
 
     def _relink(self) -> None:
         """Follow the membership; not while a link is being read, since this closes links."""
