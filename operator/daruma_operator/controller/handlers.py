@@ -46,13 +46,15 @@ def registry(enqueue: Callable[[JobKey], None], heard: Callable[[], None]) -> ko
     def login(**arguments: Any) -> kopf.ConnectionInfo | None:
         return service_account(os.environ) or kopf.login_with_kubeconfig(**arguments)
 
+    # Coroutines, though nothing is awaited: kopf runs plain functions in threads of its own, and
+    # the queue belongs to the loop's.
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=made)
-    def job_changed(namespace: str | None, name: str | None, **_: Any) -> None:
+    async def job_changed(namespace: str | None, name: str | None, **_: Any) -> None:
         heard()
         enqueue(JobKey(namespace or "default", name or ""))
 
     @kopf.on.event("", "v1", "pods", labels={f"{LABEL}/job": kopf.PRESENT}, registry=made)
-    def pod_changed(namespace: str | None, labels: Mapping[str, str], **_: Any) -> None:
+    async def pod_changed(namespace: str | None, labels: Mapping[str, str], **_: Any) -> None:
         heard()
         enqueue(JobKey(namespace or "default", labels[f"{LABEL}/job"]))
 
