@@ -1,37 +1,10 @@
 """Whole jobs on a real cluster: they end well, whatever is done to their members."""
 
-import signal
-from typing import Any
-
 import pytest
+from members import check_recovered, incarnations, kill
 from testjobs import JobNamespace
 
 from daruma_trainer.contract import Role
-
-
-def incarnations(status: dict[str, Any], role: Role) -> dict[int, int]:
-    return {m["index"]: m["incarnation"] for m in status["members"] if m["role"] == role.value}
-
-
-def kill(jobs: JobNamespace, name: str, role: Role, index: int) -> None:
-    """kill -9 of the process of a member's newest incarnation."""
-    number = incarnations(jobs.status(name), role)[index]
-    jobs.cluster.kill(
-        signal.SIGKILL, JOB=name, ROLE=role.value, INDEX=str(index), INCARNATION=str(number)
-    )
-
-
-def check_recovered(
-    jobs: JobNamespace, name: str, before: dict[str, str], lost: set[str], status: dict[str, Any]
-) -> None:
-    """The job went on: nobody but the lost was replaced, and status tells it."""
-    kept = {pod: uid for pod, uid in before.items() if not any(seat in pod for seat in lost)}
-    now = jobs.pods(name)
-    assert {pod: now.get(pod, uid) for pod, uid in kept.items()} == kept
-    last = status["recoveries"][-1]
-    assert last["outcome"] == "Succeeded"
-    assert sum(v or 0 for v in last["phases"].values()) == pytest.approx(last["seconds"], abs=0.01)
-    assert status["progress"]["step"] >= 400
 
 
 def test_a_job_succeeds_and_says_where_its_result_is(jobs: JobNamespace) -> None:

@@ -85,9 +85,22 @@ class JobNamespace:
         self.cluster.until(lambda: self.step_of(name) >= step, f"{name} is at step {step}", 180)
 
     def ended(self, name: str, phase: str = "Succeeded", seconds: float = 240) -> dict[str, Any]:
-        """Wait for the job's end, which must be `phase`; returns its status."""
-        self.cluster.until(lambda: self.status(name).get("phase") in END, f"{name} ends", seconds)
-        status = self.status(name)
+        """Wait for the job's end, which must be `phase`; returns its status.
+
+        Meanwhile its step must never go back.
+        """
+        furthest = 0
+
+        def over() -> dict[str, Any] | None:
+            nonlocal furthest
+            status = self.status(name)
+            step = (status.get("progress") or {}).get("step", 0)
+            if step < furthest:
+                raise AssertionError(f"{name} went back from step {furthest} to {step}")
+            furthest = step
+            return status if status.get("phase") in END else None
+
+        status: dict[str, Any] = self.cluster.until(over, f"{name} ends", seconds)
         if status["phase"] != phase:
             raise AssertionError(
                 f"{name} is {status['phase']}: {json.dumps(status, indent=1)[:5000]}"
