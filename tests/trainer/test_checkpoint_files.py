@@ -1,0 +1,233 @@
+"""Checkpoints survive their writer: killed, truncated, damaged, on a full disk."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from daruma_trainer.checkpoint.manifest import (
+    Cut,
+    Manifest,
+    Place,
+    SlotStates,
+    cut_name,
+    cut_number,
+    newest_cut,
+    newest_manifest,
+    read_blocks,
+    shard_folder,
+)
+from daruma_trainer.checkpoint.segment import BlockState, read_block, write_segment
+from daruma_trainer.checkpoint.selection import Selection, select, squared_distances
+from daruma_trainer.checkpoint.store import DirectoryStore, open_store
+from daruma_trainer.errors import ConfigurationError, DamagedError, StoreError, StoreFullError
+from daruma_trainer.layout import TableSpec
+
+PREFIX = "ns/job/uid"
+SPEC = TableSpec(0, "t", (8, 4), 2, "{}")
+
+
+def block(number: int, value: float) -> BlockState:
+    data = np.full(8, value, np.float32)
+    return BlockState(0, number, 1, int(value), int(value), data, (data + 1,))
+
+
+def save(
+    store: DirectoryStore,
+    number: int,
+    value: float,
+    before: dict[tuple[int, int], Place] | None = None,
+) -> Manifest:
+    """Save the four blocks of a shard as one value; the first two only where `before` is given."""
+    folder = shard_folder(PREFIX, 0, 1)
+    blocks = [block(b, value) for b in range(2 if before else 4)]
+    data, places = write_segment(blocks)
+    segment = f"{folder}/segment-{number:010d}.seg"
+    named = dict(before or {})
+    named |= {(0, b.block): Place(segment, *p) for b, p in zip(blocks, places, strict=True)}
+    ids = np.array([5])
+    slots = SlotStates(ids, ids, ids, np.array([[number]]), np.array([[1]], np.uint64))
+    manifest = Manifest("uid", 0, 1, number, int(value), (SPEC,), named, slots)
+    store.write(segment, data)
+    store.write(f"{folder}/manifest-{number:010d}.json", manifest.encode())
+    return manifest
+
+
+def newest(store: DirectoryStore) -> Manifest:
+    found = newest_manifest(store, PREFIX, 0, below=9)
+    assert found is not None
+    return found[1]
+
+
+def test_the_newest_save_reads_back(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    first = save(store, 1, 1.0)
+    save(store, 2, 2.0, dict(first.blocks))
+    manifest = newest(store)
+    assert manifest.step == 2
+    blocks, damaged = read_blocks(store, manifest, manifest.blocks)
+    assert not damaged
+    assert [float(b.data[0]) for b in sorted(blocks, key=lambda b: b.block)] == [2, 2, 1, 1]
+    assert [b.steps for b in sorted(blocks, key=lambda b: b.block)] == [2, 2, 1, 1]
+    assert float(blocks[0].state[0][0]) == float(blocks[0].data[0]) + 1
+
+
+def test_any_flipped_byte_of_a_segment_damages_that_block_alone(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    manifest = save(store, 1, 1.0)
+    place = manifest.blocks[0, 1]
+    path = tmp_path / place.segment
+    good = path.read_bytes()
+    for at in range(place.offset, place.offset + place.length):
+        bad = bytearray(good)
+        bad[at] ^= 0x41
+        path.write_bytes(bad)
+        blocks, damaged = read_blocks(store, manifest, manifest.blocks)
+        assert sorted(b.block for b in blocks) == [0, 2, 3], at
+        assert len(damaged) == 1
+        assert "block 1 of table 0" in damaged[0]
+
+
+@pytest.mark.parametrize("kind", ["manifest", "segment"])
+def test_truncation_anywhere_leaves_a_complete_state(tmp_path: Path, kind: str) -> None:
+    store = DirectoryStore(tmp_path)
+    first = save(store, 1, 1.0)
+    save(store, 2, 2.0, dict(first.blocks))
+    (path,) = tmp_path.rglob(f"{kind}-{2:010d}.*")
+    good = path.read_bytes()
+    for size in range(len(good)):
+        path.write_bytes(good[:size])
+        manifest = newest(store)
+        blocks, damaged = read_blocks(store, manifest, manifest.blocks)
+        if kind == "manifest":
+            assert manifest.step == 1
+            assert len(blocks) == 4
+        else:
+            assert len(blocks) + len(damaged) == 4
+            assert {b.block for b in blocks} >= {2, 3}, "what lies elsewhere is whole"
+
+
+WRITER = """
+import sys
+from itertools import pairwise
+sys.path[:0] = [{tests!r}]
+from pathlib import Path
+from test_checkpoint_files import save
+from daruma_trainer.checkpoint.store import DirectoryStore
+store = DirectoryStore(Path({folder!r}))
+print("go", flush=True)
+number, manifest = 0, None
+while True:
+    number += 1
+    manifest = save(store, number, float(number), dict(manifest.blocks) if manifest else None)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(200 if os.environ.get("DARUMA_SOAK") else 20))
+def test_kill_9_while_saving_leaves_the_newest_complete_save(tmp_path: Path, seed: int) -> None:
+    code = WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    saves = np.random.default_rng(seed).integers(1, 30)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        durable = 0
+        for line in writer.stdout:
+            durable = int(line) if line.strip().isdigit() else 0
+            if durable >= saves:
+                break
+        writer.send_signal(signal.SIGKILL)
+        # What it still told before it died is durable too.
+        durable = max([durable, *(int(line) for line in writer.stdout if line.endswith("\n"))])
+    store = DirectoryStore(tmp_path)
+    manifest = newest(store)
+    assert manifest.number >= durable
+    blocks, damaged = read_blocks(store, manifest, manifest.blocks)
+    assert not damaged
+    assert len(blocks) == 4
+
+
+def test_a_full_disk_is_an_error_with_a_name_and_leaves_what_was(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    save(store, 1, 1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(StoreFullError, match="cannot write"):
+            store.write("big", b"x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert newest(store).step == 1
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_cut_exists_when_its_file_does_and_is_written_once(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    assert newest_cut(store, PREFIX) is None
+    for step in (8, 16):
+        cut = Cut(cut_number(1, step), step, 1, ("m",), 10, (step,))
+        assert store.create(cut_name(PREFIX, cut.number), cut.encode())
+        assert not store.create(cut_name(PREFIX, cut.number), b"another")
+    found = newest_cut(store, PREFIX)
+    assert found is not None
+    assert found[1].step == 16
+    (tmp_path / found[0]).write_bytes(b"{")
+    older = newest_cut(store, PREFIX)
+    assert older is not None
+    assert older[1].step == 8
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b'{"number": 1}'])
+def test_what_is_no_cut_or_manifest_is_damaged_by_name(data: bytes) -> None:
+    with pytest.raises(DamagedError):
+        Cut.decode(data)
+    with pytest.raises(DamagedError):
+        Manifest.decode(data)
+    with pytest.raises(DamagedError):
+        read_block(data)
+
+
+def test_names_outside_of_the_store_and_other_stores_are_refused(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    for name in ("../x", "/etc/passwd", "a/../../b", ""):
+        with pytest.raises(StoreError):
+            store.read(name)
+    for uri in ("s3://bucket/p", "file://host/p", "/plain", "file:relative"):
+        with pytest.raises(ConfigurationError, match="file:///"):
+            open_store(uri)
+
+
+def test_priority_takes_the_farthest_and_all_in_turn() -> None:
+    rng = np.random.default_rng(0)
+    distances = np.array([1, 9, 0, 9, 4], np.float32)
+    chosen, cursor = select(Selection.PRIORITY, distances, 2, 0, rng)
+    assert chosen.tolist() == [1, 3]
+    assert cursor == 2
+    seen: set[int] = set()
+    for _ in range(5):
+        chosen, cursor = select(Selection.PRIORITY, np.zeros(5, np.float32), 1, cursor, rng)
+        seen |= set(chosen.tolist())
+    assert seen == set(range(5)), "blocks that do not change are saved in turn"
+    chosen, cursor = select(Selection.ROUND_ROBIN, distances, 3, 4, rng)
+    assert (chosen.tolist(), cursor) == ([0, 1, 4], 2)
+    chosen, _ = select(Selection.RANDOM, distances, 3, 0, rng)
+    assert len(set(chosen.tolist())) == 3
+
+
+def test_distances_are_those_of_numpy() -> None:
+    rng = np.random.default_rng(0)
+    live, saved = rng.normal(size=(2, 50_000)).astype(np.float32)
+    starts = np.array([0, 10, 20_000, 50_000])
+    out = np.zeros(3, np.float32)
+    squared_distances(live, saved, starts, out)
+    expected = [np.sum((live[a:b] - saved[a:b]) ** 2) for a, b in pairwise(starts)]
+    np.testing.assert_allclose(out, expected, rtol=1e-4)
