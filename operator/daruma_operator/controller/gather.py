@@ -36,8 +36,8 @@ async def observe(job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk, agen
         and (member not in talk.views or now - talk.views[member][0] > FRESH_SECONDS)
     }
     # A suspect's long poll would take long to fail; others are asked so that a decision taken now
-    # rests on what they know now.
-    stale |= {m: a for m, a in targets.items() if seen.suspected(m) is not None}
+    # rests on what they know now. One that was never heard is still starting: its poll will tell.
+    stale |= {m: a for m, a in targets.items() if m in talk.views and seen.suspected(m) is not None}
     if stale:
         await agents.look(talk, stale)
     return _seen(job, pods, talk)

@@ -13,7 +13,8 @@ new step; the age takes out what the report's way to here adds, but for its tran
 
 The phases are the operator's own, from report.json: detect, replace, restore, resume. It has no
 clock of the kill, so its detect begins when a member first saw the connection break; `unseen` is
-what the sum of its phases lacks to t1 − t0.
+what the sum of its phases lacks to t1 − t0. Members write bytecode, as an installed package has it:
+PYTHONDONTWRITEBYTECODE is taken out of their environment.
 """
 
 import argparse
@@ -139,6 +140,7 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
         "where": "daruma run",
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}",
+        "load": round(os.getloadavg()[0], 1),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "kills": len(samples),
         "seconds": _spread(seconds),
@@ -157,7 +159,8 @@ def page(result: dict[str, Any]) -> str:
         "Made by `daruma bench recovery --write`; edit the benchmark, not this page.",
         "",
         f"{result['kills']} kills of a server's process under `{result['where']}`, "
-        f"{result['date']}, {result['machine']}.",
+        f"{result['date']}, {result['machine']}; load average at the end {result['load']} "
+        "(what is more than the members themselves was other work on the machine).",
         "",
         "| seconds | median | min | max |",
         "|---|---|---|---|",
@@ -192,7 +195,11 @@ def _running(folder: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
     with (folder / "output").open("wb") as output:
         run = subprocess.Popen(
-            [*command, "--out", str(out)], stdout=output, stderr=output, start_new_session=True
+            [*command, "--out", str(out)],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
         )
     try:
         yield run
