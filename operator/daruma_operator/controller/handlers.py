@@ -1,7 +1,8 @@
 """What kopf is used for: watching jobs and pods. A handler puts a key into the queue, no more.
 
 Exceptions in these handlers would be swallowed, and patches or finalizers are not wanted: every
-decision is made in the controller's pass.
+decision is made in the controller's pass. They are coroutines: kopf calls plain functions in a
+thread, and the queue belongs to the event loop.
 """
 
 import os
@@ -59,7 +60,7 @@ def registry(enqueue: Callable[[JobKey], None], heard: Callable[[], None]) -> ko
         enqueue(JobKey(namespace or "default", labels[f"{LABEL}/job"]))
 
     @kopf.on.startup(registry=made)
-    def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
+    async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
         # Defaults leave it deaf for up to 10 s after an API outage.
         settings.networking.error_backoffs = [0.2] * 25 + [1] * 300
         settings.networking.request_timeout = 15
