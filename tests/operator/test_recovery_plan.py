@@ -73,7 +73,8 @@ def test_no_slot_is_given_a_staler_copy_than_there_is(
         best = max((Version(a, b) for a, b, slots in held if slot in slots), default=None)
         chosen = first_for(plan, slot)
         if best is None or chosen is None:
-            assert best is chosen is None
+            assert best is None
+            assert chosen is None
             missing += 1
             continue
         lineage, position, _ = held[int(chosen.split("-")[1])]

@@ -1,0 +1,96 @@
+"""The controller as it runs: real HTTP to agents, status writes that lose, operators that die."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from controller_live import LiveSubstrate, LiveWorld, operate
+from daruma_operator.controller.agents import news
+from daruma_trainer.contract import Report, View
+
+FOREVER = 10**9
+
+
+@pytest.fixture
+def world() -> Iterator[LiveWorld]:
+    made = LiveWorld(total=FOREVER)
+    yield made
+    made.close()
+
+
+def trains(world: LiveWorld) -> bool:
+    status = world.status
+    return (
+        status.phase == "Running"
+        and status.recovery is None
+        and status.progress is not None
+        and status.progress.step >= 3
+    )
+
+
+def recovered(world: LiveWorld) -> bool:
+    return trains(world) and len(world.status.recoveries) == 1
+
+
+def test_a_job_from_beginning_to_end(world: LiveWorld) -> None:
+    world.total = 20
+    substrate = LiveSubstrate(world)
+    told = ["ResultSaved", "Succeeded"]
+    operate(substrate, lambda: [e.reason for e in substrate.events] == told)
+    assert world.status.result is not None
+    operate(substrate, lambda: not world.running_pods())
+    assert len(world.created) == 5
+
+
+def test_a_lost_server_comes_back(world: LiveWorld) -> None:
+    substrate = LiveSubstrate(world)
+    operate(substrate, lambda: trains(world))
+    world.fall("server-1")
+    told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
+    operator = operate(substrate, lambda: [e.reason for e in substrate.events] == told)
+    assert recovered(world)
+    labels = {"strategy": "Freshest", "cause": "ServerLost"}
+    count = operator.metrics.registry.get_sample_value("daruma_recovery_seconds_count", labels)
+    assert count == 1
+    assert len(world.created) == 6
+
+
+@pytest.mark.parametrize(
+    "point", ["decided", "status-written", "pods-created", "membership-sent", "restore-sent"]
+)
+def test_an_operator_killed_anywhere_in_a_recovery_is_followed_by_one_that_ends_it(
+    world: LiveWorld, point: str
+) -> None:
+    substrate = LiveSubstrate(world)
+    operate(substrate, lambda: trains(world))
+    world.fall("server-1")
+    operator = operate(substrate, lambda: recovered(world), die_at=[point])
+    assert operator.deaths == [point]
+    assert len(world.created) == 6
+    assert len(world.status.recoveries[0].losses) == 1
+    servers = [m for m in world.status.members if m.role == "Server"]
+    assert {m.incarnation for m in servers if m.index != 1} == {1}
+
+
+def test_an_operator_killed_in_every_pass_of_the_beginning(world: LiveWorld) -> None:
+    points = ["decided", "status-written", "pods-created", "status-written", "membership-sent"]
+    substrate = LiveSubstrate(world)
+    operator = operate(substrate, lambda: trains(world), die_at=points)
+    assert operator.deaths == points
+    assert len(world.created) == 5
+
+
+def test_a_status_write_that_loses_leads_to_no_act(world: LiveWorld) -> None:
+    substrate = LiveSubstrate(world, conflicts=range(1, 40, 2))
+    operate(substrate, lambda: trains(world))
+    world.fall("server-2")
+    operate(substrate, lambda: recovered(world))
+    assert substrate.acts_after_conflict == 0
+    assert len(world.created) == 6
+
+
+def test_news_is_what_a_decision_may_turn_on() -> None:
+    old = View(1, 3, Report("server-0-1", 3, "Ready", step=5))
+    assert not news(old, View(2, 3, Report("server-0-1", 3, "Ready", step=6, applied=9)))
+    assert news(old, View(2, 4, Report("server-0-1", 4, "Ready", step=5)))
+    assert news(old, View(2, 3, old.own, {"worker-0-1": (0.0, Report("worker-0-1", 3, "Left"))}))
