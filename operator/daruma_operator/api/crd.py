@@ -99,6 +99,8 @@ def structural(schema: dict[str, Any], *, described: bool = True) -> dict[str, A
 def _convert_children(node: dict[str, Any], convert: Any) -> dict[str, Any]:
     if "properties" in node:
         node["properties"] = {k: convert(v) for k, v in node["properties"].items()}
+        if "required" in node or any("default" in v for v in node["properties"].values()):
+            _give_defaults(node)
     if isinstance(node.get("items"), dict):
         node["items"] = convert(node["items"])
     if "prefixItems" in node:
@@ -112,6 +114,16 @@ def _convert_children(node: dict[str, Any], convert: Any) -> dict[str, Any]:
             node[flag] = node.pop(bound)
             node[bound] = True
     return node
+
+
+def _give_defaults(node: dict[str, Any]) -> None:
+    """An object that may be left out gets {}: the API server fills in defaults below it only then.
+
+    Not one of unknown fields: has() must tell whether the user gave a template or resources.
+    """
+    for name, child in node["properties"].items():
+        if "properties" in child and name not in node.get("required", []):
+            child.setdefault("default", {})
 
 
 def main() -> None:
