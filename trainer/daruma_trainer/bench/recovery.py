@@ -140,6 +140,7 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
         "where": "daruma run",
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}",
+        "store": _filesystem(Path(tempfile.gettempdir())),
         "load": round(os.getloadavg()[0], 1),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "kills": len(samples),
@@ -159,7 +160,8 @@ def page(result: dict[str, Any]) -> str:
         "Made by `daruma bench recovery --write`; edit the benchmark, not this page.",
         "",
         f"{result['kills']} kills of a server's process under `{result['where']}`, "
-        f"{result['date']}, {result['machine']}; load average at the end {result['load']} "
+        f"{result['date']}, {result['machine']}; store on {result['store']} "
+        f"(TMPDIR); load average at the end {result['load']} "
         "(what is more than the members themselves was other work on the machine).",
         "",
         "| seconds | median | min | max |",
@@ -174,6 +176,16 @@ def page(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _filesystem(folder: Path) -> str:
+    """Return the type of the file system that a folder lies on."""
+    best = ("", "unknown")
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, kind, *_ = line.split(" ")
+        if folder.resolve().is_relative_to(mount):
+            best = max(best, (mount, kind), key=lambda found: len(found[0]))
+    return best[1]
 
 
 def _row(name: str, spread: dict[str, float]) -> str:
