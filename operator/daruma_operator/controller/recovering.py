@@ -1,7 +1,7 @@
 """Bring a recovery to its end: replace, restore, resume. Pure.
 
-The stage is what the record's phases say: `replace` is filled in when every lost member has an
-address again, `restore` when every slot is Ready, `resume` with the first new step.
+The stage is what the record's phases say: `replace` is filled in when every replacement was heard
+of, `restore` when every slot is Ready, `resume` with the first new step.
 """
 
 from datetime import timedelta
@@ -38,10 +38,24 @@ from daruma_trainer.contract import (
 
 def recover(d: Draft) -> None:
     """One look at the recovery in progress."""
-    if d.record.phases.replace is None and not _replaced(d):
-        return
-    if d.record.phases.restore is None:
-        if d.record.role is Role.SERVER and not _planned(d):
+    record = d.record
+    if record.phases.replace is None:
+        waited = _replacements(d)
+        waiting = [m for m in waited if m.address is None]
+        silent = [m for m in waited if d.seen.report(name_of(m)) is None]
+        if silent and _replace_expired(d, waiting or silent):
+            return
+        if waiting:
+            _message(d, "waiting for replacements to run")
+            return
+        if not silent:
+            _replaced(d)
+    if record.phases.restore is None:
+        # The plan is announced while the replacement still starts, so that it waits for nothing.
+        if record.role is Role.SERVER and not _planned(d):
+            return
+        if d.record.phases.replace is None:
+            _message(d, "waiting for replacements to start")
             return
         if not _restored(d):
             _message(d, "waiting for the lost slots to be Ready")
@@ -66,30 +80,35 @@ def _message(d: Draft, what: str) -> None:
 # Replace
 
 
-def _replaced(d: Draft) -> bool:
-    record = d.record
-    seats = {(x.role, x.index) for x in record.losses}
+def _replacements(d: Draft) -> list[MemberStatus]:
+    """The new incarnations that the restore waits for."""
+    seats = {(x.role, x.index) for x in d.record.losses}
     # A worker that comes late holds up the end, but not the servers' restore.
     waited = {s for s in seats if s[0] is Role.SERVER} or seats
-    waiting = [m for m in d.status.members if (m.role, m.index) in waited and m.address is None]
-    if not waiting:
-        begun = record.started_at or d.now
-        spent = (d.now - begun).total_seconds() - (record.phases.detect or 0.0)
-        phases = record.phases.model_copy(update={"replace": round(max(0.0, spent), 6)})
-        d.set_record(phases=phases, stage_since=d.now)
-        return True
-    timeouts = d.spec.recovery.timeouts
+    return [m for m in d.status.members if (m.role, m.index) in waited]
+
+
+def _replaced(d: Draft) -> None:
+    record = d.record
+    begun = record.started_at or d.now
+    spent = (d.now - begun).total_seconds() - (record.phases.detect or 0.0)
+    phases = record.phases.model_copy(update={"replace": round(max(0.0, spent), 6)})
+    d.set_record(phases=phases, stage_since=d.now)
+
+
+def _replace_expired(d: Draft, waiting: list[MemberStatus]) -> bool:
+    """Climb, or fail, once no replacement came in time."""
+    record, timeouts = d.record, d.spec.recovery.timeouts
     pending = d.status.phase is Phase.PENDING
     limit = timeouts.pending_seconds if pending else timeouts.replace_seconds
-    if d.left(record.stage_since, limit) <= 0:
-        why = _waiting_reasons(d, waiting)
-        if record.role is Role.SERVER and record.rung < len(d.spec.recovery.fallback):
-            climb(d, record.rung + 1, f"no replacement ran within {limit:g} s ({why})")
-            return False
-        fail(d, "ReplaceTimeout", f"no replacement ran within {limit:g} s: {why}")
+    if d.left(record.stage_since, limit) > 0:
         return False
-    _message(d, "waiting for replacements to run")
-    return False
+    why = _waiting_reasons(d, waiting)
+    if record.role is Role.SERVER and record.rung < len(d.spec.recovery.fallback):
+        climb(d, record.rung + 1, f"no replacement ran within {limit:g} s ({why})")
+    else:
+        fail(d, "ReplaceTimeout", f"no replacement ran within {limit:g} s: {why}")
+    return True
 
 
 def _waiting_reasons(d: Draft, waiting: list[MemberStatus]) -> str:
@@ -108,7 +127,7 @@ def _waiting_reasons(d: Draft, waiting: list[MemberStatus]) -> str:
 def _planned(d: Draft) -> bool:
     """Announce the plan; True once it is announced for the present epoch."""
     record = d.record
-    if _stage_expired(d):
+    if record.phases.replace is not None and _stage_expired(d):
         return False
     broken = _broken(d)
     if broken is not None:
