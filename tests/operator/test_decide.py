@@ -382,6 +382,16 @@ def test_a_status_that_was_lost_is_rebuilt_from_pods_and_views() -> None:
     assert len(world.created) == 6
 
 
+def test_a_status_that_fell_behind_its_members_overtakes_them() -> None:
+    world = World(total=FOREVER).running()
+    ahead = world.status.epoch
+    world.job = world.job.model_copy(
+        update={"status": world.status.model_copy(update={"epoch": ahead - 1})}
+    )
+    world.tick(restarted=True)
+    assert world.status.epoch == ahead + 1
+
+
 def test_the_membership_is_a_function_of_status_and_changes_with_the_epoch() -> None:
     world = World(total=FOREVER).running()
     seen: dict[int, Membership] = {}

@@ -13,7 +13,7 @@ from daruma_operator.controller.acts import (
 from daruma_operator.controller.draft import Policy, indexes
 from daruma_operator.controller.membership import membership_of
 from daruma_operator.controller.observe import Seen, runs
-from daruma_operator.controller.recovering import restores_of
+from daruma_operator.controller.sourcing import restores_of
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.names import cut_number, pod_plan
 from daruma_operator.substrate.protocol import PodFacts, PodState

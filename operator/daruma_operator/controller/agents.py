@@ -47,6 +47,12 @@ class Talk:
     calm: bool = False
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def prune(self, targets: Targets) -> None:
+        """Forget what was told to members of the past."""
+        for told in (self.failing, self.delivered, self.planned, self.saving):
+            for gone in [i for i in told if i not in targets and i not in self.views]:
+                del told[gone]
+
     def heard(self, now: float) -> dict[str, Heard]:
         """Merge what all said."""
         for gone in [i for i, (at, _) in self.views.items() if now - at > FORGET_SECONDS]:
@@ -97,6 +103,7 @@ class Agents:
         talk.calm = calm
         if not calm:
             talk.hurry.set()
+        talk.prune(targets)
         for gone in [i for i in talk.polls if i not in targets]:
             talk.polls.pop(gone).cancel()
         for member, agent in targets.items():

@@ -17,7 +17,7 @@ from daruma_operator.controller.observe import Seen, newest_pods, runs
 from daruma_operator.controller.progress import fold, show
 from daruma_operator.controller.recovering import recover
 from daruma_operator.controller.starting import addresses, pending, starting
-from daruma_operator.controller.verdicts import UNRESPONSIVE, Verdict, losses
+from daruma_operator.controller.verdicts import UNRESPONSIVE, Verdict, losses, name_of
 from daruma_operator.substrate.protocol import Event
 from daruma_trainer.contract import Role
 
@@ -66,6 +66,7 @@ def decide(seen: Seen, policy: Policy, now: datetime) -> Decision:
 def _advance(d: Draft) -> None:
     if d.status.phase is None:
         _begin(d)
+    _catch_up(d)
     fold(d)
     if deadline(d):
         return
@@ -87,6 +88,14 @@ def _advance(d: Draft) -> None:
     if d.status.phase is d.seen.job.status.phase is Phase.RUNNING and all_left(d):
         end(d)
     show(d)
+
+
+def _catch_up(d: Draft) -> None:
+    """Members that are ahead of status were told by an operator whose status was lost since."""
+    reports = (d.seen.report(name_of(m)) for m in d.status.members)
+    top = max((r.epoch for r in reports if r is not None), default=0)
+    if top > d.status.epoch:
+        d.set(epoch=top + 1)
 
 
 def _losses(d: Draft) -> tuple[Verdict, ...]:

@@ -167,7 +167,7 @@ def _join(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
         indexes=tuple(sorted(seats)),
         stage_since=d.now,
         phases=Phases(detect=record.phases.detect),
-        losses=(*record.losses, *(_loss(d, v, epoch) for v in verdicts)),
+        losses=(*record.losses, *(_loss(d, v, epoch) for v in verdicts))[-MAX_COUNTED:],
     )
 
 

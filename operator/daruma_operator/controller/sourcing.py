@@ -1,0 +1,112 @@
+"""Where the slots of the recovery in progress come from, as status and reports say. Pure."""
+
+from daruma_operator.api.spec import ConsistencyMode
+from daruma_operator.api.status import MemberStatus, RecoveryRecord, TrainingJobStatus
+from daruma_operator.controller.draft import Draft
+from daruma_operator.controller.observe import Heard, Seen
+from daruma_operator.controller.progress import steps_of
+from daruma_operator.controller.verdicts import name_of
+from daruma_operator.recovery.plan import Plan, plan_slots
+from daruma_operator.recovery.price import UNKNOWN, Delta, LostShard, bound
+from daruma_operator.recovery.strategies import preset_of
+from daruma_trainer.contract import SLOTS, Copies, Restore, Role, member_id, place
+
+
+def lost_seats(record: RecoveryRecord, role: Role) -> tuple[int, ...]:
+    """Indexes of a role that the recovery brings back."""
+    return tuple(sorted({x.index for x in record.losses if x.role is role}))
+
+
+def restoring(status: TrainingJobStatus) -> tuple[MemberStatus, ...]:
+    """Servers whose slots the recovery in progress restores, as far as they have an address."""
+    if status.recovery is None or preset_of(status.recovery.strategy).rollback:
+        return ()
+    seats = lost_seats(status.recovery, Role.SERVER)
+    return tuple(
+        m
+        for m in status.members
+        if m.role is Role.SERVER and m.index in seats and m.address is not None
+    )
+
+
+def survivors(status: TrainingJobStatus) -> tuple[MemberStatus, ...]:
+    """Workers that were not lost in this recovery: they may hold copies."""
+    if status.recovery is None:
+        return ()
+    lost = lost_seats(status.recovery, Role.WORKER)
+    return tuple(m for m in status.members if m.role is Role.WORKER and m.index not in lost)
+
+
+def copies_of(seen: Seen, record: RecoveryRecord, member: MemberStatus) -> tuple[Copies, ...]:
+    """Return what a worker said it holds, in this recovery's epoch or later."""
+    report = seen.report(name_of(member))
+    return () if report is None or report.epoch < record.epoch else report.copies
+
+
+def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str, Plan]:
+    """Plan every server that is restored, from what the survivors say now."""
+    record = status.recovery
+    if record is None:
+        return {}
+    owners = place(seen.job.uid, seen.job.spec.servers.replicas)
+    copies = {name_of(m): copies_of(seen, record, m) for m in survivors(status)}
+    return {
+        name_of(m): plan_slots(
+            [s for s in range(SLOTS) if owners[s] == m.index],
+            preset_of(record.strategy).sources,
+            copies,
+            stored=stored,
+        )
+        for m in restoring(status)
+    }
+
+
+def restores_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str, Restore]:
+    """Return the restore orders that status announces and nobody gave yet, by member."""
+    record = status.recovery
+    if record is None or record.planned_epoch != status.epoch or record.phases.restore is not None:
+        return {}
+    told = {m for m, planned in seen.planned.items() if planned.restore.epoch == status.epoch}
+    if told.issuperset(name_of(m) for m in restoring(status)):
+        return {}
+    plans = plans_of(seen, status, stored=stored)
+    return {
+        name_of(m): Restore(record.id, status.epoch, m.incarnation, plans[name_of(m)].sources)
+        for m in restoring(status)
+        if name_of(m) not in told
+    }
+
+
+def delta_of(d: Draft, plans: dict[str, Plan]) -> Delta:
+    """Bound the perturbation by what was acknowledged since the version that comes back."""
+    if d.spec.consistency.mode is ConsistencyMode.SYNC:
+        updates = max([d.record.step, *steps_of(d).values()])
+    else:
+        updates = sum(steps_of(d).values())
+    shards = []
+    for member, plan in plans.items():
+        last = _last_words(d, int(member.split("-")[1]))
+        if last is None:
+            return UNKNOWN
+        report, norm = last.report, last.report.update_norm
+        if plan.exact_peers and plan.oldest is not None:
+            shards.append(LostShard(max(0, updates - plan.oldest.position), norm))
+        elif report.running is None:
+            return UNKNOWN
+        else:
+            per_step = d.spec.workers.replicas
+            if d.spec.consistency.mode is ConsistencyMode.SYNC:
+                per_step = 1
+            since = max(0, updates - report.running.step * per_step)
+            shards.append(LostShard(since, norm, report.running.distance))
+    return bound(shards)
+
+
+def _last_words(d: Draft, index: int) -> Heard | None:
+    """What the newest lost incarnation of a server said last."""
+    for loss in reversed(d.record.losses):
+        if loss.role is Role.SERVER and loss.index == index:
+            heard = d.seen.heard.get(member_id(loss.role, loss.index, loss.incarnation))
+            if heard is not None:
+                return heard
+    return None
