@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -125,6 +126,43 @@ def images() -> list[Path]:
     return [_our_image(name) for name in IMAGES]
 
 
+def store() -> Path:
+    """Return a root folder of containerd with our images, unpacked once for all nodes to link."""
+    archives = [pause(), *images()]
+
+    def build(folder: Path) -> None:
+        # From the one before: layers that did not change need not be unpacked again.
+        before = max((cache() / "store").glob("*/root"), key=_changed, default=None)
+        if before is not None and before.parent != folder:
+            _link(before, folder / "root")
+        script = 'containerd --root "$1" --state "$2/state" --address "$2/sock" 2> "$2/log" & '
+        script += 'until ctr -a "$2/sock" version > /dev/null 2>&1; do sleep 0.1; done; '
+        script += 'for tar in "${@:3}"; do '
+        script += 'ctr -a "$2/sock" -n k8s.io images import "$tar" || exit; done; '
+        script += "kill %1; wait %1 || true"
+        with tempfile.TemporaryDirectory(prefix="daruma-store-") as scratch:
+            # In namespaces of its own, so that no mount and no process can be left behind.
+            _run(
+                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+                 "bash", "-m", "-c", script, "bash", str(folder / "root"), scratch,
+                 *map(str, archives)]
+            )  # fmt: skip
+
+    return _made("store", [str(archive).encode() for archive in archives], build) / "root"
+
+
+def _changed(path: Path) -> float:
+    return path.parent.stat().st_mtime
+
+
+def _link(store: Path, target: Path) -> None:
+    """Copy a store by links; its databases alone are written in place and really copied."""
+    _run(["cp", "-al", str(store), str(target)])
+    for database in [*target.glob("*/*.db"), *target.glob("*.db")]:
+        database.unlink()
+        shutil.copy2(store / database.relative_to(target), database)
+
+
 def tag(name: str) -> str:
     """Name one of our images as the charts and examples do."""
     return f"daruma.dev/{name}:{VERSION}"
@@ -238,7 +276,7 @@ def _made(name: str, inputs: Iterable[bytes], build: Callable[[Path], None]) -> 
         partial.mkdir()
         build(partial)
         # Older ones of the same name will not be asked for again, but for bases and wheels.
-        if name in IMAGES:
+        if name in (*IMAGES, "store"):
             for old in folder.parent.glob("[0-9a-f]*"):
                 if old not in (partial, folder):
                     shutil.rmtree(old, ignore_errors=True)

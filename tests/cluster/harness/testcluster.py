@@ -119,13 +119,15 @@ def cluster() -> Iterator[Cluster]:
     if os.environ.get("KUBECONFIG"):
         yield Cluster([], ["kubectl"], os.environ, None)
         return
-    archives = [parts.pause(), *parts.images()]
+    store = parts.store()
+    _sweep()
     folder = Path(tempfile.mkdtemp(prefix="daruma-cluster-"))
+    (folder / "owner").write_text(str(os.getpid()))
     environment = {
         **os.environ,
         "KUBE": str(parts.kube()),
         "ROOT": str(folder / "root"),
-        "IMAGES": " ".join(map(str, archives)),
+        "STORE": str(store),
     }
     hold = f"touch {folder}/ready; exec sleep infinity"
     with (folder / "up.log").open("wb") as log:
@@ -138,9 +140,25 @@ def cluster() -> Iterator[Cluster]:
     try:
         yield _reach(process, folder, environment)
     finally:
+        inside = _inside(process)
         process.kill()
         process.wait(DEADLINE)
+        _gone(inside)
         _forget(folder)
+
+
+def _inside(process: "subprocess.Popen[bytes]") -> list[str]:
+    """Return the pid of the first process in the namespaces; it takes all others with it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return children.read_text().split()[:1] if children.exists() else []
+
+
+def _gone(pids: list[str]) -> None:
+    end = time.monotonic() + DEADLINE
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > end:
+            raise AssertionError(f"processes of the cluster are left: {pids}")
+        time.sleep(0.05)
 
 
 def _reach(
@@ -151,8 +169,7 @@ def _reach(
         if process.poll() is not None or time.monotonic() > end:
             raise AssertionError(f"the cluster did not come up: {(folder / 'up.log').read_text()}")
         time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    prefix = ["nsenter", "--target", children[0], "--mount", "--net", "--pid", "--"]
+    prefix = ["nsenter", "--target", _inside(process)[0], "--mount", "--net", "--pid", "--"]
     kubectl = [environment["KUBE"], "kubectl", "--kubeconfig", f"{folder}/root/admin.kubeconfig"]
     reach = {**environment, "KUBECONFIG": f"{folder}/root/admin.kubeconfig"}
     made = Cluster(prefix, kubectl, reach, folder)
@@ -170,13 +187,20 @@ def _reach(
     return made
 
 
+def _sweep() -> None:
+    """Remove what test runs left that were killed themselves: their clusters died with them."""
+    for folder in Path(tempfile.gettempdir()).glob("daruma-cluster-*"):
+        owner = folder / "owner"
+        if owner.exists() and not Path(f"/proc/{owner.read_text()}").exists():
+            _forget(folder)
+
+
 def _forget(folder: Path) -> None:
     """Remove what lies outside the namespaces: the scratch folder, and the nodes' cgroups."""
     shutil.rmtree(folder, ignore_errors=True)
-    for top in CGROUPS.glob("**/daruma-node*"):
-        for group in sorted(top.glob("**/"), key=lambda p: len(p.parts), reverse=True):
-            with_processes = group / "cgroup.procs"
-            if group.exists() and not (with_processes.exists() and with_processes.read_text()):
+    for pattern in (f"{folder.name}-node*", f"*/{folder.name}-node*"):
+        for top in CGROUPS.glob(pattern):
+            for group in sorted([top, *top.glob("**/")], key=lambda p: -len(p.parts)):
                 try:
                     group.rmdir()
                 except OSError:

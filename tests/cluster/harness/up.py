@@ -4,8 +4,8 @@
 
 Run as root. The namespaces made by `unshare` hold everything: no address, rule or process is seen
 outside, and when the command ends all of it is gone. COMMAND gets KUBECONFIG. Environment: KUBE
-(the binary built from main.go beside this file), ROOT (a scratch folder), NODES (2), IMAGES
-(docker-archive tars to load into every node).
+(the binary built from main.go beside this file), ROOT (a scratch folder), NODES (2), STORE (a root
+folder of containerd with the images that every node has).
 """
 
 import json
@@ -24,7 +24,7 @@ import urllib.request
 KUBE = os.environ["KUBE"]
 ROOT = pathlib.Path(os.environ.get("ROOT", "/tmp/daruma-cluster"))
 NODES = int(os.environ.get("NODES", "2"))
-IMAGES = os.environ.get("IMAGES", "").split()
+STORE = pathlib.Path(os.environ["STORE"])
 API_ADDRESS = "10.245.0.254"
 DEADLINE_S = 60
 
@@ -252,7 +252,10 @@ state = "{folder}/state"
 
 
 def cgroup(name: str) -> str:
-    """A cgroup of the node's own: kubelets that share one kill each other's pods as orphans."""
+    """A cgroup of the node's own: kubelets that share one kill each other's pods as orphans.
+
+    So its name is this cluster's too: another may run beside it.
+    """
     top = pathlib.Path("/sys/fs/cgroup")
     for controller in [top] if (top / "cgroup.controllers").exists() else list(top.iterdir()):
         (controller / name).mkdir(exist_ok=True)
@@ -265,10 +268,28 @@ def cgroup(name: str) -> str:
     return f"/{name}"
 
 
+def link_store(store: pathlib.Path, target: pathlib.Path) -> None:
+    """Give a node its images: links to what was unpacked once; copies of the databases alone.
+
+    Layers and blobs are never written again, so nodes may share them. Where links are not
+    possible (the cache lies on another file system) they are copied.
+    """
+    linked = subprocess.run(
+        ["cp", "-al", str(store), str(target)], capture_output=True, check=False
+    )
+    if linked.returncode:
+        shutil.rmtree(target, ignore_errors=True)
+        subprocess.run(["cp", "-a", str(store), str(target)], check=True)
+    for database in [*target.glob("*/*.db"), *target.glob("*.db")]:
+        database.unlink()
+        shutil.copy2(store / database.relative_to(target), database)
+
+
 def node(i: int) -> None:
     folder = ROOT / f"node{i}"
     folder.mkdir()
     sock = folder / "containerd.sock"
+    link_store(STORE, folder / "containerd")
     (folder / "containerd.toml").write_text(CONTAINERD.format(folder=folder, root=ROOT))
     spawn(f"containerd{i}", "containerd", "--config", f"{folder}/containerd.toml")
     end = time.monotonic() + DEADLINE_S
@@ -276,19 +297,13 @@ def node(i: int) -> None:
         if time.monotonic() > end:
             sys.exit(f"containerd did not start; see {ROOT}/containerd{i}.log")
         time.sleep(0.05)
-    for tar in IMAGES:
-        subprocess.run(
-            ["ctr", "-a", str(sock), "-n", "k8s.io", "images", "import", tar],
-            check=True,
-            capture_output=True,
-        )
     config = {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
         "authorization": {"mode": "AlwaysAllow"},
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": cgroup(f"daruma-node{i}"),
+        "cgroupRoot": cgroup(f"{ROOT.parent.name}-node{i}"),
         "enforceNodeAllocatable": [],
         "failSwapOn": False,
         "failCgroupV1": False,
