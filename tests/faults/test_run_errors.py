@@ -73,6 +73,12 @@ def test_a_program_that_is_not_found(tmp_path: Path) -> None:
     one_message(daruma(tmp_path, "run", str(path)), 3, "no-such-program", "install it")
 
 
+def test_a_name_that_would_leave_the_folder(tmp_path: Path) -> None:
+    path = manifest(tmp_path)
+    path.write_text(path.read_text().replace("name: toy", "name: ../../toy"))
+    one_message(daruma(tmp_path, "run", str(path)), 2, r"metadata\.name", "lower-case")
+
+
 def test_an_unknown_strategy(tmp_path: Path) -> None:
     done = daruma(tmp_path, "run", str(manifest(tmp_path)), "--strategy", "Hope")
     one_message(done, 2, "--strategy Hope", "Freshest")

@@ -1,5 +1,6 @@
 """Read a manifest from a file, as `kubectl apply` and the API server would."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from daruma_operator.api.job import API_VERSION, KIND, TrainingJob
 from daruma_operator.api.spec import TrainingJobSpec
 from daruma_operator.errors import ManifestError
 
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
 MAX_BYTES = 1 << 20
 """The API server takes no larger object either."""
 
@@ -48,6 +50,14 @@ def parse_manifest(text: bytes | str, name: str, *, local: bool = False) -> Trai
     meta = raw.get("metadata")
     if not isinstance(meta, dict) or not isinstance(meta.get("name"), str):
         raise ManifestError(f"{name}: metadata.name is missing: name the job")
+    # They become names of folders and pods.
+    for field in ("name", "namespace"):
+        value = meta.get(field) or "default"
+        if not isinstance(value, str) or not _LABEL.fullmatch(value):
+            raise ManifestError(
+                f"{name}: metadata.{field} {value!r:.80} is no DNS label: write at most 52 "
+                "lower-case letters, digits and dashes, with no dash at either end"
+            )
     unknown = sorted(set(raw) - {"apiVersion", "kind", "metadata", "spec", "status"})
     if unknown:
         raise ManifestError(f"{name}: unknown field {unknown[0]!r} at the top level")
