@@ -50,8 +50,8 @@ class Cuts:
     _holding: str = ""
     _held_since: float | None = None
     _turn: int = 0
-    _kept: list[str] = field(default_factory=list)
     _final_number: str = ""
+    _followed: str = ""
 
     @property
     def coordinator(self) -> int:
@@ -215,22 +215,20 @@ class Cuts:
 
     def _retire(self, number: str) -> None:
         """Keep the newest `keep` cuts (the coordinator; shards follow by what it reports)."""
-        self._kept.append(number)
-        keep = self.membership.settings.keep
-        drop, self._kept = self._kept[:-keep], self._kept[-keep:]
-        if drop:
-            names = [cut_name(self.membership.prefix, n) for n in drop]
+        keep, prefix, store = self.membership.settings.keep, self.membership.prefix, self.store
 
-            def clean() -> None:
-                for name in names:
-                    self.store.delete(name)
+        def clean() -> None:
+            # Listed, not remembered: an earlier coordinator's cuts count as well.
+            names = [n for n in store.list(f"{prefix}/cuts") if n <= f"{number}.json"]
+            for name in names[:-keep]:
+                store.delete(f"{prefix}/cuts/{name}")
 
-            self.background.submit(clean, lambda _r, _e: None)
+        self.background.submit(clean, lambda _r, _e: None)
+        self.saver.forget_cuts(number)
 
     def follow(self, newest: str) -> None:
-        """Drop this shard's files of cuts older than the newest two that exist."""
+        """Drop this shard's files of cuts that were given up or retired, once for each newest."""
         number = newest.rpartition("/")[2].removesuffix(".json")
-        if number not in self._kept:
-            self._kept = [*self._kept, number][-self.membership.settings.keep :]
-            recent = {n for n in self._taken if n >= number}
-            self.saver.forget_cuts({*self._kept, *recent, self._final_number})
+        if number > self._followed:
+            self._followed = number
+            self.saver.forget_cuts(number)

@@ -71,11 +71,12 @@ class Saver:
         self._settings = membership.settings
         self._uid = membership.job_uid
         self._index = index
+        self._prefix = membership.prefix
         self._folder = shard_folder(membership.prefix, index, plane.incarnation)
         self._number = 0
         self._cursor = 0
         self._turn = 0
-        self._busy = False
+        self._writing = 0
         self._rng = np.random.default_rng(abs(hash((self._uid, index))) % (1 << 32))
         self._saved: list[Floats] = []
         self._never: list[np.ndarray[tuple[int], np.dtype[np.bool_]]] = []
@@ -97,18 +98,17 @@ class Saver:
 
     def tick(self) -> None:
         """Begin the partial save that is due, if there is one and the last has ended."""
-        if not self.every or self._busy or not self._plane.slots.ready.all():
+        if not self.every or self._writing or not self._plane.slots.ready.all():
             return
         turn = int(self._plane.step / self.every)
         if turn <= self._turn:
             return
         self._turn = turn
-        self._busy = True
         if sum(self._sizes.values()) > REWRITE * max(1, self._live_bytes()):
             chosen = [np.arange(len(t.layout.blocks)) for t in self._plane.shard.tables]
         else:
             chosen = self._select()
-        self._write(self._copy(chosen, "running"), self._partial_done)
+        self._write_running(self._copy(chosen, "running"), lambda _written, _error: None)
 
     def save_all(
         self, kind: str, number: str, done: Callable[[Written | None, str | None], None]
@@ -119,21 +119,32 @@ class Saver:
         """
         chosen = [np.arange(len(t.layout.blocks)) for t in self._plane.shard.tables]
         snapshot = self._copy(chosen, kind, number)
+        if kind == "running":
+            self._write_running(snapshot, done)
+        else:
+            self._write(snapshot, lambda w, e: done(w, None if e is None else str(e)))
 
-        def finished(written: Written | None, error: StoreError | None) -> None:
-            if written is not None and kind == "running":
-                self._note(written)
-            done(written, None if error is None else str(error))
+    def rolled_back(self, step: int, then: Callable[[], None]) -> None:
+        """Everything is as it was at `step`; `then()` runs once the running checkpoint is, too.
 
-        self._write(snapshot, finished)
+        Blocks of the abandoned lineage must not be restored into this one: their `applied` names
+        batches that are to come again. A store that fails does not hold the rollback up.
+        """
+        self._turn = int(step / self.every) if self.every else 0
+        if self._settings.running:
+            self.save_all("running", "", lambda _written, _error: then())
+        else:
+            then()
 
-    def forget_cuts(self, keep: set[str]) -> None:
-        """Delete this shard's files of cuts whose numbers are not in `keep`."""
-        folder, store = self._folder, self._store
+    def forget_cuts(self, newest: str) -> None:
+        """Delete this shard's files of cuts before `newest` that do not exist (any more)."""
+        prefix, folder, store = self._prefix, self._folder, self._store
 
         def clean() -> None:
+            exist = {n.removesuffix(".json") for n in store.list(f"{prefix}/cuts")}
             for name in store.list(folder):
-                if name.startswith("cut-") and name.split(".")[0].removeprefix("cut-") not in keep:
+                number = name.split(".")[0].removeprefix("cut-")
+                if name.startswith("cut-") and number < newest and number not in exist:
                     store.delete(f"{folder}/{name}")
 
         self._background.submit(clean, lambda _result, error: self._failed(error))
@@ -182,8 +193,12 @@ class Saver:
         segment = f"{self._folder}/{'segment' if running else 'cut'}-{base}.seg"
         slots = self._plane.slots
         blocks: list[BlockState] = []
-        touched = np.zeros(len(slots.ids), np.bool_)
-        for i, table in enumerate(self._tables()):
+        tables = self._tables()
+        # What was applied to a slot without blocks is all that it is: it is as new as the save.
+        touched = np.ones(len(slots.ids), np.bool_)
+        for table in tables:
+            touched &= np.diff(table.layout.slot_blocks) == 0
+        for i, table in enumerate(tables):
             layout, cols = table.layout, table.layout.table.cols
             owner = np.searchsorted(layout.slot_blocks, chosen[i], side="right") - 1
             touched[owner] = True
@@ -231,8 +246,25 @@ class Saver:
                 (now.window, old.window),
             ):
                 array[~touched] = before[~touched]
-        self._slots = now
         return now
+
+    def _write_running(
+        self, snapshot: Snapshot, done: Callable[[Written | None, str | None], None]
+    ) -> None:
+        def finished(written: Written | None, error: StoreError | None) -> None:
+            self._writing -= 1
+            self._failed(error)
+            if written is not None:
+                self._note(written)
+            else:
+                # What was to be saved is not: its distance must not look small the next time.
+                for never in self._never:
+                    never[:] = True
+            done(written, None if error is None else str(error))
+
+        # A manifest names what the ones before it saved, so the next waits until this is durable.
+        self._writing += 1
+        self._write(snapshot, finished)
 
     def _write(
         self, snapshot: Snapshot, done: Callable[[Written | None, StoreError | None], None]
@@ -253,19 +285,10 @@ class Saver:
 
         self._background.submit(write, done)
 
-    def _partial_done(self, written: Written | None, error: StoreError | None) -> None:
-        self._busy = False
-        self._failed(error)
-        if written is None:
-            # What was to be saved is not: its distance must not look small the next time.
-            for never in self._never:
-                never[:] = True
-            return
-        self._note(written)
-
     def _note(self, written: Written) -> None:
         self.error = None
         self._places = dict(written.manifest.blocks)
+        self._slots = written.manifest.slots
         live = {p.segment for p in self._places.values()}
         self._sizes = {s: n for s, n in self._sizes.items() if s in live}
         for place in self._places.values():
@@ -290,10 +313,13 @@ class Saver:
             for name in drop:
                 store.delete(name)
             named = {p.segment for p in newest.blocks.values()}
+            # A save of all that was begun meanwhile is not to be touched.
+            until = f"segment-{newest.number:010d}"
             for name in kept[:-1]:
                 named |= {p.segment for p in Manifest.decode(store.read(name)).blocks.values()}
             for name in store.list(folder):
-                if name.startswith("segment-") and f"{folder}/{name}" not in named:
+                old = name.startswith("segment-") and name < until
+                if old and f"{folder}/{name}" not in named:
                     store.delete(f"{folder}/{name}")
 
         self._background.submit(clean, lambda _result, error: self._failed(error))

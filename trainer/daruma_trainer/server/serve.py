@@ -508,7 +508,7 @@ class Server:
         plane.hold = None
         plane.waiting.clear()
         if restorer is None or membership.rollback.cut is None:
-            LOG.error("a rollback without a cut")
+            # A newcomer after a rollback that is over: it waits for its restore.
             return
         self._rolling = True
 
@@ -521,9 +521,15 @@ class Server:
             plane.step = cut.step
             if self.cuts is not None:
                 self.cuts.rolled_back(cut.step)
-            self._rolling = False
-            self.initialised = True
-            self._publish(now=True)
+            if self.saver is not None:
+                self.saver.rolled_back(cut.step, serve)
+
+        def serve() -> None:
+            # A newer rollback may have begun while this one was loaded or saved.
+            if self.generation == membership.rollback.generation:
+                self._rolling = False
+                self.initialised = True
+                self._publish(now=True)
 
         restorer.load_cut(membership.rollback.cut, done)
 
@@ -547,7 +553,7 @@ class Server:
                 self.plane.worker_left(worker_of(member), report.step)
             if report.final is not None and self.cuts is not None and not self.cuts.final:
                 self.cuts.heard_final(report.final)
-            if report.cut is not None and self.cuts is not None and self.cuts.newest is None:
+            if report.cut is not None and self.cuts is not None and not self._coordinates:
                 self.cuts.follow(report.cut.path)
         if report.stop is not None:
             self._tell_workers(Kind.STOP, {"reason": report.stop})
@@ -592,6 +598,10 @@ class Server:
         seconds = self.membership.settings.suspect_seconds if self.membership else 1.0
         found = (link.suspect(seconds) for link in self._links.values())
         return [s for s in found if s is not None]
+
+    @property
+    def _coordinates(self) -> bool:
+        return self.cuts is not None and self.cuts.coordinator == self.me.index
 
     @property
     def rolling(self) -> bool:
