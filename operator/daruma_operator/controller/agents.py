@@ -177,8 +177,11 @@ class Agents:
             talk.failing.setdefault(member, _now())
 
     def _keep(self, talk: Talk, member: str, view: View) -> None:
-        talk.views[member] = _now(), view
         talk.failing.pop(member, None)
+        known = talk.views.get(member)
+        if known is None or known[1].version <= view.version:
+            # Of two answers on their way the older may come last.
+            talk.views[member] = _now(), view
 
     async def _view(self, talk: Talk, agent: str, after: int, wait: float) -> View:
         timeout = aiohttp.ClientTimeout(total=wait + self._settings.view_seconds)

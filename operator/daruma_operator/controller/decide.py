@@ -166,8 +166,9 @@ def _decision(d: Draft) -> Decision:
         left = d.left(fresh, d.policy.progress_seconds)
         if left > 0:
             status = before
-    if status.phase is Phase.RUNNING:
-        d.waits.append(d.policy.progress_seconds)
+    if status.phase not in FINAL:
+        # Whatever was missed, the next look is never far.
+        d.waits.append(max(d.policy.progress_seconds, 0.0 if d.training else 1.0))
     acts = acts_of(d.seen, status, d.policy)
     if status.phase is None:
         raise ValueError("a decision without a phase")

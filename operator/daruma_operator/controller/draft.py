@@ -66,6 +66,11 @@ class Draft:
         return self.seen.job.spec
 
     @property
+    def training(self) -> bool:
+        """Whether steps are made, of which people want to see the newest."""
+        return self.status.phase is Phase.RUNNING
+
+    @property
     def record(self) -> RecoveryRecord:
         """The recovery in progress."""
         if self.status.recovery is None:
