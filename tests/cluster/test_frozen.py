@@ -2,7 +2,7 @@
 
 import signal
 
-from members import check_recovered, incarnations
+from members import check_recovered, incarnations, restarts
 from testjobs import JobNamespace
 
 from daruma_trainer.contract import Role
@@ -27,6 +27,6 @@ def test_a_frozen_server_that_goes_on_after_it_was_replaced(jobs: JobNamespace) 
     status = jobs.ended("frozen")
     check_recovered(jobs, "frozen", before, {"server-1"}, status, steps=600)
     assert len(status["recoveries"]) == 1
-    assert status["restarts"]["servers"] == 1
+    assert restarts(status, "servers") == 1
     assert status["recoveries"][0]["cause"] == "Unresponsive"
     jobs.cluster.until(lambda: not jobs.cluster.pids(**seat), "the old process ends", 60)
