@@ -173,7 +173,7 @@ def test_a_push_whose_acknowledgement_died_is_applied_once(tmp_path: Path) -> No
             assert header.kind is Kind.ACK
             assert from_bitmap(frames[1][:128]).all(), "it has the push already"
             assert float(w0.pull(ALL).values[0].sum()) == 256
-            assert cluster.report(Role.SERVER, 0).duplicate == 1
+            cluster.until(lambda: cluster.report(Role.SERVER, 0).duplicate == 1, "it is counted")
     finally:
         cluster.close()
 
