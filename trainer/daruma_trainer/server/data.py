@@ -113,7 +113,9 @@ class DataPlane:
                 f"restoreFrom has no table {spec.name!r} of shape {spec.shape}: it has "
                 f"{ {name: values.shape for name, values in self.warm.items()} }",
             )
-        return self.add_table(spec) or Reply(Kind.OK, [b"{}"])
+        return self.add_table(spec) or Reply(
+            Kind.OK, [encode_json({"wanted": self._wants_values(spec.id)})]
+        )
 
     def add_table(self, spec: TableSpec) -> Reply | None:
         """Make a table unless it is there; a refusal if another one has its number."""
@@ -134,6 +136,10 @@ class DataPlane:
             return refuse(Refusal.TOO_LARGE, str(error))
         self._given.append(np.zeros(len(self.slots.ids), np.bool_))
         return None
+
+    def _wants_values(self, table: int) -> bool:
+        """Whether initial values are still to come. Slots that are restored need none."""
+        return bool((~self._given[table] & (self.slots.state != SlotState.RESTORING)).any())
 
     def init(self, frames: Sequence[Frame]) -> Reply:
         """INIT: initial values, idempotent, for slots that are not initialised yet."""
@@ -238,7 +244,8 @@ class DataPlane:
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
         k = k[self.slots.ready[k]]
-        if not len(k) or tables > len(self.shard.tables):
+        known = tables <= len(self.shard.tables)
+        if not len(k) or not known or not all(self._given[t][k].all() for t in range(tables)):
             return refuse(Refusal.RESTORING, "no slot of these is Ready")
         if self.sync and int(self.slot_steps(k).min()) < min_step:
             self.waiting.append(Waiting(identity, header, frames))

@@ -86,7 +86,8 @@ class Session:
     awaited: int = 0
     """Answers still to come before the next stage."""
     retry_at: float | None = None
-    probed: bool = False
+    wanting: set[int] = field(default_factory=set)
+    """Tables whose initial values this server still wants."""
     token: int = 0
     """Raised at each new beginning, so that answers to the old one are passed over."""
 
@@ -126,6 +127,8 @@ class Client:
         self._sessions: dict[int, Session] = {}
         self._todo: list[Callable[[], None]] = []
         """Sends that the training thread wants: sockets belong to the I/O thread alone."""
+        self._announced = 0
+        """Number of tables that the servers were told of."""
         self._shown: tuple[object, ...] = ()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
@@ -157,12 +160,24 @@ class Client:
                 raise self.failure
 
     def add_table(self, spec: TableSpec, initial: Floats) -> None:
-        """Make a table on every server."""
+        """Declare a table; `announce` makes all declared ones on every server."""
         with self.lock:
             self._copy.add(spec)
             self.initial.append(initial)
+
+    def announce(self) -> None:
+        """Make the declared tables on every server.
+
+        All at once: a server whose first tables have their values is open for business, and
+        nobody shall pull a later one before its values have come.
+        """
+        with self.lock:
+            if self._announced == len(self._copy.specs):
+                return
+            self._copy.arrange()
+            self._announced = len(self._copy.specs)
             for session in self._sessions.values():
-                session.retry_at = 0.0
+                self._begin(session)
         self.wake()
 
     def pull(self, min_step: int) -> Wanted:
@@ -248,6 +263,19 @@ class Client:
     # The I/O thread
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            with self.lock:
+                if not self._closing:
+                    # The traceback is in the log; nobody shall wait for a thread that is gone.
+                    self.failure = GaveUpError(f"{self.me.id}: its I/O thread broke")
+                self.lock.notify_all()
+            for session in self._sessions.values():
+                session.link.close()
+            self._context.destroy(linger=0)
+
+    def _loop(self) -> None:
         beat = 0.0
         while not self._closing:
             ready = dict(self._poller.poll(TICK_MS))
@@ -265,9 +293,6 @@ class Client:
                     self._heartbeat()
                 self._publish()
                 self.lock.notify_all()
-        for session in self._sessions.values():
-            session.link.close()
-        self._context.destroy(linger=0)
 
     def _turn(self) -> None:
         if self._relink_later:
@@ -391,7 +416,7 @@ class Client:
         session.token += 1
         session.stage = Stage.TABLES
         session.retry_at = 0.0
-        session.probed = False
+        session.wanting.clear()
 
     def _retry(self, session: Session) -> None:
         """Something was refused: begin again in a moment."""
@@ -401,17 +426,18 @@ class Client:
     def _advance(self, server: int, session: Session) -> None:
         """Take the session's next step. Called again whenever the last one is answered."""
         copy = self._copy
-        if not copy.specs:
+        if not copy.specs or self._announced < len(copy.specs):
             return
         if session.stage is Stage.TABLES:
             session.token += 1
             session.awaited = len(copy.specs)
             for spec in copy.specs:
                 body = [encode_json(spec.to_json())]
-                self._ask(session, Kind.CREATE, body, partial(self._on_step, server, Stage.PROBE))
+                answer = partial(self._on_created, server, spec.id)
+                self._ask(session, Kind.CREATE, body, answer)
         elif session.stage is Stage.PROBE:
             lowest = min(m.index for m in self._membership.of(Role.WORKER))
-            if not self._membership.initialised and self.me.index == lowest:
+            if self.me.index == lowest:
                 self._send_initial(server, session)
             session.awaited = 1
             meta = PULL.pack(0, 0, 0) + bitmap(copy.slots_of(server))
@@ -454,6 +480,13 @@ class Client:
         if not session.link.request(self._header(kind), body, answer, patient=patient):
             self._retry(session)
 
+    def _on_created(
+        self, server: int, table: int, session: Session, header: Header, frames: Sequence[Frame]
+    ) -> None:
+        if decode_json(frames[1]).get("wanted"):
+            session.wanting.add(table)
+        self._on_step(server, Stage.PROBE, session, header, frames)
+
     def _on_step(
         self, server: int, stage: Stage, session: Session, header: Header, frames: Sequence[Frame]
     ) -> None:
@@ -491,9 +524,11 @@ class Client:
         self._retry(session)
 
     def _send_initial(self, server: int, session: Session) -> None:
-        """INIT for each table; answers are not waited for, the probe shows whether it worked."""
+        """INIT for each table that wants it. Answers are not waited for: a pull shows what came."""
         for group in self._groups(server):
             for table, values in zip(group.layout.tables, self.initial, strict=True):
+                if table.table.id not in session.wanting:
+                    continue
                 part = TablePush(table.table.id, 0.0, values[table.rows])
                 push = Push(self.me.index, 1, 1, 1, 0, group.mask, (part,))
                 session.link.request(self._header(Kind.INIT), encode_push(push), None)

@@ -43,9 +43,12 @@ class HostCopy:
         """By server: a running mean of how far its part moved (L2) from one pull to the next."""
 
     def add(self, spec: TableSpec) -> None:
-        """Make room for a table."""
+        """Make room for a table; `arrange` once after the last."""
         self.specs.append(spec)
         self.data.append(np.zeros((spec.rows, spec.cols), np.float32))
+
+    def arrange(self) -> None:
+        """Compute which slots go into one message."""
         self.groups = []
         for server in range(self._servers):
             whole = ShardLayout(self._uid, self.specs, np.flatnonzero(self.owner == server))

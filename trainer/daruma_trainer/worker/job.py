@@ -141,6 +141,7 @@ class Job:
 
     def begin(self) -> None:
         """Wait until every table is there, and take their values."""
+        self._client.announce()
         self._pull_all(0, BEGIN_SECONDS)
         if not self._client.resumed:
             self._client.resume()

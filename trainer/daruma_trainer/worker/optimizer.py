@@ -1,11 +1,13 @@
 """A torch optimizer whose step is taken by the servers."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
+from daruma_trainer.errors import ConfigurationError
 from daruma_trainer.rules import SGD, Rule
 from daruma_trainer.worker.pushes import Update
 
@@ -24,11 +26,12 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": getattr(chosen, "lr", 0.01)})
         self._job = job
         self._tables: list[tuple[int, torch.nn.Parameter]] = []
-        flat = [p for group in self.param_groups for p in group["params"]]
-        for name, param in zip([n for group in names for n in group], flat, strict=True):
-            values = param.detach().to("cpu", torch.float32).numpy()
-            spec = job.add_table(name, tuple(param.shape), chosen, values)
-            self._tables.append((spec.id, param))
+        for group, group_names in zip(self.param_groups, names, strict=True):
+            own = _rule_of(group, chosen)
+            for name, param in zip(group_names, group["params"], strict=True):
+                values = param.detach().to("cpu", torch.float32).numpy()
+                spec = job.add_table(name, tuple(param.shape), own, values)
+                self._tables.append((spec.id, param))
         job.begin()
         job.after_pull(self.write_back)
         self.write_back()
@@ -57,6 +60,21 @@ class Optimizer(torch.optim.Optimizer):
         """Copy what was pulled into the parameters, on whatever device they are."""
         for table, param in self._tables:
             param.copy_(torch.from_numpy(self._job.values(table).reshape(tuple(param.shape))))
+
+
+def _rule_of(group: dict[str, Any], rule: Rule) -> Rule:
+    """Return the rule of one parameter group: the job's, with what the group says otherwise.
+
+    The rate travels with each push, so it does not make a rule of its own.
+    """
+    own = {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+    known = {f.name for f in fields(cast("Any", rule))}
+    if unknown := sorted(own.keys() - known):
+        raise ConfigurationError(
+            f"a parameter group has {', '.join(unknown)}: "
+            f"{type(rule).__name__} takes {', '.join(sorted(known))}"
+        )
+    return cast("Rule", replace(cast("Any", rule), **own))
 
 
 def _named_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

@@ -51,8 +51,6 @@ class Accumulation:
     since: float
     """Monotonic time of the first."""
     tables: dict[int, Update]
-    sums: dict[int, float] = field(default_factory=dict)
-    sealed: bool = False
 
 
 class Pushes:
@@ -102,8 +100,9 @@ class Pushes:
         into = self.open.pop(server, None)
         if into is None:
             return
-        into.sealed = True
         if self._replay.combine == "Drop":
+            # It goes out empty, so that the server marks the batches: later ones build on them.
+            into.tables.clear()
             self.lost |= set(range(into.first, into.last + 1))
         else:
             for table, update in into.tables.items():
@@ -184,10 +183,15 @@ class Pushes:
             into.tables[update.table] = _merge_rows(old, update, rule)
         elif rule == "assign":
             np.copyto(old.values, update.values)
+        elif rule == "sgd" and update.lr != old.lr:
+            # The rate changed during the outage: each gradient counts with its own, as a share of
+            # the larger one.
+            rate = max(old.lr, update.lr)
+            np.multiply(old.values, np.float32(old.lr / rate), out=old.values)
+            np.add(old.values, update.values * np.float32(update.lr / rate), out=old.values)
+            into.tables[update.table] = Update(update.table, rate, old.values)
         else:
             np.add(old.values, update.values, out=old.values)
-        into.sums[update.table] = into.sums.get(update.table, 0.0) + update.lr
-        if old is not None and old.rows is None and update.rows is None:
             into.tables[update.table] = Update(update.table, update.lr, old.values)
 
     def _combine(

@@ -1,0 +1,106 @@
+"""Small programs for test_workers.py, run as `python worker_programs.py NAME [ARGUMENT]`."""
+
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+import daruma_trainer as daruma
+
+
+def tables(_: str) -> None:
+    """Two tables, one after the other, each with values of its own; rows pushed and pulled."""
+    with daruma.join() as job:
+        first = job.table("first", (6, 2), initial=np.full((6, 2), 1.0))
+        second = job.table("second", (5,), rule="assign", initial=np.arange(5))
+        assert first.pull([0, 5]).tolist() == [[1.0, 1.0]] * 2
+        assert second.pull([4, 1]).tolist() == [4.0, 1.0]
+        if job.index == 0:
+            second.push([3, 0], [30.0, 10.0])
+        job.flush()
+        first.push([2], [[1.0, 2.0]])
+        job.flush()
+        job.report(second=float(second.pull([3])[0]), batch=job.batch)
+
+
+def optimizer(_: str) -> None:
+    """Groups, a schedule and clipping, as with torch alone; says how far it is from torch."""
+    import torch
+
+    def model() -> torch.nn.Sequential:
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+
+    def groups(net: torch.nn.Sequential) -> list[dict[str, object]]:
+        return [
+            {"params": list(net[0].parameters()), "lr": 0.2},
+            {"params": list(net[2].parameters()), "momentum": 0.5},
+        ]
+
+    def train(net: torch.nn.Module, opt: torch.optim.Optimizer) -> None:
+        schedule = torch.optim.lr_scheduler.StepLR(opt, 5, 0.5)
+        data = torch.Generator().manual_seed(2)
+        for _ in range(20):
+            x = torch.randn(4, 8, generator=data)
+            y = torch.randint(0, 3, (4,), generator=data)
+            torch.nn.functional.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            opt.step()
+            opt.zero_grad()
+            schedule.step()
+
+    plain, served = model(), model()
+    train(plain, torch.optim.SGD(groups(plain), lr=0.1))
+    with daruma.join() as job:
+        train(served, job.optimizer(groups(served), daruma.SGD(lr=0.1)))
+        pairs = zip(plain.parameters(), served.parameters(), strict=True)
+        job.report(apart=max((a - b).abs().max().item() for a, b in pairs))
+
+
+def count(steps: str) -> None:
+    """Each sample of a data set adds one to its row: what was done twice or not is seen."""
+    with daruma.join() as job:
+        table = job.table("seen", (60,))
+        for (rows,) in job.batches((np.arange(60),), 5, steps=int(steps)):
+            table.push(rows, np.ones(len(rows)))
+            time.sleep(0.02)
+
+
+def stops(_: str) -> None:
+    """Worker 0 ends the job for all."""
+    with daruma.join() as job:
+        table = job.table("t", (8,))
+        for _ in job.batches((np.arange(80),), 1, steps=1_000_000):
+            table.push(None, np.ones(8))
+            if job.index == 0 and job.batch == 10:
+                job.stop("enough")
+        job.report(ended=1.0 if job.stopped == "enough" else 0.0)
+
+
+def mismatch(_: str) -> None:
+    """Workers that disagree about a table."""
+    with daruma.join() as job:
+        job.table("t", (8 + job.index,))
+
+
+def raises(_: str) -> None:
+    """A program with a mistake."""
+    with daruma.join():
+        raise RuntimeError("a mistake of the program")
+
+
+def pushes_nothing(_: str) -> None:
+    """A program that forgets to push."""
+    with daruma.join() as job:
+        job.table("t", (8,))
+        for _ in job.batches((np.arange(8),), 1):
+            pass
+
+
+PROGRAMS: dict[str, Callable[[str], None]] = {
+    f.__name__: f for f in (tables, optimizer, count, stops, mismatch, raises, pushes_nothing)
+}
+
+if __name__ == "__main__":
+    PROGRAMS[sys.argv[1]](sys.argv[2] if len(sys.argv) > 2 else "")
