@@ -62,7 +62,7 @@ kind-test: $(STAMP) ## the same on a kind cluster (needs docker and kind)
 
 .PHONY: soak
 soak: $(STAMP) ## long counts of the fault and fuzz tests; minutes to hours, outside CI
-	@HYPOTHESIS_PROFILE=soak DARUMA_SOAK=1 $(BIN)/pytest --timeout 7200 tests/faults tests/trainer/test_malformed.py tests/trainer/test_slots_model.py
+	@HYPOTHESIS_PROFILE=soak DARUMA_SOAK=1 $(BIN)/pytest --timeout 7200 tests/faults tests/trainer/test_wire.py tests/trainer/test_slots_model.py
 
 .PHONY: bench
 bench: $(STAMP) ## time to recover, written to docs/benchmarks/recovery.md

@@ -460,12 +460,14 @@ def _parse(kind: Any, raw: Any, at: str) -> Any:
 
 
 def _parse_scalar(kind: Any, raw: Any, at: str) -> Any:
-    if isinstance(kind, type) and issubclass(kind, StrEnum) and raw in set(kind):
-        return kind(raw)
-    if kind is float and type(raw) in (int, float):
-        return float(raw)
     # Nothing here counts further than 63 bits, and arrays of it are int64.
-    if kind in (str, bool, int) and type(raw) is kind and not (kind is int and abs(raw) >> 63):
+    huge = type(raw) is int and bool(abs(raw) >> 63)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        if isinstance(raw, str) and raw in set(kind):
+            return kind(raw)
+    elif kind is float and type(raw) in (int, float) and not huge:
+        return float(raw)
+    elif kind in (str, bool, int) and type(raw) is kind and not huge:
         return raw
     raise ContractError(f"{at}: expected {getattr(kind, '__name__', kind)}, got {raw!r:.80}")
 

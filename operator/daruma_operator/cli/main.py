@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # What follows belongs to another program, `--help` too.
         if given[:1] == ["export"]:
-            become("daruma_trainer.checkpoint.export", given[1:], ["numpy", "obstore"], "trainer")
+            become("daruma_trainer.checkpoint.export", given[1:], ["numpy", "xxhash"], "trainer")
         if given[:1] == ["bench"] and given[1:2] and given[1] in _BENCHES:
             become("daruma_trainer.bench", given[1:], ["numpy", "zmq"], "trainer")
         options = _parser().parse_args(given)

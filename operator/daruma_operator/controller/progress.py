@@ -1,6 +1,7 @@
 """How far a job is, as its members say: steps, loss, saves, who is ready. Pure."""
 
 from datetime import datetime, timedelta
+from math import isfinite
 
 from daruma_operator.api.spec import ConsistencyMode
 from daruma_operator.api.status import CheckpointStatus, Progress
@@ -74,7 +75,8 @@ def _progress(d: Draft) -> None:
     if not reports or not d.status.initialised:
         return
     old, step = d.status.progress, job_step(d)
-    losses = [r.loss for r in reports.values() if r.loss is not None]
+    # JSON has no NaN: the API server would refuse the whole status of a job that diverged.
+    losses = [r.loss for r in reports.values() if r.loss is not None and isfinite(r.loss)]
     totals = [r.total_steps for r in reports.values() if r.total_steps is not None]
     total = max(totals, default=None)
     loss = round(sum(losses) / len(losses), 6) if losses else None

@@ -101,7 +101,7 @@ class Cuts:
                 self._part(number, int(raw["index"]), raw)
             elif raw["op"] == "abandon" and self._holding == number:
                 self._release()
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ContractError(f"not a cut message: {error!r}") from error
 
     def take(self, number: str) -> None:

@@ -37,6 +37,9 @@ from daruma_trainer.wire import (
     Slots as SlotMask,
 )
 
+MAX_GAP = 1_000_000
+"""Batches that one resync may mark as lost: the loop stands still while it counts them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -269,13 +272,15 @@ class DataPlane:
             worker, done = int(raw["worker"]), int(raw["done"])
             held = [int(b) for b in raw["held"]]
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MalformedError(f"not a resync: {error!r}") from error
         if not (0 <= worker < min(self.workers, MAX_WORKERS) and 0 <= done < 1 << 40):
             raise MalformedError(f"a resync of worker {worker} up to {done}")
         k = self.slots.index_of(ids)
         k = k[k >= 0]
         k = k[self.slots.ready[k]]
+        if len(k) and done - int(self.slots.last[k, worker].min()) > MAX_GAP:
+            raise MalformedError(f"a resync of more than {MAX_GAP} batches")
         lost = self.slots.floor(k, worker, done, held)
         self.counts.lost += len(lost)
         self.refresh_step()
