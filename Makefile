@@ -7,6 +7,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests at once: most of them wait for processes and pods more than they compute.
+JOBS ?= 4
 STAMP := $(VENV)/.installed
 
 .PHONY: help
@@ -26,7 +28,7 @@ demo: $(STAMP) ## train on this machine, lose a server half-way, recover, and sa
 
 .PHONY: test
 test: $(STAMP) machine ## every test, a real cluster included
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .PHONY: machine
 machine: ## what the test cluster needs from the system (apt packages, when root)
@@ -65,8 +67,9 @@ soak: $(STAMP) ## long counts of the fault and fuzz tests; minutes to hours, out
 	@HYPOTHESIS_PROFILE=soak DARUMA_SOAK=1 $(BIN)/pytest --timeout 7200 tests/faults tests/trainer/test_wire.py tests/trainer/test_slots_model.py
 
 .PHONY: bench
-bench: $(STAMP) ## time to recover, written to docs/benchmarks/recovery.md
+bench: $(STAMP) machine ## time to recover, of processes and of pods, written to docs/benchmarks/
 	@$(BIN)/daruma bench recovery --write docs/benchmarks/recovery.md
+	@$(BIN)/python tests/cluster/harness/bench.py --write docs/benchmarks/recovery-cluster.md
 
 .PHONY: manifests
 manifests: $(STAMP) machine ## write what is made from the types and the chart: CRD, guide, install.yaml

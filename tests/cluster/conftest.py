@@ -1,18 +1,14 @@
-"""Fixtures of the cluster tests: one cluster a session, the operator in it, a namespace a test."""
+"""Fixtures of the cluster tests: one cluster a run, the operator in it, a namespace a test."""
 
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import parts
 import pytest
-from testcluster import Cluster, cluster
+from testcluster import Cluster, installed, shared
 from testjobs import JobNamespace, job_namespace
-
-ROOT = Path(__file__).resolve().parents[2]
-OPERATOR_NAMESPACE = "daruma-system"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,30 +24,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def k8s() -> Iterator[Cluster]:
-    """A real Kubernetes, without Daruma."""
-    with cluster() as made:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all processes of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def k8s(run_folder: Path) -> Iterator[Cluster]:
+    """A real Kubernetes, without Daruma unless another test installed it."""
+    with shared(run_folder) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
-def operated(k8s: Cluster) -> Iterator[Cluster]:
+def operated(k8s: Cluster, run_folder: Path) -> Cluster:
     """The same, with the operator installed by the real Helm from the chart."""
-    namespace: dict[str, Any] = {
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {
-            "name": OPERATOR_NAMESPACE,
-            "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
-        },
-    }
-    k8s.apply(namespace)
-    k8s.helm(
-        "upgrade", "--install", "daruma", str(ROOT / "charts/daruma"),
-        "--namespace", OPERATOR_NAMESPACE, "--wait", "--timeout", "110s",
-    )  # fmt: skip
-    yield k8s
-    k8s.helm("uninstall", "daruma", "--namespace", OPERATOR_NAMESPACE, "--wait")
+    return installed(k8s, run_folder)
 
 
 @pytest.fixture

@@ -37,6 +37,10 @@ MAX_THREADS = 64
 """Requests handled at once; more are refused with 503."""
 SOCKET_SECONDS = 60.0
 """A silent connection is closed after this long, so that idle clients hold no thread for ever."""
+STRANGER_SECONDS = 5.0
+"""The same, before the first request that had the token."""
+MAX_CONNECTIONS = 128
+"""Each holds a thread; more are closed unread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +127,31 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a connection a thread, if there is one left."""
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A broken connection is the client's business: nothing to print."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = SOCKET_SECONDS
+    timeout = STRANGER_SECONDS
     disable_nagle_algorithm = True
     wbufsize = -1
     token: ClassVar[str]
@@ -203,7 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes | None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_CONTROL_BYTES:
+        digits = length.isascii() and length.isdigit() and len(length) < 10
+        if not digits or int(length) > MAX_CONTROL_BYTES:
             self.close_connection = True
             self._refuse(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -216,6 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _authorised(self) -> bool:
         given = self.headers.get("Authorization", "")
         if hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+            self.connection.settimeout(SOCKET_SECONDS)
             return True
         # The body stays unread, so the connection cannot be used again.
         self.close_connection = True

@@ -5,16 +5,19 @@ only from that incarnation, and knows at once when the connection breaks (a sock
 a timeout would be paid otherwise. What died with a peer is sent again by its owner, not by zmq.
 """
 
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from daruma_trainer.contract import Member, Suspect
 from daruma_trainer.wire import HEADER, MAX_FRAME, Frame, Header
 
+EVENT = struct.Struct("=HI")
+"""First frame of a monitor's message: the event and its value (zmq_socket_monitor(3)). pyzmq's own
+reader imports asyncio, which a server that is waited for would start with for nothing."""
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2000
 CONNECT_TIMEOUT_MS = 1000
@@ -159,7 +162,7 @@ class Link:
     def _events(self) -> list[str]:
         seen = []
         while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"]
+            event, _ = EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self._broken_at = True, None
                 seen.append("connected")

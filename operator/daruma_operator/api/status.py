@@ -227,4 +227,6 @@ class TrainingJobStatus(StatusModel):
     last_failure: Failure | None = None
     recovery: RecoveryRecord | None = None
     recoveries: tuple[RecoveryRecord, ...] = ()
+    outage_seconds: float = 0.0
+    """Of all recoveries together, also of those that `recoveries` no longer lists."""
     conditions: tuple[Condition, ...] = ()

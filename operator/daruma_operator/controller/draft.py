@@ -148,7 +148,11 @@ class Draft:
         if sources is not None:
             update["sources"] = sources
         closed = record.model_copy(update=update)
-        self.set(recovery=None, recoveries=(*self.status.recoveries, closed)[-KEPT_RECORDS:])
+        self.set(
+            recovery=None,
+            recoveries=(*self.status.recoveries, closed)[-KEPT_RECORDS:],
+            outage_seconds=round(self.status.outage_seconds + (closed.seconds or 0.0), 6),
+        )
 
     def is_true(self, kind: str) -> bool:
         """Whether a condition is true."""

@@ -101,13 +101,11 @@ def _progress(d: Draft) -> None:
 
 
 def _goodput(d: Draft) -> float | None:
-    """Seconds without an outage ÷ seconds since the job began; only while all are remembered."""
-    records = d.status.recoveries
-    if d.status.start_time is None or any(r.id > len(records) for r in records):
+    """Seconds without an outage ÷ seconds since the job began."""
+    if d.status.start_time is None:
         return None
     total = (d.now - d.status.start_time).total_seconds()
-    lost = sum(r.seconds or 0.0 for r in records)
-    return round(max(0.0, 1.0 - lost / total), 4) if total > 0 else None
+    return round(max(0.0, 1.0 - d.status.outage_seconds / total), 4) if total > 0 else None
 
 
 def _checkpoint(d: Draft) -> None:

@@ -28,8 +28,12 @@ class Child:
         environment: Mapping[str, str],
         log: Path,
         ended: Callable[["Child"], None],
+        nice: int = 0,
     ) -> None:
-        """Start it. OSError: it could not be started, or its log could not be opened."""
+        """Start it, so much nicer than this process.
+
+        OSError: it could not be started, or its log could not be opened.
+        """
         self.log = log
         self._ended = ended
         self._exit: asyncio.Event = asyncio.Event()
@@ -45,6 +49,8 @@ class Child:
                 # Only a system call between fork and exec: nothing there takes a lock.
                 preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509
             )
+        if nice:
+            _yield_to_others(self._process.pid, nice)
         self._pidfd = os.pidfd_open(self._process.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
 
@@ -117,6 +123,15 @@ class Child:
     def _send_group(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+
+def _yield_to_others(pid: int, nice: int) -> None:
+    """Lower the priority of a process that leads a session."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
+        # Where the kernel groups tasks by session, niceness counts within one only; this is the
+        # session's own (sched(7), "The autogroup feature").
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

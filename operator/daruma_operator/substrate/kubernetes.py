@@ -103,7 +103,8 @@ class KubernetesSubstrate:
     async def write_status(self, job: TrainingJob, status: TrainingJobStatus) -> TrainingJob:
         """See the Protocol."""
         new = status.model_dump(mode="json", by_alias=True)
-        patch = merge_patch(job.status_to_wire(), new)
+        # The first status is written whole: what is zero shall be seen, not missing.
+        patch = merge_patch(job.status_to_wire() if job.status.phase else {}, new)
         body = {
             "metadata": {"resourceVersion": job.resource_version, "uid": job.uid},
             "status": patch,

@@ -1,25 +1,56 @@
 """A cluster for tests: one of our own in namespaces that vanish, or the one KUBECONFIG names."""
 
+import contextlib
+import fcntl
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import parts
 import yaml
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+SYSTEM = "daruma-system"
 START_SECONDS = 300.0
 DEADLINE = 120.0
+SHARED_SECONDS = 1500.0
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+KINDS = {
+    "deploy": ("apis/apps/v1", "deployments"),
+    "events": ("api/v1", "events"),
+    "nodes": ("api/v1", "nodes"),
+    "pods": ("api/v1", "pods"),
+    "tj": ("apis/daruma.dev/v1alpha1", "trainingjobs"),
+}
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=DEADLINE)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(DEADLINE)
+        self.sock.connect(self._path)
 
 
 class Cluster:
@@ -31,24 +62,37 @@ class Cluster:
         kubectl: list[str],
         environment: Mapping[str, str],
         folder: Path | None,
+        proxy: str = "",
     ) -> None:
         self._prefix = prefix
         self._kubectl = kubectl
         self._environment = dict(environment)
+        self._proxy = proxy
         self.folder = folder
         """Of our own cluster: logs, pids and volumes. None for somebody else's."""
 
     def run(
-        self, *command: str, stdin: str | None = None, check: bool = True
+        self,
+        *command: str,
+        stdin: str | None = None,
+        check: bool = True,
+        seconds: float = DEADLINE,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command where the cluster can be reached."""
         done = subprocess.run(
             [*self._prefix, *command], input=stdin, env=self._environment, capture_output=True,
-            text=True, timeout=DEADLINE, check=False,
+            text=True, timeout=seconds, check=False,
         )  # fmt: skip
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
         return done
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what another process needs to reach it."""
+        return {
+            "prefix": self._prefix, "kubectl": self._kubectl, "environment": self._environment,
+            "folder": None if self.folder is None else str(self.folder), "proxy": self._proxy,
+        }  # fmt: skip
 
     def kubectl(
         self, *arguments: str, stdin: str | None = None, check: bool = True
@@ -60,18 +104,50 @@ class Cluster:
         """Run Helm."""
         return self.run(str(parts.helm()), *arguments).stdout
 
-    def get(self, *arguments: str) -> Any:
+    def get(self, kind: str, name: str = "", namespace: str = "", selector: str = "") -> Any:
         """Return an object or a list; None if it is not there."""
-        done = self.kubectl("get", *arguments, "-o", "json", check=False)
-        if done.returncode:
-            if "NotFound" in done.stderr:
-                return None
-            raise AssertionError(done.stderr)
-        return json.loads(done.stdout)
+        group, plural = KINDS[kind]
+        parts = [group, f"namespaces/{namespace}" if namespace else "", plural, name]
+        query = f"?labelSelector={quote(selector)}" if selector else ""
+        status, text = self._ask("/" + "/".join(filter(None, parts)) + query)
+        if status == HTTPStatus.NOT_FOUND:
+            return None
+        if status != HTTPStatus.OK:
+            raise AssertionError(f"GET {kind} {name}: {status} {text}")
+        return json.loads(text)
 
     def raw(self, path: str) -> str:
         """GET a path of the API server; pods and services are behind its proxy."""
-        return self.kubectl("get", "--raw", path).stdout
+        status, text = self._ask(path)
+        if status != HTTPStatus.OK:
+            raise AssertionError(f"GET {path}: {status} {text}")
+        return text
+
+    def _ask(self, path: str) -> tuple[int, str]:
+        connection = _UnixConnection(self._proxy)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    @contextmanager
+    def proxied(self) -> Iterator["Cluster"]:
+        """Run `kubectl proxy`: a kubectl for each question would cost more than all jobs."""
+        with tempfile.TemporaryDirectory(prefix="daruma-proxy-") as folder:
+            self._proxy = f"{folder}/socket"
+            process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *self._prefix, *self._kubectl, "proxy",
+                 f"--unix-socket={self._proxy}"],
+                env=self._environment, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            try:
+                self.until(Path(self._proxy).exists, "kubectl proxy listens")
+                yield self
+            finally:
+                process.kill()
+                process.wait(DEADLINE)
 
     def apply(
         self, *documents: Mapping[str, Any], check: bool = True
@@ -117,7 +193,8 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     """Give the user's cluster, or one of our own for as long as it is needed."""
     if os.environ.get("KUBECONFIG"):
-        yield Cluster([], ["kubectl"], os.environ, None)
+        with Cluster([], ["kubectl"], os.environ, None).proxied() as made:
+            yield made
         return
     store = parts.store()
     _sweep()
@@ -138,13 +215,99 @@ def cluster() -> Iterator[Cluster]:
             env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     try:
-        yield _reach(process, folder, environment)
+        with _reach(process, folder, environment) as made:
+            yield made
     finally:
         inside = _inside(process)
         process.kill()
         process.wait(DEADLINE)
         _gone(inside)
         _forget(folder)
+        if left := left_by(folder):
+            raise AssertionError(f"the cluster left behind: {left}")
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[Cluster]:
+    """Give the one cluster of all processes that name this folder.
+
+    The first to come starts it, and stays until the others have left; with it the cluster ends.
+    """
+    me = folder / "users" / str(os.getpid())
+    with locked(folder):
+        me.parent.mkdir(exist_ok=True)
+        me.touch()
+        note = folder / "cluster.json"
+        if note.exists():
+            raw = json.loads(note.read_text())
+            raw["folder"] = raw["folder"] and Path(raw["folder"])
+            made, own = Cluster(**raw), None
+        else:
+            own = contextlib.ExitStack()
+            made = own.enter_context(cluster())
+            note.write_text(json.dumps(made.to_json()))
+    try:
+        yield made
+    finally:
+        me.unlink()
+        if own is not None:
+            with own:
+                made.until(lambda: not _users(folder), "the others are done", SHARED_SECONDS)
+                if (folder / "installed").exists():
+                    uninstall(made)
+
+
+def installed(made: Cluster, folder: Path) -> Cluster:
+    """Install the operator, unless another process that shares the cluster has."""
+    with locked(folder):
+        if not (folder / "installed").exists():
+            install(made)
+            (folder / "installed").touch()
+    return made
+
+
+def install(made: Cluster) -> None:
+    """Install the operator by the real Helm from the chart."""
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    made.apply(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": labels}}
+    )
+    made.helm(
+        "upgrade", "--install", "daruma", str(ROOT / "charts/daruma"), "--namespace", SYSTEM,
+        "--wait", "--timeout", "110s",
+    )  # fmt: skip
+
+
+def uninstall(made: Cluster) -> None:
+    """Remove it; nothing of it may hang."""
+    made.helm("uninstall", "daruma", "--namespace", SYSTEM, "--wait", "--timeout", "110s")
+
+
+@contextmanager
+def locked(folder: Path, name: str = "lock") -> Iterator[None]:
+    """Keep the other processes of this test run out."""
+    with (folder / name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _users(folder: Path) -> list[str]:
+    """Return processes that use a shared cluster; one that was killed does not any more."""
+    pids = [user.name for user in (folder / "users").iterdir()]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def left_by(folder: Path) -> list[str]:
+    """Return what is left of a cluster on this machine: processes, mounts, cgroups."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"ROOT={folder}/".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    found += [mount for mount in mounts if folder.name in mount]
+    found += [str(group) for group in CGROUPS.glob(f"**/{folder.name}*")]
+    return found + [str(f) for f in [folder] if f.exists()]
 
 
 def _inside(process: "subprocess.Popen[bytes]") -> list[str]:
@@ -161,9 +324,10 @@ def _gone(pids: list[str]) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
 def _reach(
     process: "subprocess.Popen[bytes]", folder: Path, environment: Mapping[str, str]
-) -> Cluster:
+) -> Iterator[Cluster]:
     end = time.monotonic() + START_SECONDS
     while not (folder / "ready").exists():
         if process.poll() is not None or time.monotonic() > end:
@@ -172,19 +336,16 @@ def _reach(
     prefix = ["nsenter", "--target", _inside(process)[0], "--mount", "--net", "--pid", "--"]
     kubectl = [environment["KUBE"], "kubectl", "--kubeconfig", f"{folder}/root/admin.kubeconfig"]
     reach = {**environment, "KUBECONFIG": f"{folder}/root/admin.kubeconfig"}
-    made = Cluster(prefix, kubectl, reach, folder)
+    reach["KUBECTL"] = " ".join(kubectl)
+    with Cluster(prefix, kubectl, reach, folder).proxied() as made:
+        made.until(lambda: _ready_nodes(made) == 2, "two nodes are Ready")
+        yield made
 
-    def nodes() -> bool:
-        ready = [
-            condition["status"] == "True"
-            for node in made.get("nodes")["items"]
-            for condition in node["status"].get("conditions", [])
-            if condition["type"] == "Ready"
-        ]
-        return len(ready) == 2 and all(ready)
 
-    made.until(nodes, "two nodes are Ready")
-    return made
+def _ready_nodes(made: Cluster) -> int:
+    """Count nodes that are Ready."""
+    conditions = [n["status"].get("conditions", []) for n in made.get("nodes")["items"]]
+    return sum(any((c["type"], c["status"]) == ("Ready", "True") for c in n) for n in conditions)
 
 
 def _sweep() -> None:

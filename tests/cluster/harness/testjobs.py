@@ -3,17 +3,21 @@
 import json
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import parts
-from testcluster import Cluster
+from testcluster import SYSTEM, Cluster
 
 CLAIM = "checkpoints"
-SYSTEM = "daruma-system"
 USER = 65532
+STEPS = 300
+DATA = "synthetic:2000,32,5"
+RATE = "0.1"
 END = {"Succeeded", "Failed"}
 
 
@@ -23,9 +27,11 @@ class JobNamespace:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster = cluster
         self.name = name
+        self.scratch = Path(tempfile.gettempdir() if cluster.folder is None else cluster.folder)
+        """A folder that is the same here and where the cluster can be reached."""
 
     def manifest(
-        self, name: str, *, servers: int = 3, workers: int = 2, steps: int = 400, **spec: Any
+        self, name: str, *, servers: int = 3, workers: int = 2, steps: int = STEPS, **spec: Any
     ) -> dict[str, Any]:
         """Return an MLR job on synthetic data; `spec` overrides whole parts."""
         return {
@@ -36,8 +42,9 @@ class JobNamespace:
                 "program": {
                     "image": parts.tag("worker"),
                     "command": ["python", "-m", "daruma_trainer.programs.mlr"],
-                    "args": ["--data", "synthetic:2000,32,5", "--steps", str(steps), "--lr", "0.1",
-                             "--think-ms", "25"],
+                    "args": [
+                        "--data", DATA, "--steps", str(steps), "--lr", RATE, "--think-ms", "25",
+                    ],
                 },
                 "servers": {"replicas": servers, "image": parts.tag("server")},
                 "workers": {"replicas": workers},
@@ -50,7 +57,7 @@ class JobNamespace:
 
     def job(self, name: str) -> dict[str, Any]:
         """Return the job as it is; empty if it is not there."""
-        return self.cluster.get("trainingjob", name, "-n", self.name) or {}
+        return self.cluster.get("tj", name, self.name) or {}
 
     def status(self, name: str) -> dict[str, Any]:
         """Return the job's status; empty before the first."""
@@ -59,7 +66,7 @@ class JobNamespace:
 
     def pods(self, name: str) -> dict[str, str]:
         """Return the uid of each pod of a job that is there, by name."""
-        found = self.cluster.get("pods", "-n", self.name, "-l", f"daruma.dev/job={name}")
+        found = self.cluster.get("pods", namespace=self.name, selector=f"daruma.dev/job={name}")
         return {p["metadata"]["name"]: p["metadata"]["uid"] for p in found["items"]}
 
     def reached(self, name: str, step: int) -> bool:
@@ -118,7 +125,7 @@ class JobNamespace:
                 "logs", "-n", SYSTEM, "deploy/daruma-operator", "--tail", "120", check=False
             ).stdout,
         ]
-        for pod in self.cluster.get("pods", "-n", self.name)["items"]:
+        for pod in self.cluster.get("pods", namespace=self.name)["items"]:
             name = pod["metadata"]["name"]
             log = self.cluster.kubectl(
                 "logs", "-n", self.name, name, "--tail", "30", check=False

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,34 +68,46 @@ class Process:
             connection.close()
 
 
-def processes(job: str, parent: int) -> list[Process]:
-    """Return the running members of a job that are children of process `parent`."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            process = _process(folder, job, parent)
-            if process is not None:
-                found.append(process)
-    return sorted(found, key=lambda p: (p.role, p.index))
+@dataclass(frozen=True, slots=True)
+class Pods:
+    """What Kubernetes knows of members."""
+
+    addresses: Mapping[str, str]
+    """`host:port` of the data port by member id, of those that count."""
+    token: str
 
 
-def _process(folder: Path, job: str, parent: int) -> Process | None:
+def processes(job: str, parent: int | None = None, pods: Pods | None = None) -> list[Process]:
+    """Return the running members of a job.
+
+    `parent`: only children of this process. `pods`: what processes in containers cannot tell; of
+    several processes of one member only the first is taken.
+    """
+    found: dict[str, Process] = {}
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda f: int(f.name)):
+        process = _process(folder, job, parent, pods)
+        if process is not None:
+            found.setdefault(process.id, process)
+    return sorted(found.values(), key=lambda p: (p.role, p.index))
+
+
+def _process(folder: Path, job: str, parent: int | None, pods: Pods | None) -> Process | None:
     try:
         state, ppid = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-        if state == "Z" or int(ppid) != parent:
+        if state == "Z" or parent not in (None, int(ppid)):
             return None
         pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         environment = dict(pair.partition("=")[::2] for pair in pairs)
         if environment.get(ENV_JOB) != job:
             return None
-        return Process(
-            int(folder.name),
-            Role(environment[ENV_ROLE]),
-            int(environment[ENV_INDEX]),
-            int(environment[ENV_INCARNATION]),
-            environment[ENV_LISTEN],
-            Path(environment[ENV_TOKEN_FILE]).read_text(),
-        )
+        role, index = Role(environment[ENV_ROLE]), int(environment[ENV_INDEX])
+        incarnation = int(environment[ENV_INCARNATION])
+        if pods is not None:
+            address, token = pods.addresses[member_id(role, index, incarnation)], pods.token
+        else:
+            address = environment[ENV_LISTEN]
+            token = Path(environment[ENV_TOKEN_FILE]).read_text().strip()
+        return Process(int(folder.name), role, index, incarnation, address, token)
     except (OSError, KeyError, ValueError):
-        # It ended while it was looked at, or is between fork and exec.
+        # It ended while it was looked at, is between fork and exec, or is no member that counts.
         return None

@@ -1,70 +1,47 @@
 """How long a job stands still when a parameter server is killed.
 
-    daruma bench recovery [--quick] [--json FILE] [--write docs/benchmarks/recovery.md]
+    daruma bench recovery [--quick] [--json FILE] [--write FILE] [--cluster JOB.yaml]
 
-A job of 4 servers and 2 workers (multinomial logistic regression on scikit-learn's digits, Async,
-strategy Freshest) runs under `daruma run`. One server after the other gets SIGKILL from this
-process, which notes its own monotonic clock just before (t0). All workers' agents are long-polled;
-a worker reports the newest epoch E such that a batch *first sent after E was seen* has been applied
-by all slots, and how long ago the first such acknowledgement came. The first report with an epoch
-above the one before the kill gives t1 = arrival of the report − that age. Nothing is acknowledged
-by all slots before the lost ones are restored, so t1 − t0 is the time from the kill to the first
-new step; the age takes out what the report's way to here adds, but for its transfer (< 1 ms).
+Without `--cluster` a job of 4 servers and 2 workers (multinomial logistic regression on
+scikit-learn's digits, Async, strategy Freshest) runs under `daruma run`; with it, the given job
+runs on the cluster of KUBECONFIG. One server after the other gets SIGKILL from this process, which
+notes its own monotonic clock just before (t0). All workers' agents are long-polled; a worker
+reports the newest epoch E such that a batch *first sent after E was seen* has been applied by all
+slots, and how long ago the first such acknowledgement came. The first report with an epoch above
+the one before the kill gives t1 = arrival of the report − that age. Nothing is acknowledged by all
+slots before the lost ones are restored, so t1 − t0 is the time from the kill to the first new
+step; the age takes out what the report's way to here adds, but for its transfer (< 1 ms).
 
-The phases are the operator's own, from report.json: detect, replace, restore, resume. It has no
-clock of the kill, so its detect begins when a member first saw the connection break; `unseen` is
-what the sum of its phases lacks to t1 − t0. Members write bytecode, as an installed package has it:
-PYTHONDONTWRITEBYTECODE is taken out of their environment.
+The phases are the operator's own, as the job records them: detect, replace, restore, resume. It
+has no clock of the kill, so its detect begins when a member first saw the connection break;
+`unseen` is what the sum of its phases lacks to t1 − t0. Under `daruma run` members write bytecode,
+as an installed package has it: PYTHONDONTWRITEBYTECODE is taken out of their environment.
 """
 
 import argparse
-import contextlib
-import http.client
 import json
 import os
 import platform
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daruma_trainer.bench.members import Process, processes
+from daruma_trainer.bench.arena import Arena, BenchError
+from daruma_trainer.bench.cluster import ClusterArena
+from daruma_trainer.bench.local import LocalArena
+from daruma_trainer.bench.members import Process
 from daruma_trainer.contract import ExitCode, Role
 
-SERVERS, WORKERS = 4, 2
-START_SECONDS = 60.0
 RECOVERY_SECONDS = 60.0
 SETTLE_SECONDS = 1.0
 """Between recoveries: long enough for the record to be closed and the pushes to flow again."""
 PHASES = ("detect", "replace", "restore", "resume")
-
-MANIFEST = f"""\
-apiVersion: daruma.dev/v1alpha1
-kind: TrainingJob
-metadata: {{name: bench-recovery}}
-spec:
-  program:
-    image: none
-    command: [python, -m, daruma_trainer.programs.mlr]
-    args: [--steps, "1000000", --think-ms, "5"]
-  servers: {{replicas: {SERVERS}}}
-  workers: {{replicas: {WORKERS}}}
-  checkpoint: {{store: "file:///bench", every: 96, fraction: 0.125}}
-  recovery: {{strategy: Freshest}}
-  runPolicy: {{backoffLimit: 100}}
-"""
-JOB = "bench-recovery"
-
-
-class BenchError(Exception):
-    """The measurement cannot be made; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +77,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="3 kills instead of 10")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples there")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write a page of it there")
+    parser.add_argument(
+        "--cluster", type=Path, metavar="JOB.yaml", help="on Kubernetes: the job to run there"
+    )
     options = parser.parse_args(arguments)
     try:
-        samples = measure(3 if options.quick else 10)
+        arena: Arena = ClusterArena(options.cluster) if options.cluster else LocalArena()
+        samples = measure(arena, 3 if options.quick else 10)
     except BenchError as error:
         print(f"daruma bench: {error}", file=sys.stderr)
         return ExitCode.FAILED
-    result = summary(samples)
+    result = summary(samples, arena.where)
     print(page(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -116,28 +97,28 @@ def main(arguments: Sequence[str]) -> int:
     return ExitCode.OK
 
 
-def measure(kills: int) -> list[Sample]:
+def measure(arena: Arena, kills: int) -> list[Sample]:
     """Kill servers one after the other. BenchError: the job did not start or did not go on."""
-    with tempfile.TemporaryDirectory(prefix="daruma-bench-") as folder:
-        out = Path(folder) / "run"
-        with _running(Path(folder), out) as run:
-            _until_trained(run)
-            times = [_kill_one(run, n % SERVERS) for n in range(kills)]
-        records = json.loads((out / "report.json").read_text())["recoveries"]
+    with arena.running():
+        servers = sum(p.role is Role.SERVER for p in arena.members())
+        victims = [n % servers for n in range(kills)]
+        times = [_kill_one(arena, index) for index in victims]
+        time.sleep(SETTLE_SECONDS)
+    records = arena.records()
     if len(records) != kills:
         raise BenchError(f"{kills} servers were killed, but {len(records)} recoveries recorded")
     return [
-        Sample(n % SERVERS, seconds, {p: float(record["phases"].get(p) or 0.0) for p in PHASES})
-        for n, (seconds, record) in enumerate(zip(times, records, strict=True))
+        Sample(index, seconds, {p: float(record["phases"].get(p) or 0.0) for p in PHASES})
+        for index, seconds, record in zip(victims, times, records, strict=True)
     ]
 
 
-def summary(samples: Sequence[Sample]) -> dict[str, Any]:
+def summary(samples: Sequence[Sample], where: str) -> dict[str, Any]:
     """Return the samples with their median and spread, and what machine it was."""
     seconds = [s.seconds for s in samples]
     return {
         "benchmark": "recovery",
-        "where": "daruma run",
+        "where": where,
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}",
         "store": _filesystem(Path(tempfile.gettempdir())),
@@ -159,7 +140,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         "Made by `daruma bench recovery --write`; edit the benchmark, not this page.",
         "",
-        f"{result['kills']} kills of a server's process under `{result['where']}`, "
+        f"{result['kills']} kills of {result['where']}, "
         f"{result['date']}, {result['machine']}; store on {result['store']} "
         f"(TMPDIR); load average at the end {result['load']} "
         "(what is more than the members themselves was other work on the machine).",
@@ -200,51 +181,12 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def _running(folder: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    manifest = folder / "job.yaml"
-    manifest.write_text(MANIFEST)
-    command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
-    with (folder / "output").open("wb") as output:
-        run = subprocess.Popen(
-            [*command, "--out", str(out)],
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
-        )
-    try:
-        yield run
-        run.send_signal(signal.SIGINT)
-        run.wait(60.0)
-    except subprocess.TimeoutExpired as error:
-        raise BenchError("`daruma run` did not end after SIGINT") from error
-    except BenchError as error:
-        raise BenchError(f"{error}\n{(folder / 'output').read_text()[-2000:]}") from error
-    finally:
-        run.kill()
-        run.wait()
-
-
-def _until_trained(run: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if run.poll() is not None:
-            raise BenchError(f"`daruma run` ended with {run.returncode}")
-        workers = [p for p in processes(JOB, run.pid) if p.role is Role.WORKER]
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            if len(workers) == WORKERS and all(p.view()[1].own.step > 100 for p in workers):
-                return
-        time.sleep(0.1)
-    raise BenchError(f"the job did not train within {START_SECONDS:.0f} s")
-
-
-def _kill_one(run: subprocess.Popen[bytes], server: int) -> float:
+def _kill_one(arena: Arena, server: int) -> float:
     time.sleep(SETTLE_SECONDS)
-    members = processes(JOB, run.pid)
+    members = arena.members()
     victims = [p for p in members if (p.role, p.index) == (Role.SERVER, server)]
     workers = [p for p in members if p.role is Role.WORKER]
-    if len(victims) != 1 or len(workers) != WORKERS:
+    if len(victims) != 1 or not workers:
         raise BenchError(f"server {server} or a worker does not run: {[p.id for p in members]}")
     views = [p.view()[1] for p in workers]
     epoch = max(v.own.epoch for v in views)
@@ -254,9 +196,7 @@ def _kill_one(run: subprocess.Popen[bytes], server: int) -> float:
             pool.submit(_first_step, p, v.version, epoch, killed)
             for p, v in zip(workers, views, strict=True)
         ]
-        done, _ = wait(waits, return_when=FIRST_COMPLETED)
-        first = min(w.result() for w in done)
-        return min([first, *(w.result() for w in waits)]) - killed
+        return min(w.result() for w in waits) - killed
 
 
 def _first_step(worker: Process, version: int, epoch: int, killed: float) -> float:

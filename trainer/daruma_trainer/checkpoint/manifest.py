@@ -84,14 +84,12 @@ class Manifest:
             },
             separators=(",", ":"),
         ).encode()  # fmt: skip
-        return b"%016x\n" % xxhash.xxh3_64_intdigest(body) + body
+        return _sealed(body)
 
     @classmethod
     def decode(cls, data: bytes) -> "Manifest":
         """Read what `encode` wrote; DamagedError if it is anything else."""
-        head, _, body = data.partition(b"\n")
-        if head != b"%016x" % xxhash.xxh3_64_intdigest(body):
-            raise DamagedError("a manifest whose checksum does not fit")
+        body = _unsealed(data, "manifest")
         try:
             raw = json.loads(body)
             names, slots = raw["segments"], raw["slots"]
@@ -110,8 +108,21 @@ class Manifest:
                 ),
                 raw["kind"],
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, IndexError, ContractError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, ContractError) as error:
             raise DamagedError(f"a manifest of another form: {error!r}") from error
+
+
+def _sealed(body: bytes) -> bytes:
+    """Put a line with the checksum before a text."""
+    return b"%016x\n" % xxhash.xxh3_64_intdigest(body) + body
+
+
+def _unsealed(data: bytes, what: str) -> bytes:
+    """Return the text again; DamagedError if it is not whole."""
+    head, _, body = data.partition(b"\n")
+    if head != b"%016x" % xxhash.xxh3_64_intdigest(body):
+        raise DamagedError(f"a {what} whose checksum does not fit")
+    return body
 
 
 def read_manifest(store: Store, name: str) -> Manifest:
@@ -188,23 +199,24 @@ class Cut:
     """For each worker the last batch that is in all slots."""
 
     def encode(self) -> bytes:
-        """Return the file's bytes."""
-        return json.dumps(
+        """Return the file's bytes, in a manifest's form."""
+        body = json.dumps(
             {
                 "number": self.number, "step": self.step, "servers": self.servers,
                 "shards": self.shards, "size": self.size, "batches": self.batches,
             }
-        ).encode()  # fmt: skip
+        )  # fmt: skip
+        return _sealed(body.encode())
 
     @classmethod
     def decode(cls, data: bytes) -> "Cut":
         """Read what `encode` wrote; DamagedError if it is anything else."""
         try:
-            raw: dict[str, Any] = json.loads(data)
+            raw: dict[str, Any] = json.loads(_unsealed(data, "cut"))
             shards = tuple(str(s) for s in raw["shards"])
             batches = tuple(int(b) for b in raw["batches"])
             cut = cls(raw["number"], raw["step"], raw["servers"], shards, raw["size"], batches)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise DamagedError(f"not a cut: {error!r}") from error
         if not 0 < cut.servers <= SLOTS or len(shards) != cut.servers:
             raise DamagedError(f"a cut of {cut.servers} servers with {len(shards)} manifests")

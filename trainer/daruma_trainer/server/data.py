@@ -17,7 +17,6 @@ from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
 from daruma_trainer.wire import (
     BITMAP,
-    MAX_WORKERS,
     PULL,
     Frame,
     Header,
@@ -187,8 +186,8 @@ class DataPlane:
     def push(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> Reply | None:
         """PUSH: apply to the slots that lack it; None if it waits for a cut."""
         push = decode_push(frames)
-        if push.worker >= self.workers:
-            return refuse(Refusal.MALFORMED, f"no worker {push.worker}: there are {self.workers}")
+        if push.worker != worker_of(identity.decode()):
+            return refuse(Refusal.MALFORMED, f"{identity.decode()} pushes as worker {push.worker}")
         if self.hold is not None and push.last > self.hold[push.worker]:
             self.waiting.append(Waiting(identity, header, frames))
             return None
@@ -265,7 +264,7 @@ class DataPlane:
         lineage, position = self.slots.lineage[k], self.slots.position[k]
         return State(mask_of(ids), lineage, position, vector, last, window, values)
 
-    def resync(self, frames: Sequence[Frame]) -> Reply:
+    def resync(self, identity: bytes, frames: Sequence[Frame]) -> Reply:
         """RESYNC: what a worker neither has nor can push again is marked and counted as lost."""
         raw = decode_json(frames[1])
         try:
@@ -274,7 +273,7 @@ class DataPlane:
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MalformedError(f"not a resync: {error!r}") from error
-        if not (0 <= worker < min(self.workers, MAX_WORKERS) and 0 <= done < 1 << 40):
+        if worker != worker_of(identity.decode()) or not 0 <= done < 1 << 40:
             raise MalformedError(f"a resync of worker {worker} up to {done}")
         k = self.slots.index_of(ids)
         k = k[k >= 0]

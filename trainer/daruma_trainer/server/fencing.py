@@ -38,8 +38,11 @@ class Fence:
         self._turned_at = now
 
     def heard(self) -> None:
-        """A member spoke. Call it after `sure`, so that the first word after silence is doubted."""
-        self._heard_at = self._clock()
+        """A member spoke. The first word after a silence is doubted, whoever says it."""
+        now = self._clock()
+        if self._doubt_since is None and now - self._heard_at > SILENT_SECONDS:
+            self._doubt(now)
+        self._heard_at = now
 
     def answered(self, member: str) -> None:
         """A member told its newest membership, and we are still in it."""

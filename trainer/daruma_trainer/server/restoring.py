@@ -21,7 +21,14 @@ from daruma_trainer.checkpoint.manifest import (
 )
 from daruma_trainer.checkpoint.segment import BlockState
 from daruma_trainer.checkpoint.store import Store
-from daruma_trainer.contract import Restore, RestoreReport, Source, SourceKind, slots_from_hex
+from daruma_trainer.contract import (
+    ContractError,
+    Restore,
+    RestoreReport,
+    Source,
+    SourceKind,
+    slots_from_hex,
+)
 from daruma_trainer.errors import DamagedError, StoreError
 from daruma_trainer.layout import Ints
 from daruma_trainer.server.background import Background
@@ -64,7 +71,8 @@ class Restorer:
     _tried: dict[int, int] = field(default_factory=dict)
     _back: set[int] = field(default_factory=set)
     _started: float = 0.0
-    _moments: Manifest | None = None
+    _reading: int = 0
+    """Reads of moments on their way, for slots whose parameters have come."""
 
     def begin(self, plan: Restore) -> None:
         """Start a plan, or go on with a new one for what is still missing."""
@@ -121,11 +129,10 @@ class Restorer:
                 continue
             slots = self.plane.slots
             slots.position[k] = state.position
-            workers = slots.last.shape[1]
-            slots.last[k] = state.last[state.vector][:, :workers]
-            slots.window[k] = state.window[state.vector][:, :workers]
-            self._restore_moments(k, ask.source)
-            self._taken(source.kind, k, sum(v.nbytes for v in state.values))
+            workers = min(slots.last.shape[1], state.last.shape[1])
+            slots.last[k, :workers] = state.last[state.vector][:, :workers]
+            slots.window[k, :workers] = state.window[state.vector][:, :workers]
+            self._bring_moments(k, ask, sum(v.nbytes for v in state.values))
             self._next(np.setdiff1d(ask.k, k), time.monotonic())
 
     def load_cut(self, name: str, done: Callable[[Cut | None, str | None], None]) -> None:
@@ -153,7 +160,9 @@ class Restorer:
                 return
             cut, manifest, blocks = result
             everything = np.arange(len(self.plane.slots.ids))
-            self._make_tables(manifest)
+            if problem := self._make_tables(manifest):
+                done(None, problem)
+                return
             self.plane.shard.reset_optimizer(everything)
             self._set_blocks(blocks, moments_only=False)
             self._set_slots(manifest, everything)
@@ -234,12 +243,12 @@ class Restorer:
         error: StoreError | None,
     ) -> None:
         now = time.monotonic()
-        if result is None or self.report is None:
-            LOG.warning("the running checkpoint gave nothing: %s", error)
+        problem = str(error) if result is None else self._make_tables(result[0])
+        if result is None or problem or self.report is None:
+            LOG.warning("the running checkpoint gave nothing: %s", problem)
             self._next(ask.k, now)
             return
         manifest, blocks, damaged = result
-        self._make_tables(manifest)
         bad = self._set_blocks(
             [b for b in blocks if self._slot_of(b) in set(ask.k.tolist())], moments_only=False
         )
@@ -251,25 +260,51 @@ class Restorer:
         self._taken(self._source(ask).kind, whole, size)
         self._next(np.setdiff1d(ask.k, whole), now)
 
-    def _restore_moments(self, k: Ints, after: int) -> None:
-        """Zero the moments of slots that a peer gave, then take what the running save has."""
-        self.plane.shard.reset_optimizer(k)
-        if self.plan is None or self.store is None or self.background is None:
-            return
-        if not any(table.state for table in self.plane.shard.tables):
-            return
-        if not any(s.kind is SourceKind.RUNNING_CHECKPOINT for s in self.plan.sources[after:]):
-            return
-        found = newest_manifest(self.store, self.prefix, self.index, self.plane.incarnation)
-        if found is not None:
-            keys = [key for s in k.tolist() for key in self._keys(s)]
-            blocks, _ = read_blocks(self.store, found[1], keys)
-            self._set_blocks(blocks, moments_only=True)
+    def _bring_moments(self, k: Ints, ask: _Ask, size: int) -> None:
+        """Zero the moments of slots that a peer gave, then take what the running save has.
 
-    def _make_tables(self, manifest: Manifest) -> None:
+        The slots count as back only then; that the save has none, or cannot be read, is no reason
+        to take an older copy of their parameters.
+        """
+        self.plane.shard.reset_optimizer(k)
+        plan, store = self.plan, self.store
+        kind = self._source(ask).kind
+        stored = plan is not None and any(
+            s.kind is SourceKind.RUNNING_CHECKPOINT for s in plan.sources[ask.source :]
+        )
+        has_state = any(table.state for table in self.plane.shard.tables)
+        if store is None or self.background is None or not (stored and has_state):
+            self._taken(kind, k, size)
+            return
+        keys = [key for s in k.tolist() for key in self._keys(s)]
+        prefix, index, below = self.prefix, self.index, self.plane.incarnation
+
+        def read() -> list[BlockState]:
+            found = newest_manifest(store, prefix, index, below)
+            return [] if found is None else read_blocks(store, found[1], keys)[0]
+
+        def done(blocks: list[BlockState] | None, error: StoreError | None) -> None:
+            self._reading -= 1
+            if self.plan is not plan:
+                return
+            if blocks is None:
+                LOG.warning("the moments start at zero: %s", error)
+            self._set_blocks(blocks or [], moments_only=True)
+            self._taken(kind, k, size)
+
+        self._reading += 1
+        self.background.submit(read, done)
+
+    def _make_tables(self, manifest: Manifest) -> str | None:
+        """Make the tables of a save; says what is wrong where they are not the job's."""
         for spec in manifest.tables:
-            if self.plane.add_table(spec) is not None:
-                raise StoreError(f"table {spec.name!r} of the checkpoint is not the job's")
+            try:
+                refused = self.plane.add_table(spec) is not None
+            except ContractError as error:
+                return f"table {spec.name!r} of the checkpoint: {error}"
+            if refused:
+                return f"table {spec.name!r} of the checkpoint is not the job's"
+        return None
 
     def _set_blocks(self, blocks: list[BlockState], *, moments_only: bool) -> set[tuple[int, int]]:
         """Write blocks into the arrays; returns those whose size does not fit."""
@@ -326,7 +361,9 @@ class Restorer:
         self._check_end()
 
     def _check_end(self) -> None:
-        if self.report is None or self._asks or self.report.done or self.report.missing:
+        if self.report is None or self.report.done or self.report.missing:
+            return
+        if self._asks or self._reading:
             return
         if len(self._lost()) == 0:
             seconds = time.monotonic() - self._started

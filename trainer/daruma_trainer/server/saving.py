@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+import xxhash
 
 from daruma_trainer.checkpoint.manifest import (
     BlockKey,
@@ -77,7 +78,7 @@ class Saver:
         self._cursor = 0
         self._turn = 0
         self._writing = 0
-        self._rng = np.random.default_rng(abs(hash((self._uid, index))) % (1 << 32))
+        self._rng = np.random.default_rng(xxhash.xxh3_64_intdigest(f"{self._uid}/{index}".encode()))
         self._saved: list[Floats] = []
         self._never: list[np.ndarray[tuple[int], np.dtype[np.bool_]]] = []
         self._places: dict[BlockKey, Place] = {}
@@ -138,14 +139,32 @@ class Saver:
 
     def forget_cuts(self, newest: str) -> None:
         """Delete this shard's files of cuts before `newest` that do not exist (any more)."""
-        prefix, folder, store = self._prefix, self._folder, self._store
+        prefix, store, folders = self._prefix, self._store, self._folders
 
         def clean() -> None:
             exist = {n.removesuffix(".json") for n in store.list(f"{prefix}/cuts")}
-            for name in store.list(folder):
-                number = name.split(".")[0].removeprefix("cut-")
-                if name.startswith("cut-") and number < newest and number not in exist:
-                    store.delete(f"{folder}/{name}")
+            for folder in folders():
+                for name in store.list(folder):
+                    number = name.split(".")[0].removeprefix("cut-")
+                    if name.startswith("cut-") and number < newest and number not in exist:
+                        store.delete(f"{folder}/{name}")
+
+        self._background.submit(clean, lambda _result, error: self._failed(error))
+
+    def _folders(self) -> list[str]:
+        """Return the folders of this incarnation and of those before it."""
+        top, _, own = self._folder.rpartition("/")
+        return [f"{top}/{name}" for name in self._store.list(top) if name <= own]
+
+    def _forget_predecessors(self) -> None:
+        """This incarnation's first save is durable: older running checkpoints are of no use."""
+        store, folders, own = self._store, self._folders, self._folder
+
+        def clean() -> None:
+            for folder in folders():
+                for name in store.list(folder) if folder != own else []:
+                    if name.startswith(("manifest-", "segment-")):
+                        store.delete(f"{folder}/{name}")
 
         self._background.submit(clean, lambda _result, error: self._failed(error))
 
@@ -293,6 +312,8 @@ class Saver:
         self._sizes = {s: n for s, n in self._sizes.items() if s in live}
         for place in self._places.values():
             self._sizes.setdefault(place.segment, written.size)
+        if not self._kept:
+            self._forget_predecessors()
         self._kept.append(written.name)
         self.bytes_total += written.size
         self.seconds.append(written.seconds)

@@ -30,7 +30,7 @@ from daruma_trainer.contract import (
     Restore,
     Role,
 )
-from daruma_trainer.errors import StoreError
+from daruma_trainer.errors import ConfigurationError, StoreError
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.links import Link, open_socket
@@ -59,8 +59,11 @@ from daruma_trainer.wire import (
 
 LOG = logging.getLogger("daruma.server")
 HEARTBEAT_SECONDS = 0.25
-QUICK_SECONDS = 0.02
-"""At most one new view in this time, so that a fast job does not drown the operator."""
+AGAIN_SECONDS = 1.0
+"""Between two tries to save for the first time."""
+QUICK_SECONDS = 0.1
+"""At most one new view in this time, unless something important changed: mere progress shall not
+keep the operator busy."""
 BATCH = 64
 """Requests handled before commands and timers get their turn."""
 DATA = frozenset({Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC})
@@ -83,6 +86,7 @@ class Server:
         self.stale = 0
         self._rolling = False
         self._first: str | None = None
+        self._first_after = 0.0
         self._relink_due = False
         self._exit: int | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -202,6 +206,7 @@ class Server:
                 frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            self._fence.turn()
             parts = [frame.buffer for frame in frames]
             identity = bytes(parts[0])
             if len(frames) < 2 or self._gate.user_of(frames[1]) != identity:
@@ -247,7 +252,7 @@ class Server:
                 Kind.INIT: lambda: self._plane.init(frames),
                 Kind.PUSH: lambda: self._plane.push(identity, header, frames),
                 Kind.PULL: lambda: self._plane.pull(identity, header, frames),
-                Kind.RESYNC: lambda: self._plane.resync(frames),
+                Kind.RESYNC: lambda: self._plane.resync(identity, frames),
             }
             reply = handlers[header.kind]()
         if reply is not None:
@@ -371,7 +376,12 @@ class Server:
         self.plane = DataPlane(membership, self.me.index, self.me.incarnation)
         settings = membership.settings
         if settings.store is not None:
-            self.store = open_store(settings.store)
+            try:
+                self.store = open_store(settings.store)
+            except ConfigurationError as error:
+                LOG.error("%s", error)
+                self.stop(ExitCode.USAGE)
+                return
             self.background = Background(self.post)
             self.saver = Saver(self.plane, self.store, self.background, membership, self.me.index)
             self.cuts = Cuts(
@@ -447,7 +457,7 @@ class Server:
 
     def _initialise(self) -> None:
         """Every slot is Ready: save all of it once, before the job counts as initialised."""
-        if self.initialised or self._first is not None:
+        if self.initialised or self._first is not None or time.monotonic() < self._first_after:
             return
         if self.saver is None or self.cuts is None or self.membership is None:
             self.initialised = True
@@ -459,7 +469,7 @@ class Server:
         def done(written: Written | None, error: str | None) -> None:
             if written is None:
                 LOG.error("the first save failed: %s", error)
-                self._first = None
+                self._first, self._first_after = None, time.monotonic() + AGAIN_SECONDS
                 return
             self.initialised = True
             self._publish(now=True)

@@ -1,15 +1,12 @@
-"""The cluster itself, the CRD at its door, and both ways to install the operator."""
+"""The CRD at the API server's door."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import parts
 import pytest
-import yaml
 from render import render
 from testcluster import Cluster
-from testjobs import JobNamespace
 
 from bad_manifests import BAD, PROGRAM, manifest
 
@@ -42,7 +39,7 @@ def test_the_api_server_refuses_bad_manifests_in_words(
 def test_a_minimal_manifest_gets_its_defaults_from_the_api_server(with_crd: Cluster) -> None:
     with_crd.apply(manifest({"program": PROGRAM}, name="minimal"))
     try:
-        spec = with_crd.get("tj", "minimal")["spec"]
+        spec = with_crd.get("tj", "minimal", "default")["spec"]
         assert spec["servers"]["replicas"] == spec["workers"]["replicas"] == 1
         assert spec["recovery"]["strategy"] == "Freshest"
         assert spec["checkpoint"]["every"] == 96
@@ -52,34 +49,3 @@ def test_a_minimal_manifest_gets_its_defaults_from_the_api_server(with_crd: Clus
         assert "immutable" in done.stderr
     finally:
         with_crd.kubectl("delete", "tj", "minimal", "--timeout=30s")
-
-
-def test_the_operators_image_has_neither_torch_nor_numpy(operated: Cluster) -> None:
-    probe = "import importlib.util as u; print([m for m in ('torch', 'numpy') if u.find_spec(m)])"
-    done = operated.kubectl(
-        "exec", "-n", "daruma-system", "deploy/daruma-operator", "--", "python3", "-c", probe
-    )
-    assert done.stdout.strip() == "[]"
-
-
-def test_the_operator_exports_metrics_through_its_service(operated: Cluster) -> None:
-    path = "/api/v1/namespaces/daruma-system/services/daruma-operator-metrics:metrics/proxy/metrics"
-    text = operated.raw(path)
-    assert "daruma_leader 1.0" in text
-    assert "daruma_build_info" in text
-
-
-def test_kubectl_apply_of_the_manifests_works_as_well(jobs: JobNamespace) -> None:
-    """install.yaml takes over from Helm's objects of the same names; the operator goes on."""
-    documents = list(yaml.safe_load_all((ROOT / "manifests/install.yaml").read_text()))
-    assert {d["kind"] for d in documents if d} >= {"Deployment", "ClusterRole", "ServiceAccount"}
-    cluster = jobs.cluster
-    cluster.kubectl(
-        "apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "manifests/install.yaml")
-    )
-    cluster.kubectl(
-        "rollout", "status", "-n", "daruma-system", "deploy/daruma-operator", "--timeout=110s"
-    )
-    cluster.apply(jobs.manifest("applied", servers=1, workers=1, steps=20))
-    jobs.ended("applied")
-    assert parts.tag("operator") in json.dumps(documents)

@@ -1,0 +1,31 @@
+"""Run `daruma bench recovery --cluster` on a cluster made for it: bench.py [OPTIONS of bench]."""
+
+import sys
+from pathlib import Path
+
+import yaml
+from testcluster import cluster, install
+from testjobs import job_namespace
+
+BIN = Path(sys.executable).parent
+
+
+def main() -> int:
+    """Measure; returns the benchmark's exit code."""
+    with cluster() as made:
+        install(made)
+        with job_namespace(made, "bench") as jobs:
+            manifest = jobs.manifest(
+                "bench", servers=3, workers=2, steps=1_000_000, runPolicy={"backoffLimit": 100}
+            )
+            file = jobs.scratch / "job.yaml"
+            file.write_text(yaml.safe_dump(manifest))
+            command = [str(BIN / "daruma"), "bench", "recovery", "--cluster", str(file)]
+            done = made.run(*command, *sys.argv[1:], check=False, seconds=600.0)
+            sys.stdout.write(done.stdout)
+            sys.stderr.write(done.stderr)
+            return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The operator itself: both ways to install it, killed at every point of a pass, losing a race.
+
+All that changes its Deployment is in this file, for files may run at the same time. For most tests
+it runs `harness/watched_operator.py`, which starts the same program and interferes with jobs of
+certain names. A shell starts it again when it was killed, because the kubelet waits longer each
+time.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import parts
+import pytest
+import yaml
+from members import check_recovered, kill, restarts
+from testcluster import ROOT, SYSTEM, Cluster
+from testjobs import JobNamespace
+
+from daruma_trainer.contract import Role
+
+POINTS = ("decided", "status-written", "pods-created", "membership-sent", "restore-sent")
+DEPLOYMENT = "deploy/daruma-operator"
+PROGRAM = (Path(__file__).parent / "harness" / "watched_operator.py").read_text()
+AGAIN = """
+trap 'kill $child; wait $child; exit 0' TERM
+while :; do
+    python3 -c "$PROGRAM" & child=$!
+    wait $child
+    echo $? >> /tmp/ends
+done
+"""
+METRICS = "/api/v1/namespaces/daruma-system/services/daruma-operator-metrics:metrics/proxy/metrics"
+
+
+@pytest.fixture(scope="module")
+def watched(operated: Cluster) -> Iterator[Cluster]:
+    """The cluster, with somebody at the operator's elbow; afterwards the usual one again."""
+    before = operated.get("deploy", "daruma-operator", SYSTEM)["spec"]["template"]["spec"]
+    container = before["containers"][0]
+    changed = {
+        **before,
+        "containers": [
+            {
+                **container,
+                "command": ["sh", "-c", AGAIN],
+                "env": [*container["env"], {"name": "PROGRAM", "value": PROGRAM}],
+            }
+        ],
+    }
+    try:
+        _replace(operated, changed)
+        yield operated
+    finally:
+        _replace(operated, before)
+
+
+def _replace(cluster: Cluster, spec: dict[str, Any]) -> None:
+    patch = [{"op": "replace", "path": "/spec/template/spec", "value": spec}]
+    cluster.kubectl("patch", DEPLOYMENT, "-n", SYSTEM, "--type=json", "-p", json.dumps(patch))
+    cluster.kubectl("rollout", "status", DEPLOYMENT, "-n", SYSTEM, "--timeout=100s")
+    cluster.until(lambda: len(_pods(cluster)) == 1, "the operator before is gone", 60)
+
+
+def _pods(cluster: Cluster) -> list[dict[str, Any]]:
+    selector = "app.kubernetes.io/name=daruma-operator"
+    found: list[dict[str, Any]] = cluster.get("pods", namespace=SYSTEM, selector=selector)["items"]
+    return found
+
+
+def _lines(cluster: Cluster, file: str) -> list[str]:
+    done = cluster.kubectl("exec", "-n", SYSTEM, DEPLOYMENT, "--", "cat", file, check=False)
+    return done.stdout.split() if done.returncode == 0 else []
+
+
+def test_the_operators_image_has_neither_torch_nor_numpy(operated: Cluster) -> None:
+    probe = "import importlib.util as u; print([m for m in ('torch', 'numpy') if u.find_spec(m)])"
+    done = operated.kubectl("exec", "-n", SYSTEM, DEPLOYMENT, "--", "python3", "-c", probe)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_operator_exports_metrics_through_its_service(operated: Cluster) -> None:
+    text = operated.raw(METRICS)
+    assert "daruma_leader 1.0" in text
+    assert "daruma_build_info" in text
+
+
+def test_kubectl_apply_of_the_manifests_works_as_well(jobs: JobNamespace) -> None:
+    """install.yaml takes over from Helm's objects of the same names; the operator goes on."""
+    documents = list(yaml.safe_load_all((ROOT / "manifests/install.yaml").read_text()))
+    assert {d["kind"] for d in documents if d} >= {"Deployment", "ClusterRole", "ServiceAccount"}
+    cluster = jobs.cluster
+    cluster.kubectl(
+        "apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "manifests/install.yaml")
+    )
+    cluster.kubectl("rollout", "status", "-n", SYSTEM, DEPLOYMENT, "--timeout=110s")
+    cluster.apply(jobs.manifest("applied", servers=1, workers=1, steps=20))
+    jobs.ended("applied")
+    assert parts.tag("operator") in json.dumps(documents)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_the_operator_killed_during_a_recovery(
+    watched: Cluster, jobs: JobNamespace, point: str
+) -> None:
+    name = f"at-{point}"
+    ended = _lines(watched, "/tmp/ends")
+    jobs.cluster.apply(jobs.manifest(name, servers=2, workers=1))
+    jobs.at_step(name, 40)
+    before = jobs.pods(name)
+    kill(jobs, name, Role.SERVER, 1)
+    watched.until(
+        lambda: _lines(watched, "/tmp/ends") == [*ended, "137"], f"it is killed at {point}", 60
+    )
+    recovered = watched.until(lambda: jobs.status(name).get("recoveries"), "it recovers", 120)
+    members = {m["pod"] for m in jobs.status(name)["members"]}
+    watched.until(lambda: set(jobs.pods(name)) == members, "no pod is an orphan", 60)
+
+    status = jobs.ended(name)
+    check_recovered(jobs, name, before, {"server-1"}, status)
+    assert [r["id"] for r in status["recoveries"]] == [recovered[0]["id"]], "a second recovery"
+    assert restarts(status, "servers") == 1
+    assert restarts(status, "workers") == 0
+
+
+def test_a_status_write_that_loses_leads_to_no_act(watched: Cluster, jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("conflict", servers=1, workers=1, steps=20))
+    jobs.ended("conflict")
+    passes = _lines(watched, "/tmp/passes")
+    assert passes[:3] == ["decided", "decided", "acted"], "it acted on a decision that was void"
+
+
+def test_metrics_tell_what_status_tells(watched: Cluster, jobs: JobNamespace) -> None:
+    jobs.cluster.apply(jobs.manifest("counted", servers=2, workers=1))
+    jobs.at_step("counted", 40)
+    kill(jobs, "counted", Role.SERVER, 0)
+    (record,) = jobs.ended("counted")["recoveries"]
+    text = watched.raw(METRICS)
+
+    def value(name: str, **labels: str) -> float:
+        wanted = {f'{key}="{value}"' for key, value in labels.items()}
+        for line in text.splitlines():
+            found = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+            if found and wanted <= set((found.group(1) or "").split(",")):
+                return float(found.group(2))
+        return 0.0
+
+    here = {"namespace": jobs.name}
+    what = {"strategy": record["strategy"], "cause": record["cause"]}
+    assert value("daruma_recoveries_total", **here, **what, outcome="Succeeded") == 1
+    assert value("daruma_pod_failures_total", **here, role="Server", cause="Error") == 1
+    assert value("daruma_jobs", **here, phase="Succeeded") == 1
+    assert value("daruma_recovery_seconds_count", **what) >= 1
+    assert value("daruma_recovery_seconds_sum", **what) >= record["seconds"] - 0.001
+    for phase, seconds in record["phases"].items():
+        spent = value("daruma_recovery_phase_seconds_sum", strategy=record["strategy"], phase=phase)
+        assert spent >= seconds - 0.001
+    assert value("daruma_pushes_replayed_total") >= record["pushes"]["replayed"]

@@ -1,0 +1,36 @@
+"""What a benchmark of recoveries needs of the place where its job runs."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from daruma_trainer.bench.members import Process
+from daruma_trainer.contract import Role
+
+START_SECONDS = 120.0
+
+
+class BenchError(Exception):
+    """The measurement cannot be made; the message says why."""
+
+
+class Arena(Protocol):
+    """A job that trains until the benchmark is done with it."""
+
+    where: str
+    """What is killed, as the page says it."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Start the job and wait until it trains; end it. BenchError: it does not."""
+
+    def members(self) -> Sequence[Process]:
+        """Return the members that run now."""
+
+    def records(self) -> Sequence[dict[str, Any]]:
+        """Return the recoveries as the job recorded them, oldest first; after the job's end."""
+
+
+def trains(members: Sequence[Process], workers: int) -> bool:
+    """Whether all workers are at it. OSError, HTTPException: one cannot be asked."""
+    found = [p for p in members if p.role is Role.WORKER]
+    return len(found) == workers and all(p.view()[1].own.step > 100 for p in found)

@@ -1,0 +1,99 @@
+"""Where a benchmark's job runs: members as processes under `daruma run`."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from daruma_trainer.bench.arena import START_SECONDS, BenchError, trains
+from daruma_trainer.bench.members import Process, processes
+
+WORKERS = 2
+JOB = "bench-recovery"
+MANIFEST = f"""\
+apiVersion: daruma.dev/v1alpha1
+kind: TrainingJob
+metadata: {{name: {JOB}}}
+spec:
+  program:
+    image: none
+    command: [python, -m, daruma_trainer.programs.mlr]
+    args: [--steps, "1000000", --think-ms, "5"]
+  servers: {{replicas: 4}}
+  workers: {{replicas: {WORKERS}}}
+  checkpoint: {{store: "file:///bench", every: 96, fraction: 0.125}}
+  recovery: {{strategy: Freshest}}
+  runPolicy: {{backoffLimit: 100}}
+"""
+
+
+class LocalArena:
+    """`daruma run`, from its start to SIGINT."""
+
+    where = "a server's process under `daruma run`"
+
+    def __init__(self) -> None:
+        self._run: subprocess.Popen[bytes] | None = None
+        self._records: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """See Arena."""
+        with tempfile.TemporaryDirectory(prefix="daruma-bench-") as folder:
+            out = Path(folder) / "run"
+            with self._started(Path(folder), out) as run:
+                self._until_trained(run)
+                yield
+            self._records = json.loads((out / "report.json").read_text())["recoveries"]
+
+    def members(self) -> list[Process]:
+        """See Arena."""
+        return [] if self._run is None else processes(JOB, parent=self._run.pid)
+
+    def records(self) -> list[dict[str, Any]]:
+        """See Arena."""
+        return self._records
+
+    @contextlib.contextmanager
+    def _started(self, folder: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+        manifest = folder / "job.yaml"
+        manifest.write_text(MANIFEST)
+        command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
+        with (folder / "output").open("wb") as output:
+            run = self._run = subprocess.Popen(
+                [*command, "--out", str(out)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
+            )
+        try:
+            yield run
+            run.send_signal(signal.SIGINT)
+            run.wait(60.0)
+        except subprocess.TimeoutExpired as error:
+            raise BenchError("`daruma run` did not end after SIGINT") from error
+        except BenchError as error:
+            raise BenchError(f"{error}\n{(folder / 'output').read_text()[-2000:]}") from error
+        finally:
+            run.kill()
+            run.wait()
+
+    def _until_trained(self, run: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if run.poll() is not None:
+                raise BenchError(f"`daruma run` ended with {run.returncode}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if trains(self.members(), WORKERS):
+                    return
+            time.sleep(0.1)
+        raise BenchError(f"the job did not train within {START_SECONDS:.0f} s")
