@@ -9,7 +9,7 @@ from daruma_trainer.contract import Role
 
 
 def test_a_frozen_server_that_goes_on_after_it_was_replaced(jobs: JobNamespace) -> None:
-    manifest = jobs.manifest("frozen", steps=300, recovery={"timeouts": {"detectSeconds": 2}})
+    manifest = jobs.manifest("frozen", steps=300, recovery={"timeouts": {"detectSeconds": 5}})
     jobs.cluster.apply(manifest)
     jobs.at_step("frozen", 40)
     before = jobs.pods("frozen")

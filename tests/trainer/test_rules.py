@@ -68,7 +68,7 @@ def torchs(
             lambda p: torch.optim.Adagrad(p, lr=0.01, weight_decay=0.01, eps=1e-6),
         ),
     ],
-    ids=str,
+    ids=lambda value: "torch" if callable(value) else str(value),
 )
 def test_a_rule_equals_torchs_over_100_steps(rule: Rule, make: Any) -> None:
     rng = np.random.default_rng(0)

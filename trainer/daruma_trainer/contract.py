@@ -75,6 +75,10 @@ class WorkersMeanwhile(StrEnum):
     REPLAY = "Replay"
 
 
+TRAINS: Final = ("Training", "Finished", "Left")
+"""States of a worker that has what it needs."""
+
+
 class ContractError(ValueError):
     """A control message that is not one: the sender is of another version, or not ours."""
 
@@ -302,7 +306,8 @@ class Report:
     epoch: int
     """Of the newest membership that it applied."""
     state: str
-    """Joining | Empty | Restoring | Ready (servers); Joining | Training | Left | Failed."""
+    """Servers: Joining | Empty | Restoring | Ready. Workers: Joining | Training | Finished (its
+    batches are done, and a rollback could still bring it back) | Left | Failed."""
     step: int = 0
     """Servers: the step their shard is at. Workers: last batch all slots acknowledged."""
     generation: int = 0

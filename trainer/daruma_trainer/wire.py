@@ -65,6 +65,8 @@ class Kind(IntEnum):
     RELEASED = 24
     STOP = 25
     """A worker's program asked that all end after their step."""
+    FINISHED = 26
+    """All workers reached the end of their batches: no rollback brings anybody back any more."""
 
 
 class Refusal(IntEnum):

@@ -7,7 +7,7 @@ from daruma_operator.api.spec import ConsistencyMode
 from daruma_operator.api.status import CheckpointStatus, Progress
 from daruma_operator.controller.draft import Draft, index_text, indexes
 from daruma_operator.controller.verdicts import finished, name_of, unreachable
-from daruma_trainer.contract import Report, Role
+from daruma_trainer.contract import TRAINS, Report, Role
 
 
 def worker_reports(d: Draft) -> dict[int, Report]:
@@ -140,9 +140,7 @@ def show(d: Draft) -> None:
     """Count who is ready, and set the conditions that follow from what was seen."""
     done = indexes(d.status.workers.succeeded_indexes)
     servers = sum(_is(d, name_of(m), "Ready") for m in d.members(Role.SERVER))
-    workers = sum(
-        m.index in done or _is(d, name_of(m), "Training", "Left") for m in d.members(Role.WORKER)
-    )
+    workers = sum(m.index in done or _is(d, name_of(m), *TRAINS) for m in d.members(Role.WORKER))
     n, w = d.spec.servers.replicas, d.spec.workers.replicas
     ready = {"ready": servers, "total": n, "text": f"{servers}/{n}"}
     d.set(servers=d.status.servers.model_copy(update=ready))

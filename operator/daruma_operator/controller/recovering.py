@@ -28,6 +28,7 @@ from daruma_operator.recovery.price import counters
 from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import (
     SLOTS,
+    TRAINS,
     Role,
     SourceKind,
 )
@@ -254,7 +255,7 @@ def _first_step(d: Draft) -> float | None:
             continue
         if heard is None or heard.report.epoch < d.status.epoch:
             return None
-        if heard.report.state not in ("Training", "Left"):
+        if heard.report.state not in TRAINS:
             return None
         if heard.report.acked_epoch >= d.status.epoch:
             ages.append(heard.age + (heard.report.acked_age or 0.0))

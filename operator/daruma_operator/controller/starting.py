@@ -6,7 +6,7 @@ from daruma_operator.controller.ending import fail
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import steps_of
 from daruma_operator.controller.verdicts import finished, name_of
-from daruma_trainer.contract import Role
+from daruma_trainer.contract import TRAINS, Role
 
 
 def addresses(d: Draft) -> None:
@@ -62,7 +62,7 @@ def starting(d: Draft) -> None:
     for member in d.status.members:
         report = d.seen.report(name_of(member))
         done = member.role is Role.WORKER and finished(d.seen.pod(member.pod))
-        wanted = ("Ready",) if member.role is Role.SERVER else ("Training", "Left")
+        wanted = ("Ready",) if member.role is Role.SERVER else TRAINS
         ready += done or (report is not None and report.state in wanted)
     total = len(d.status.members)
     if d.status.initialised and ready == total:

@@ -25,6 +25,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SYSTEM = "daruma-system"
+TEST = "daruma.dev/test"
+"""Label of the namespaces that tests make."""
 START_SECONDS = 300.0
 DEADLINE = 120.0
 SHARED_SECONDS = 1500.0
@@ -34,6 +36,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 KINDS = {
     "deploy": ("apis/apps/v1", "deployments"),
     "events": ("api/v1", "events"),
+    "namespaces": ("api/v1", "namespaces"),
     "nodes": ("api/v1", "nodes"),
     "pods": ("api/v1", "pods"),
     "tj": ("apis/daruma.dev/v1alpha1", "trainingjobs"),
@@ -253,6 +256,8 @@ def shared(folder: Path) -> Iterator[Cluster]:
         if own is not None:
             with own:
                 made.until(lambda: not _users(folder), "the others are done", SHARED_SECONDS)
+                made.until(lambda: not made.get("namespaces", selector=TEST)["items"],
+                           "the tests' namespaces are gone")  # fmt: skip
                 if (folder / "installed").exists():
                     uninstall(made)
 

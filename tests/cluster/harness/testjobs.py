@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import parts
-from testcluster import SYSTEM, Cluster
+from testcluster import SYSTEM, TEST, Cluster
 
 CLAIM = "checkpoints"
 USER = 65532
@@ -136,23 +136,21 @@ class JobNamespace:
 
 @contextmanager
 def job_namespace(cluster: Cluster, test: str) -> Iterator[JobNamespace]:
-    """Make a namespace and its claim; both are gone afterwards."""
+    """Make a namespace and its claim; afterwards both are being removed (`testcluster.shared`)."""
     short = re.sub(r"[^a-z0-9]+", "-", test.lower()).strip("-")[:30].strip("-")
     name = f"{short}-{uuid.uuid4().hex[:6]}"
     cluster.apply(_namespace(name), *_volume(cluster, name))
     try:
         yield JobNamespace(cluster, name)
     finally:
-        cluster.kubectl("delete", "tj", "--all", "-n", name, "--wait=false", check=False)
-        cluster.kubectl(
-            "delete", "pods", "--all", "-n", name, "--grace-period=1", "--timeout=60s", check=False
-        )
-        cluster.kubectl("delete", "namespace", name, "--timeout=90s", check=False)
-        cluster.kubectl("delete", "pv", f"store-{name}", "--timeout=60s", check=False)
+        for what in (["tj", "--all"], ["pods", "--all", "--grace-period=1"]):
+            cluster.kubectl("delete", *what, "-n", name, "--wait=false", check=False)
+        cluster.kubectl("delete", "namespace", name, "--wait=false", check=False)
+        cluster.kubectl("delete", "pv", f"store-{name}", "--wait=false", check=False)
 
 
 def _namespace(name: str) -> Mapping[str, Any]:
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    labels = {"pod-security.kubernetes.io/enforce": "restricted", TEST: "true"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 

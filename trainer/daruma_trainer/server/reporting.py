@@ -1,6 +1,7 @@
 """What a server says of itself, and what others told it."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,14 @@ class Reports:
             )
             or {s.id for s in old.suspects} != {s.id for s in report.suspects}
         )  # fmt: skip
+
+    def finished(self, members: Iterable[str], generation: int) -> bool:
+        """Whether all these workers reached the end of their batches, in this generation."""
+        heard = [self._heard.get(member) for member in members]
+        return all(
+            h is not None and h[1].state in ("Finished", "Left") and h[1].generation == generation
+            for h in heard
+        )
 
     def forget(self, members: set[str]) -> None:
         """Drop the last words of those that are long gone."""

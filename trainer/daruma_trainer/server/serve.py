@@ -565,6 +565,10 @@ class Server:
                 self.cuts.heard_final(report.final)
             if report.cut is not None and self.cuts is not None and not self._coordinates:
                 self.cuts.follow(report.cut.path)
+        if report.state == "Finished" and self.membership is not None:
+            workers = [m.id for m in self.membership.of(Role.WORKER)]
+            if self.reports.finished(workers, self.generation):
+                self._tell_workers(Kind.FINISHED, {})
         if report.stop is not None:
             self._tell_workers(Kind.STOP, {"reason": report.stop})
         if important:

@@ -39,7 +39,7 @@ from daruma_trainer.errors import (
 )
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, TableSpec
-from daruma_trainer.links import Link
+from daruma_trainer.links import Answer, Link
 from daruma_trainer.wire import (
     PULL,
     Frame,
@@ -114,6 +114,9 @@ class Client:
         self.batch = 0
         self.generation = 0
         self.released = False
+        self.finished = -1
+        """The generation in which all workers reached the end of their batches."""
+        self.said = False
         self.stopped: str | None = None
         self.own_stop: str | None = None
         self.loss: float | None = None
@@ -231,6 +234,13 @@ class Client:
                 self._begin(session)
         self.wake()
 
+    def say(self) -> None:
+        """Send the report now; `said` becomes true once a server has it."""
+        with self.lock:
+            self.said = False
+            self._todo.append(partial(self._heartbeat, self._heard))
+        self.wake()
+
     @property
     def replays(self) -> bool:
         """Whether this worker goes on while a server is away."""
@@ -312,13 +322,16 @@ class Client:
                 session.retry_at = None
                 self._advance(server, session)
 
-    def _heartbeat(self) -> None:
+    def _heard(self, _header: Header, _frames: Sequence[Frame]) -> None:
+        self.said = True
+
+    def _heartbeat(self, answer: Answer = lambda _header, _frames: None) -> None:
         own = self._report()
         self.cell.publish(self._epoch, own, {})
         body = [encode_json(own.to_json())]
         for session in self._sessions.values():
             session.link.expire(120.0)
-            session.link.request(self._header(Kind.REPORT), body, lambda _h, _f: None)
+            session.link.request(self._header(Kind.REPORT), body, answer)
 
     def _publish(self) -> None:
         own = self._report()
@@ -619,6 +632,8 @@ class Client:
                     self._begin(session)
         elif header.kind is Kind.RELEASED:
             self.released = True
+        elif header.kind is Kind.FINISHED:
+            self.finished = header.generation
         elif header.kind is Kind.STOP:
             self.stopped = str(decode_json(frames[1]).get("reason"))[:1000]
 

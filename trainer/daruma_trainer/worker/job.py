@@ -1,6 +1,8 @@
 """The job as a program sees it: tables, an optimizer, batches, reports."""
 
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from daruma_trainer.errors import ConfigurationError
+from daruma_trainer.errors import ConfigurationError, GaveUpError
 from daruma_trainer.layout import Floats, Ints, TableSpec, choose_block_rows
 from daruma_trainer.rules import Rule, rule_from_json, rule_to_json
 from daruma_trainer.worker.batches import batch_indices, batches_in
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("daruma")
 BEGIN_SECONDS = 600.0
 """How long a program waits for all servers at its beginning."""
+RESULT_SECONDS = 30.0
+"""How long worker 0 waits for the parameters that were saved, to evaluate them."""
 
 
 class Table:
@@ -237,7 +241,9 @@ class Job:
         samples = len(dataset[0]) if isinstance(dataset, tuple) else len(dataset)
         total = steps if steps is not None else batches_in(samples, batch_size, epochs or 1, who)
         self._client.total_steps = total
-        while self.batch < total and self.stopped is None:
+        while self.batch < total or self._come_back():
+            if self.stopped is not None:
+                return
             before = self.batch
             index = batch_indices(samples, batch_size, self.batch + 1, seed, who)
             if isinstance(dataset, tuple):
@@ -249,6 +255,36 @@ class Job:
                     "a batch was taken and nothing was pushed: call optimizer.step() or "
                     "table.push() once for each batch"
                 )
+
+    def _come_back(self) -> bool:
+        """At the end of its batches a worker waits for what could send it back; True: it must.
+
+        That is until all slots have its batches and, where a job can roll back, until all other
+        workers reached their ends too (protocol.md, "Ending").
+        """
+        client = self._client
+        generation = client.generation
+        membership, pushes = client.membership, client.pushes
+        if membership is None or pushes is None or self.stopped is not None:
+            return False
+        waits = membership.settings.cuts
+
+        def over() -> bool:
+            if pushes.acked < client.batch or not waits:
+                return pushes.acked >= client.batch
+            client.state = "Finished"
+            return client.finished == generation
+
+        client.wait(
+            lambda: client.generation != generation or self.stopped is not None or over(),
+            math.inf if waits else self._progress_seconds(),
+            "the last batches' acknowledgement",
+        )
+        if client.generation == generation:
+            return False
+        client.state = "Training"
+        self._settle(generation, 0)
+        return True
 
     def report(self, loss: float | None = None, **metrics: float) -> None:
         """Say how it goes: shown by `kubectl get`, in metrics and in the report."""
@@ -273,17 +309,37 @@ class Job:
     def flush(self) -> None:
         """Wait until all slots have every batch of this worker."""
         client = self._client
-        pushes = client.pushes
+        pushes, generation = client.pushes, client.generation
         if pushes is None or not self._specs:
             return
         client.wait(
-            lambda: pushes.acked >= client.batch or client.stopped is not None,
+            lambda: (
+                pushes.acked >= client.batch
+                or client.stopped is not None
+                or client.generation != generation
+            ),
             self._progress_seconds(),
             "the last batches' acknowledgement",
         )
-        if self._evaluation is not None and self.index == 0:
-            self.refresh()
-            self._run_evaluation(self._evaluation[0])
+        if client.generation != generation:
+            # A program with a loop of its own has ended: nobody computes its batches again.
+            LOG.warning("rolled back after the program's last batch: ending from the cut")
+            self._settle(generation, 0)
+
+    def evaluate_result(self) -> None:
+        """Evaluate what was saved: nobody pushes any more, and the servers stay until we end."""
+        if self._evaluation is None or self.index != 0 or not self._specs:
+            return
+        try:
+            self._pull_all(0, RESULT_SECONDS)
+        except GaveUpError:
+            LOG.warning("a server is gone: the evaluation has the parameters of the last pull")
+        for write in self._writers:
+            write()
+        self._run_evaluation(self._evaluation[0])
+        self._client.say()
+        with contextlib.suppress(GaveUpError):
+            self._client.wait(lambda: self._client.said, RESULT_SECONDS, "a server's answer")
 
     def _evaluate(self) -> None:
         if self._evaluation is None or self.index != 0:

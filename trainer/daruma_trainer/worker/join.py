@@ -38,6 +38,7 @@ def join() -> Iterator[Job]:
         yield job
         job.flush()
         _leave(client)
+        job.evaluate_result()
     except ReplacedError as error:
         _end(ExitCode.STALE, error)
     except ConfigurationError as error:
