@@ -3,13 +3,13 @@
 import signal
 
 from members import check_recovered, incarnations, restarts
-from testjobs import JobNamespace
+from testjobs import STEPS, JobNamespace
 
 from daruma_trainer.contract import Role
 
 
 def test_a_frozen_server_that_goes_on_after_it_was_replaced(jobs: JobNamespace) -> None:
-    manifest = jobs.manifest("frozen", steps=300, recovery={"timeouts": {"detectSeconds": 5}})
+    manifest = jobs.manifest("frozen", steps=STEPS, recovery={"timeouts": {"detectSeconds": 5}})
     jobs.cluster.apply(manifest)
     jobs.at_step("frozen", 40)
     before = jobs.pods("frozen")
@@ -25,7 +25,7 @@ def test_a_frozen_server_that_goes_on_after_it_was_replaced(jobs: JobNamespace) 
     jobs.cluster.kill(signal.SIGCONT, **seat)
 
     status = jobs.ended("frozen")
-    check_recovered(jobs, "frozen", before, {"server-1"}, status, steps=300)
+    check_recovered(jobs, "frozen", before, {"server-1"}, status, steps=STEPS)
     assert len(status["recoveries"]) == 1
     assert restarts(status, "servers") == 1
     assert [x["reason"] for x in status["recoveries"][0]["losses"]] == ["Unresponsive"]

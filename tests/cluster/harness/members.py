@@ -1,13 +1,16 @@
 """Members of a job on a cluster: which there are, how one dies, and what must hold afterwards."""
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 from testjobs import STEPS, JobNamespace
 
 from daruma_trainer.contract import Role
+
+Check = Callable[[str, dict[str, str], set[str], dict[str, Any]], None]
+"""A job's name, its pods before, the seats that were lost, its status at the end."""
 
 
 def incarnations(status: dict[str, Any], role: Role) -> dict[int, int]:

@@ -15,7 +15,9 @@ from testcluster import SYSTEM, TEST, Cluster
 
 CLAIM = "checkpoints"
 USER = 65532
-STEPS = 300
+STEPS = 400
+THINK_MS = "50"
+"""An outage of seconds is a part of such a job, not most of it."""
 DATA = "synthetic:2000,32,5"
 RATE = "0.1"
 END = {"Succeeded", "Failed"}
@@ -43,7 +45,7 @@ class JobNamespace:
                     "image": parts.tag("worker"),
                     "command": ["python", "-m", "daruma_trainer.programs.mlr"],
                     "args": [
-                        "--data", DATA, "--steps", str(steps), "--lr", RATE, "--think-ms", "25",
+                        "--data", DATA, "--steps", str(steps), "--lr", RATE, "--think-ms", THINK_MS,
                     ],
                 },
                 "servers": {"replicas": servers, "image": parts.tag("server")},
