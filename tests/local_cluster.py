@@ -7,7 +7,6 @@ replace members at any moment it likes.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from daruma_operator.substrate.ports import Ports
 from daruma_trainer.checkpoint.manifest import newest_cut, read_blocks, read_manifest
 from daruma_trainer.checkpoint.store import open_store
 from daruma_trainer.contract import (
@@ -42,17 +42,12 @@ TOKEN = "a-token-of-this-test"
 
 
 def free_ports() -> int:
-    """Find a port with a free one after it."""
-    for _ in range(100):
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no two free ports beside each other")
+    """Find a port with a free one after it.
+
+    Not among those that the kernel gives to outgoing connections: one to a port there that nobody
+    listens on may be connected to itself.
+    """
+    return Ports("127.0.0.1").take()
 
 
 class LocalCluster:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from daruma_trainer.contract import ExitCode, Role, Settings
+from daruma_trainer.contract import ExitCode, Role, Rollback, Settings
 from local_cluster import DEADLINE, LocalCluster, local_cluster
 
 pytestmark = pytest.mark.faults
@@ -16,10 +16,11 @@ PROGRAMS = str(Path(__file__).with_name("worker_programs.py"))
 
 
 def running(
-    folder: Path, *program: str, workers: int = 2, consistency: str = "Async"
+    folder: Path, *program: str, workers: int = 2, consistency: str = "Async", every: int = 0
 ) -> AbstractContextManager[LocalCluster]:
-    """A job of two servers whose result lies in `folder`/store."""
-    config = Settings(consistency=consistency, store=f"file://{folder}/store", every=0)
+    """A job of two servers whose result lies in `folder`/store; with cuts if `every` is given."""
+    store = f"file://{folder}/store"
+    config = Settings(consistency=consistency, store=store, every=every, cuts=every > 0)
     return local_cluster(
         folder, servers=2, workers=workers, settings=config, program=(PROGRAMS, *program)
     )
@@ -72,6 +73,20 @@ def test_a_killed_worker_goes_on_where_it_was_and_no_batch_counts_twice(
         seen = cluster.result(tmp_path / "store")["seen"].ravel()
     # Each worker has 30 samples and 6 batches an epoch: 60 steps are ten epochs of either.
     np.testing.assert_array_equal(seen, 10)
+
+
+def test_a_rollback_brings_back_a_worker_that_was_done(tmp_path: Path) -> None:
+    with running(tmp_path, "lag", "30", every=10) as cluster:
+        states = [lambda w=w: cluster.report(Role.WORKER, w).state for w in (0, 1)]
+        cluster.until(lambda: states[0]() == "Finished", "worker 0 is done")
+        assert states[1]() == "Training", "worker 1 comes late"
+        cut = cluster.report(Role.SERVER, 0).cut
+        assert cut is not None
+        cluster.tell(raise_epoch=True, initialised=True, rollback=Rollback(1, cut.path))
+        cluster.until(lambda: states[0]() == "Training", "worker 0 came back")
+        cluster.finish()
+        seen = cluster.result(tmp_path / "store")["seen"].ravel()
+    np.testing.assert_array_equal(seen, 5)
 
 
 def test_stop_ends_all_workers_after_their_step(tmp_path: Path) -> None:

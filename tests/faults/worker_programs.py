@@ -58,13 +58,18 @@ def optimizer(_: str) -> None:
         job.report(apart=max((a - b).abs().max().item() for a, b in pairs))
 
 
-def count(steps: str) -> None:
+def count(steps: str, lag: float = 0.0) -> None:
     """Each sample of a data set adds one to its row: what was done twice or not is seen."""
     with daruma.join() as job:
         table = job.table("seen", (60,))
         for (rows,) in job.batches((np.arange(60),), 5, steps=int(steps)):
             table.push(rows, np.ones(len(rows)))
-            time.sleep(0.02)
+            time.sleep(0.02 + lag * job.index)
+
+
+def lag(steps: str) -> None:
+    """The same, with a worker 1 that comes late."""
+    count(steps, 0.1)
 
 
 def stops(_: str) -> None:
@@ -99,7 +104,7 @@ def pushes_nothing(_: str) -> None:
 
 
 PROGRAMS: dict[str, Callable[[str], None]] = {
-    f.__name__: f for f in (tables, optimizer, count, stops, mismatch, raises, pushes_nothing)
+    f.__name__: f for f in (tables, optimizer, count, lag, stops, mismatch, raises, pushes_nothing)
 }
 
 if __name__ == "__main__":

@@ -260,6 +260,8 @@ def _translated(error: client.ApiException) -> Exception:
     text = f"{error.body or error.reason or ''}"
     if error.status == 404:
         return NotFoundError(text[:500])
+    if error.status == 403 and "NamespaceTerminating" in text:
+        return NotFoundError("the namespace is being deleted")
     if error.status == 409:
         return AlreadyExistsError(text[:500]) if "AlreadyExists" in text else StatusConflict()
     return ClusterError(f"the API server answered {error.status}: {text[:500]}")

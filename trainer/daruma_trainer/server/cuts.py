@@ -76,7 +76,7 @@ class Cuts:
         elif self.index == self.coordinator and not self._holding:
             self._turn = turn
             ahead = [
-                plane.left[w] if w in plane.left else int(plane.slots.last[:, w].max()) + AHEAD
+                plane.ended[w] if w in plane.ended else int(plane.slots.last[:, w].max()) + AHEAD
                 for w in range(plane.workers)
             ]
             order = {

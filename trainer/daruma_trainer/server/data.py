@@ -90,6 +90,8 @@ class DataPlane:
         self.workers = membership.workers
         self.left: dict[int, int] = {}
         """By worker: its last batch. It counts in no later step."""
+        self.ended: dict[int, int] = {}
+        """By worker: its last batch, also of those that only a rollback can bring back."""
         self.counts = Counts()
         self.step = 0
         self.waiting: list[Waiting] = []

@@ -515,6 +515,7 @@ class Server:
         plane.slots.state[:] = SlotState.RESTORING
         plane.barrier.drop()
         plane.left.clear()
+        plane.ended.clear()
         plane.hold = None
         plane.waiting.clear()
         if restorer is None or membership.rollback.cut is None:
@@ -559,20 +560,27 @@ class Server:
             raise MalformedError(f"{member} reports as {report.id[:80]}")
         important = self.reports.take(report)
         if self.plane is not None and member in self._members():
-            if member.startswith("worker-") and report.state == "Left":
-                self.plane.worker_left(worker_of(member), report.step)
+            if member.startswith("worker-"):
+                self._take_end(member, report)
             if report.final is not None and self.cuts is not None and not self.cuts.final:
                 self.cuts.heard_final(report.final)
             if report.cut is not None and self.cuts is not None and not self._coordinates:
                 self.cuts.follow(report.cut.path)
-        if report.state == "Finished" and self.membership is not None:
-            workers = [m.id for m in self.membership.of(Role.WORKER)]
-            if self.reports.finished(workers, self.generation):
-                self._tell_workers(Kind.FINISHED, {})
         if report.stop is not None:
             self._tell_workers(Kind.STOP, {"reason": report.stop})
         if important:
             self._publish(now=True)
+
+    def _take_end(self, worker: str, report: Report) -> None:
+        """A worker may have reached the end of its batches, or of its program."""
+        index = worker_of(worker)
+        if report.state in ("Finished", "Left") and report.generation == self.generation:
+            self._plane.ended[index] = report.step
+            workers = [m.id for m in self.membership.of(Role.WORKER)] if self.membership else []
+            if self.reports.finished(workers, self.generation):
+                self._tell_workers(Kind.FINISHED, {})
+        if report.state == "Left":
+            self._plane.worker_left(index, report.step)
 
     def _tell_workers(self, kind: Kind, message: dict[str, Any]) -> None:
         header = self._header(kind)
@@ -627,7 +635,8 @@ class Server:
 
     def _close(self) -> None:
         if self.background is not None:
-            self.background.close(5.0)
+            # One that was replaced has nothing to save that counts.
+            self.background.close(0.0 if self._exit == ExitCode.STALE else 5.0)
         self._agent.close()
         for link in self._links.values():
             link.close()

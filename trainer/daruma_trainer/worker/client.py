@@ -191,9 +191,14 @@ class Client:
         self.wake()
         return wanted
 
-    def push(self, updates: tuple[Update, ...]) -> None:
-        """Give a batch the next number and send it to whoever can be reached."""
+    def push(self, updates: tuple[Update, ...], generation: int) -> None:
+        """Give a batch the next number and send it to whoever can be reached.
+
+        One of another generation is dropped: a rollback came since it was computed.
+        """
         with self.lock:
+            if generation != self.generation:
+                return
             self.batch += 1
             pushes = self._pushes
             pushes.begin(self.batch)
@@ -211,13 +216,16 @@ class Client:
                     pushes.accumulate(held, server, mask, now, self._rules)
         self.wake()
 
-    def resume(self) -> None:
+    def resume(self, generation: int) -> bool:
         """After a complete pull: go on at the first batch that some slot lacks.
 
+        False: a rollback to another generation came meanwhile, so the pull has to be made again.
         Slots of servers that are younger than this worker were lost with its predecessor, or
         after it: what they lack nobody can compute again (the floor, protocol "Losing workers").
         """
         with self.lock:
+            if generation != self.generation:
+                return False
             copy, me = self._copy, self.me
             older = [
                 m.index for m in self._membership.of(Role.SERVER) if m.incarnation < me.incarnation
@@ -233,6 +241,7 @@ class Client:
             for session in self._sessions.values():
                 self._begin(session)
         self.wake()
+        return True
 
     def say(self) -> None:
         """Send the report now; `said` becomes true once a server has it."""
@@ -420,6 +429,9 @@ class Client:
         self.generation = generation
         self.resumed = False
         self._pushes.drop_all(0)
+        if self.wanted is not None:
+            # What was pulled before is of a lineage that is no more.
+            self.wanted.missing[:] = True
         for session in self._sessions.values():
             self._begin(session)
 

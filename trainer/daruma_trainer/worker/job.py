@@ -67,6 +67,10 @@ class Job:
         self._client = client
         self._specs: list[TableSpec] = []
         self._batches_open = False
+        self._generation = 0
+        """The one that this program's position belongs to; the client may know of a newer."""
+        self._batch_generation = 0
+        """The same, when the batch at hand was taken from `batches`."""
         self._evaluation: tuple[Callable[[], float | Mapping[str, float]], int] | None = None
         self._writers: list[Callable[[], None]] = []
 
@@ -146,14 +150,15 @@ class Job:
     def begin(self) -> None:
         """Wait until every table is there, and take their values."""
         self._client.announce()
-        self._pull_all(0, BEGIN_SECONDS)
-        if not self._client.resumed:
-            self._client.resume()
+        if self._client.resumed:
+            self._pull_all(BEGIN_SECONDS)
+        else:
+            self._take_position(BEGIN_SECONDS)
         self._client.state = "Training"
 
     def refresh(self) -> None:
         """Pull the newest values of every slot that can be reached."""
-        self._settle(self._client.generation, 0)
+        self._settle(0)
 
     def values(self, table: int, rows: Sequence[int] | Ints | None = None) -> Floats:
         """Return a copy of a table's last pulled values."""
@@ -176,41 +181,55 @@ class Job:
     def exchange(self, updates: tuple[Update, ...]) -> None:
         """Push one batch and pull what follows from it. A lost server makes this slow, no more."""
         client = self._client
-        generation = client.generation
-        if client.stopped is None or not self._batches_open:
-            client.push(updates)
+        # A gradient of a batch before a rollback is dropped: that batch comes again.
+        current = not self._batches_open or self._batch_generation == self._generation
+        if current and (client.stopped is None or not self._batches_open):
+            client.push(updates, self._generation)
         sync = client.membership is not None and client.membership.settings.consistency == "Sync"
-        self._settle(generation, client.batch if sync else 0)
+        self._settle(client.batch if sync else 0)
         self._evaluate()
 
     def after_pull(self, write: Callable[[], None]) -> None:
         """Call `write` whenever new values have come (the optimizer copies them into torch)."""
         self._writers.append(write)
 
-    def _settle(self, generation: int, min_step: int) -> None:
+    def _settle(self, min_step: int) -> None:
+        """Pull; where a rollback came meanwhile, go on from where it leads."""
         client = self._client
         started = time.monotonic()
         wanted = client.pull(min_step)
         client.wait(
             lambda: (
-                client.generation != generation
+                self._rolled_back
                 or not (wanted.missing & ~client.away()).any()
                 or client.stopped is not None
             ),
             self._progress_seconds(),
             "an answer from every server",
         )
-        if client.generation != generation:
+        if self._rolled_back:
             LOG.info("rolled back: going on from the cut")
-            self._pull_all(0, self._progress_seconds())
-            client.resume()
+            self._take_position(self._progress_seconds())
         client.blocked_seconds += time.monotonic() - started
         for write in self._writers:
             write()
 
-    def _pull_all(self, min_step: int, seconds: float) -> None:
+    @property
+    def _rolled_back(self) -> bool:
+        return self._client.generation != self._generation
+
+    def _take_position(self, seconds: float) -> None:
+        """Go on at the first batch that the servers lack, in the newest generation."""
+        while True:
+            generation = self._client.generation
+            self._pull_all(seconds)
+            if self._client.resume(generation):
+                self._generation = generation
+                return
+
+    def _pull_all(self, seconds: float) -> None:
         client = self._client
-        wanted = client.pull(min_step)
+        wanted = client.pull(0)
         client.wait(lambda: not wanted.missing.any(), seconds, "a complete pull")
 
     def _progress_seconds(self) -> float:
@@ -244,7 +263,7 @@ class Job:
         while self.batch < total or self._come_back():
             if self.stopped is not None:
                 return
-            before = self.batch
+            before, self._batch_generation = self.batch, self._generation
             index = batch_indices(samples, batch_size, self.batch + 1, seed, who)
             if isinstance(dataset, tuple):
                 yield tuple(part[index] for part in dataset)
@@ -263,7 +282,6 @@ class Job:
         workers reached their ends too (protocol.md, "Ending").
         """
         client = self._client
-        generation = client.generation
         membership, pushes = client.membership, client.pushes
         if membership is None or pushes is None or self.stopped is not None:
             return False
@@ -273,17 +291,17 @@ class Job:
             if pushes.acked < client.batch or not waits:
                 return pushes.acked >= client.batch
             client.state = "Finished"
-            return client.finished == generation
+            return client.finished == self._generation
 
         client.wait(
-            lambda: client.generation != generation or self.stopped is not None or over(),
+            lambda: self._rolled_back or self.stopped is not None or over(),
             math.inf if waits else self._progress_seconds(),
             "the last batches' acknowledgement",
         )
-        if client.generation == generation:
+        if not self._rolled_back:
             return False
         client.state = "Training"
-        self._settle(generation, 0)
+        self._settle(0)
         return True
 
     def report(self, loss: float | None = None, **metrics: float) -> None:
@@ -309,29 +327,25 @@ class Job:
     def flush(self) -> None:
         """Wait until all slots have every batch of this worker."""
         client = self._client
-        pushes, generation = client.pushes, client.generation
+        pushes = client.pushes
         if pushes is None or not self._specs:
             return
         client.wait(
-            lambda: (
-                pushes.acked >= client.batch
-                or client.stopped is not None
-                or client.generation != generation
-            ),
+            lambda: pushes.acked >= client.batch or client.stopped is not None or self._rolled_back,
             self._progress_seconds(),
             "the last batches' acknowledgement",
         )
-        if client.generation != generation:
+        if self._rolled_back:
             # A program with a loop of its own has ended: nobody computes its batches again.
             LOG.warning("rolled back after the program's last batch: ending from the cut")
-            self._settle(generation, 0)
+            self._settle(0)
 
     def evaluate_result(self) -> None:
         """Evaluate what was saved: nobody pushes any more, and the servers stay until we end."""
         if self._evaluation is None or self.index != 0 or not self._specs:
             return
         try:
-            self._pull_all(0, RESULT_SECONDS)
+            self._pull_all(RESULT_SECONDS)
         except GaveUpError:
             LOG.warning("a server is gone: the evaluation has the parameters of the last pull")
         for write in self._writers:
