@@ -111,7 +111,7 @@ class Sessions:
         for server, session in list(self.by_server.items()):
             for event in session.link.receive(unasked):
                 if event == "disconnected" and session.stage is not Stage.TABLES:
-                    self.begin(session)
+                    self._begin(session)
                 elif event == "connected":
                     session.retry_at = 0.0
             if session.retry_at is not None and now >= session.retry_at:
@@ -133,13 +133,13 @@ class Sessions:
     def begin_all(self) -> None:
         """Begin anew with every server."""
         for session in self.by_server.values():
-            self.begin(session)
+            self._begin(session)
 
     def ready_again(self, link: Link) -> None:
         """A server says that slots became Ready: no need to wait for the next try."""
         for session in self.by_server.values():
             if session.link is link and session.stage is not Stage.SYNCED:
-                self.begin(session)
+                self._begin(session)
 
     def follow(self) -> None:
         """Open and close connections as the membership says."""
@@ -156,7 +156,7 @@ class Sessions:
         me = self._worker.me
         return Link(self._context, me.id, me.token, member, self._poller)
 
-    def begin(self, session: Session) -> None:
+    def _begin(self, session: Session) -> None:
         session.token += 1
         session.stage = Stage.TABLES
         session.retry_at = 0.0
@@ -164,7 +164,7 @@ class Sessions:
 
     def _retry(self, session: Session) -> None:
         """Something was refused: begin again in a moment."""
-        self.begin(session)
+        self._begin(session)
         session.retry_at = time.monotonic() + RETRY_SECONDS
 
     def _advance(self, server: int, session: Session) -> None:
@@ -182,7 +182,7 @@ class Sessions:
         elif session.stage is Stage.PROBE:
             lowest = min(m.index for m in self.membership.of(Role.WORKER))
             if self._worker.me.index == lowest:
-                self.send_initial(server, session)
+                self._send_initial(server, session)
             session.awaited = 1
             meta = PULL.pack(0, 0, 0) + bitmap(copy.slots_of(server))
             self._ask(session, Kind.PULL, [meta], partial(self._on_step, server, Stage.RESYNC))
@@ -252,7 +252,7 @@ class Sessions:
             (h.batch, partial(self.send_held, server, h)) for h in self.pushes.held.values()
         ]
         under_way += [
-            (done.first, partial(self.send_sealed, server, session, done))
+            (done.first, partial(self._send_sealed, server, session, done))
             for done in self.pushes.sealed.get(server, [])
         ]
         for _, send in sorted(under_way, key=lambda item: item[0]):
@@ -267,7 +267,7 @@ class Sessions:
             raise ConfigurationError(f"{session.link.peer.id} refused: {message}")
         self._retry(session)
 
-    def send_initial(self, server: int, session: Session) -> None:
+    def _send_initial(self, server: int, session: Session) -> None:
         """INIT for each table that wants it. Answers are not waited for: a pull shows what came."""
         for group in self._groups(server):
             for table, values in zip(group.layout.tables, self._worker.initial, strict=True):
@@ -278,6 +278,7 @@ class Sessions:
                 session.link.request(self._worker.header(Kind.INIT), encode_push(push), None)
 
     def send_held(self, server: int, held: Held) -> None:
+        """Send the parts of a held batch that this server has not acknowledged."""
         session = self.by_server.get(server)
         if session is None or session.stage is not Stage.SYNCED:
             return  # it goes out when the session is there again
@@ -296,7 +297,7 @@ class Sessions:
                 )
                 self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
 
-    def send_sealed(self, server: int, session: Session, done: Accumulation) -> None:
+    def _send_sealed(self, server: int, session: Session, done: Accumulation) -> None:
         for group in self._groups(server):
             parts = _parts(tuple(done.tables.values()), group)
             push = Push(
@@ -307,6 +308,7 @@ class Sessions:
             self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
 
     def send_pulls(self, server: int) -> None:
+        """Ask this server for what the training thread waits for."""
         wanted, session = self._worker.wanted, self.by_server.get(server)
         if wanted is None or session is None or session.stage is not Stage.SYNCED:
             return
