@@ -8,14 +8,13 @@ crosses HTTP between operator and pods is a frozen dataclass here, with `to_json
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
 from functools import lru_cache
-from itertools import repeat
-from types import NoneType, UnionType
-from typing import Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Final
 
-T = TypeVar("T")
+from daruma_trainer.parsing import ContractError as ContractError  # noqa: PLC0414 - part of the contract
+from daruma_trainer.parsing import parse_message
 
 ENV_NAMESPACE: Final = "DARUMA_NAMESPACE"
 ENV_JOB: Final = "DARUMA_JOB"
@@ -77,10 +76,6 @@ class WorkersMeanwhile(StrEnum):
 
 TRAINS: Final = ("Training", "Finished", "Left")
 """States of a worker that has what it needs."""
-
-
-class ContractError(ValueError):
-    """A control message that is not one: the sender is of another version, or not ours."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -207,7 +202,7 @@ class Membership:
     @classmethod
     def from_json(cls, raw: Any) -> "Membership":
         """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
-        return _parse_message(cls, raw)
+        return parse_message(cls, raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +234,7 @@ class Restore:
     @classmethod
     def from_json(cls, raw: Any) -> "Restore":
         """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
-        restore = _parse_message(cls, raw)
+        restore = parse_message(cls, raw)
         for source in restore.sources:
             slots_from_hex(source.slots)
         return restore
@@ -356,7 +351,7 @@ class Report:
     @classmethod
     def from_json(cls, raw: Any) -> "Report":
         """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
-        return _parse_message(cls, raw)
+        return parse_message(cls, raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +371,7 @@ class View:
     @classmethod
     def from_json(cls, raw: Any) -> "View":
         """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
-        return _parse_message(cls, raw)
+        return parse_message(cls, raw)
 
 
 def member_id(role: Role, index: int, incarnation: int) -> str:
@@ -436,61 +431,3 @@ def place(job_uid: str, servers: int) -> tuple[int, ...]:
         load[owner] += 1
         owners.append(owner)
     return tuple(owners)
-
-
-def _parse_message(kind: type[T], raw: Any) -> T:
-    if not isinstance(raw, dict):
-        raise ContractError(f"{kind.__name__}: expected an object, got {raw!r:.80}")
-    return _parse_fields(kind, raw, kind.__name__)
-
-
-def _parse(kind: Any, raw: Any, at: str) -> Any:
-    """Make a value of the type `kind` of JSON, or say which field (`at`) is wrong.
-
-    Unknown fields are passed over, so that an operator of a newer version can still speak to the
-    pods of jobs that it did not start.
-    """
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        return None if raw is None and NoneType in args else _parse(args[0], raw, at)
-    if origin is tuple and isinstance(raw, list | tuple):
-        kinds = repeat(args[0]) if args[-1] is Ellipsis else args
-        if args[-1] is Ellipsis or len(args) == len(raw):
-            return tuple(_parse(k, r, f"{at}[]") for k, r in zip(kinds, raw, strict=False))
-    if origin is Mapping and isinstance(raw, dict):
-        return {str(key): _parse(args[1], value, f"{at}[{key}]") for key, value in raw.items()}
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(raw, dict):
-        return _parse_fields(kind, raw, at)
-    return _parse_scalar(kind, raw, at)
-
-
-def _parse_scalar(kind: Any, raw: Any, at: str) -> Any:
-    # Nothing here counts further than 63 bits, and arrays of it are int64.
-    huge = type(raw) is int and bool(abs(raw) >> 63)
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        if isinstance(raw, str) and raw in set(kind):
-            return kind(raw)
-    elif kind is float and type(raw) in (int, float) and not huge:
-        return float(raw)
-    elif kind in (str, bool, int) and type(raw) is kind and not huge:
-        return raw
-    raise ContractError(f"{at}: expected {getattr(kind, '__name__', kind)}, got {raw!r:.80}")
-
-
-@lru_cache(maxsize=64)
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    """Fields' types; a view holds dozens of reports, and looking them up is half of the work."""
-    return get_type_hints(kind)
-
-
-def _parse_fields(kind: type[T], raw: Mapping[str, Any], at: str) -> T:
-    hints = _hints(cast("Any", kind))
-    known = {
-        f.name: _parse(hints[f.name], raw[f.name], f"{at}.{f.name}")
-        for f in fields(cast("type[Any]", kind))
-        if f.name in raw
-    }
-    try:
-        return kind(**known)
-    except TypeError as error:
-        raise ContractError(f"{at}: {error}") from error

@@ -34,7 +34,7 @@ def exposition(server: "Server") -> bytes:
 
 
 def _gauges(server: "Server") -> list[tuple[str, str, float]]:
-    plane, saver = server.plane, server.saver
+    plane, saver = server.life.plane, server.life.saver
     found: list[tuple[str, str, float]] = []
     if plane is not None:
         found.append(("daruma_step", "Step this shard is at.", plane.step))
@@ -51,16 +51,16 @@ def _counters(server: "Server") -> list[tuple[str, str, float]]:
     found: list[tuple[str, str, float]] = [
         ("daruma_stale_requests", "Requests meant for, or of, a replaced member.", server.stale)
     ]
-    if server.plane is not None:
-        counts = server.plane.counts
+    if server.life.plane is not None:
+        counts = server.life.plane.counts
         found += [
             ("daruma_push_bytes", "Bytes of pushes taken.", counts.pushed_bytes),
             ("daruma_pull_bytes", "Bytes of pulls answered.", counts.pulled_bytes),
             ("daruma_duplicate_pushes", "Pushes that were applied already.", counts.duplicate),
         ]
-    if server.saver is not None:
+    if server.life.saver is not None:
         found += [
-            ("daruma_checkpoint_bytes", "Bytes saved.", server.saver.bytes_total),
-            ("daruma_checkpoint_seconds", "Seconds spent writing.", sum(server.saver.seconds)),
+            ("daruma_checkpoint_bytes", "Bytes saved.", server.life.saver.bytes_total),
+            ("daruma_checkpoint_seconds", "Seconds spent writing.", sum(server.life.saver.seconds)),
         ]
     return found

@@ -19,9 +19,6 @@ KEPT_SECONDS = 120.0
 class Reports:
     """The newest report of each other member."""
 
-    error: str | None = None
-    final: str | None = None
-    """Set where there is no store to save the result to."""
     _heard: dict[str, tuple[float, Report]] = field(default_factory=dict)
 
     def take(self, report: Report) -> bool:
@@ -61,22 +58,23 @@ class Reports:
 
 def report_of(server: "Server") -> Report:
     """Say what this server is at."""
-    plane, saver, cuts = server.plane, server.saver, server.cuts
+    life = server.life
+    plane, saver, cuts = life.plane, life.saver, life.cuts
     base = Report(
         server.me.id,
         0 if server.membership is None else server.membership.epoch,
         "Joining",
-        generation=server.generation,
-        initialised=server.initialised,
+        generation=life.generation,
+        initialised=life.initialised,
         suspects=tuple(server.suspects()),
         stale=server.stale,
-        error=server.reports.error,
-        final=server.reports.final,
+        error=life.error,
+        final=life.final,
     )
     if plane is None:
         return base
     ready = int(plane.slots.ready.sum())
-    if server.rolling or (plane.slots.state == SlotState.RESTORING).any():
+    if life.rolling or (plane.slots.state == SlotState.RESTORING).any():
         state = "Restoring"
     else:
         state = "Ready" if ready == len(plane.slots.ids) and plane.shard.tables else "Empty"
@@ -92,7 +90,7 @@ def report_of(server: "Server") -> Report:
         cut=replace(cut, age=now - cuts.newest_at) if cuts and cut else None,
         save_error=saver.error if saver else None,
         final=cuts.final if cuts and cuts.final is not None else base.final,
-        restore=server.restorer.report if server.restorer else None,
+        restore=life.restorer.report if life.restorer else None,
         update_norm=plane.shard.update_norm,
         applied=plane.counts.applied,
         duplicate=plane.counts.duplicate,

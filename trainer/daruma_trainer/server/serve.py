@@ -19,8 +19,6 @@ from typing import Any
 import zmq
 
 from daruma_trainer.agent import COMMAND_SECONDS, Agent, Command, Outcome, ViewCell
-from daruma_trainer.checkpoint.export import load_state, open_cut
-from daruma_trainer.checkpoint.store import Store, open_store
 from daruma_trainer.contract import (
     ContractError,
     ExitCode,
@@ -30,20 +28,15 @@ from daruma_trainer.contract import (
     Restore,
     Role,
 )
-from daruma_trainer.errors import ConfigurationError, StoreError
 from daruma_trainer.identity import Identity
-from daruma_trainer.layout import Floats, Ints
+from daruma_trainer.layout import Ints
 from daruma_trainer.links import Link, open_socket
 from daruma_trainer.server.authentication import Gate
-from daruma_trainer.server.background import Background
-from daruma_trainer.server.cuts import FIRST, Cuts
 from daruma_trainer.server.data import DataPlane, Reply, refuse, worker_of
 from daruma_trainer.server.fencing import Fence
+from daruma_trainer.server.lifecycle import Lifecycle
 from daruma_trainer.server.metrics import exposition
 from daruma_trainer.server.reporting import Reports, report_of
-from daruma_trainer.server.restoring import Restorer
-from daruma_trainer.server.saving import Saver, Written
-from daruma_trainer.server.slots import SlotState
 from daruma_trainer.wire import (
     Frame,
     Header,
@@ -59,11 +52,11 @@ from daruma_trainer.wire import (
 
 LOG = logging.getLogger("daruma.server")
 HEARTBEAT_SECONDS = 0.25
-AGAIN_SECONDS = 1.0
-"""Between two tries to save for the first time."""
 QUICK_SECONDS = 0.1
 """At most one new view in this time, unless something important changed: mere progress shall not
 keep the operator busy."""
+SAVE_SECONDS = 5.0
+"""How long a server that is told to end waits for saves that it began."""
 BATCH = 64
 """Requests handled before commands and timers get their turn."""
 DATA = frozenset({Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC})
@@ -75,18 +68,8 @@ class Server:
     def __init__(self, identity: Identity) -> None:
         self.me = identity
         self.membership: Membership | None = None
-        self.plane: DataPlane | None = None
-        self.store: Store | None = None
-        self.saver: Saver | None = None
-        self.restorer: Restorer | None = None
-        self.cuts: Cuts | None = None
-        self.background: Background | None = None
-        self.initialised = False
-        self.generation = 0
+        self.life = Lifecycle(identity, self)
         self.stale = 0
-        self._rolling = False
-        self._first: str | None = None
-        self._first_after = 0.0
         self._relink_due = False
         self._exit: int | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -165,8 +148,7 @@ class Server:
             return Outcome(HTTPStatus.SERVICE_UNAVAILABLE, "the serve loop is busy: try again")
 
     def _timeout(self, beat: float) -> int:
-        restoring = self.restorer is not None and self.restorer.plan is not None
-        busy = self._rolling or (restoring and not self.initialised)
+        busy = self.life.rolling or self.life.restoring
         rest = HEARTBEAT_SECONDS - (time.monotonic() - beat)
         return max(0, int(1000 * min(rest, 0.02 if busy else rest)))
 
@@ -182,21 +164,12 @@ class Server:
 
     def _after(self) -> None:
         """What follows from what was just handled."""
-        plane = self.plane
-        if plane is None:
-            return
-        if self.restorer is not None and self.restorer.report and not self.restorer.report.done:
-            self.restorer.tick()
-        if not self._rolling and plane.slots.ready.all() and plane.shard.tables:
-            self._initialise()
-            if self.saver is not None:
-                self.saver.tick()
-            if self.cuts is not None:
-                self.cuts.tick()
-        if plane.waiting and plane.hold is None:
+        self.life.tick()
+        plane = self.life.plane
+        if plane is not None and plane.waiting and plane.hold is None:
             for waiting in plane.take_waiting():
                 self._dispatch_data(waiting.identity, waiting.header, waiting.frames)
-        self._publish()
+        self._show()
 
     # Requests
 
@@ -226,8 +199,8 @@ class Server:
         if header.kind in DATA:
             self._dispatch_data(identity, header, frames)
         elif header.kind is Kind.COPY:
-            if self.restorer is not None:
-                self.restorer.on_copy(member, header.request, decode_state(frames))
+            if self.life.restorer is not None:
+                self.life.restorer.on_copy(member, header.request, decode_state(frames))
         elif header.kind is Kind.REPORT:
             self._take_report(member, Report.from_json(decode_json(frames[1])))
             self._reply(identity, header, Reply(Kind.OK, [b"{}"]))
@@ -236,8 +209,8 @@ class Server:
         elif header.kind is Kind.MEMBERSHIP:
             self._take_membership(member, frames)
         elif header.kind is Kind.CUT:
-            if self.cuts is not None and member in self._members():
-                self.cuts.receive(decode_json(frames[1]))
+            if self.life.cuts is not None and member in self._members():
+                self.life.cuts.receive(decode_json(frames[1]))
         elif header.kind is Kind.HELLO:
             self._reply(identity, header, Reply(Kind.OK, [b"{}"]))
         else:
@@ -246,13 +219,14 @@ class Server:
 
     def _dispatch_data(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> None:
         reply = self._guard(identity, header)
-        if reply is None and self.plane is not None:
+        plane = self.life.plane
+        if reply is None and plane is not None:
             handlers: dict[Kind, Callable[[], Reply | None]] = {
-                Kind.CREATE: lambda: self._create(frames),
-                Kind.INIT: lambda: self._plane.init(frames),
-                Kind.PUSH: lambda: self._plane.push(identity, header, frames),
-                Kind.PULL: lambda: self._plane.pull(identity, header, frames),
-                Kind.RESYNC: lambda: self._plane.resync(identity, frames),
+                Kind.CREATE: lambda: plane.create(frames),
+                Kind.INIT: lambda: plane.init(frames),
+                Kind.PUSH: lambda: plane.push(identity, header, frames),
+                Kind.PULL: lambda: plane.pull(identity, header, frames),
+                Kind.RESYNC: lambda: plane.resync(identity, frames),
             }
             reply = handlers[header.kind]()
         if reply is not None:
@@ -260,8 +234,8 @@ class Server:
 
     def _guard(self, identity: bytes, header: Header) -> Reply | None:
         """Refuse what is meant for somebody else, or comes from somebody who does not count."""
-        membership = self.membership
-        if membership is None or self.plane is None:
+        membership, life = self.membership, self.life
+        if membership is None or life.plane is None:
             return refuse(Refusal.UNSURE, "no membership yet")
         if header.incarnation != self.me.incarnation:
             self.stale += 1
@@ -274,21 +248,15 @@ class Server:
         if sender is None or sender.id != identity.decode():
             self.stale += 1
             return refuse(Refusal.STALE_INCARNATION, f"worker {index} was replaced")
-        if header.generation != self.generation or self._rolling:
-            return refuse(Refusal.WRONG_GENERATION, f"this is generation {self.generation}")
+        if header.generation != life.generation or life.rolling:
+            return refuse(Refusal.WRONG_GENERATION, f"this is generation {life.generation}")
         if not self._fence.sure():
             return refuse(Refusal.UNSURE, "asking for the newest membership")
         return None
 
-    def _create(self, frames: Sequence[Frame]) -> Reply:
-        reply = self._plane.create(frames)
-        if self.restorer is not None and self.restorer.report and not self.restorer.report.done:
-            self.restorer.tick()
-        return reply
-
     def _reply(self, identity: bytes, request: Header, reply: Reply) -> None:
         header = Header(
-            reply.kind, request.request, self._epoch, self.me.incarnation, self.generation,
+            reply.kind, request.request, self._epoch, self.me.incarnation, self.life.generation,
             reply.flags,
         )  # fmt: skip
         self._send(identity, header, reply.body)
@@ -311,17 +279,11 @@ class Server:
     # Membership
 
     def _header(self, kind: Kind, request: int = 0) -> Header:
-        return Header(kind, request, self._epoch, self.me.incarnation, self.generation)
+        return Header(kind, request, self._epoch, self.me.incarnation, self.life.generation)
 
     @property
     def _epoch(self) -> int:
         return 0 if self.membership is None else self.membership.epoch
-
-    @property
-    def _plane(self) -> DataPlane:
-        if self.plane is None:
-            raise ContractError("no membership yet")
-        return self.plane
 
     def _members(self) -> set[str]:
         return set() if self.membership is None else {m.id for m in self.membership.members}
@@ -329,14 +291,11 @@ class Server:
     def _obey(self, command: Command) -> Outcome:
         if isinstance(command.body, Membership):
             return self._adopt(command.body)
-        if self.plane is None:
+        if self.life.plane is None:
             return Outcome(HTTPStatus.CONFLICT, "a membership has to come first")
         if isinstance(command.body, Restore):
-            return self._restore(command.body)
-        if self.cuts is not None and self.membership and self.membership.settings.final:
-            self.cuts.take_final(command.body["number"])
-        else:
-            self._final_without_store()
+            return self.life.restore(command.body)
+        self.life.take_final(command.body["number"])
         return Outcome()
 
     def _take_membership(self, member: str, frames: Sequence[Frame]) -> None:
@@ -358,56 +317,12 @@ class Server:
             self.stop(ExitCode.STALE)
             return Outcome(HTTPStatus.CONFLICT, "this incarnation was replaced")
         self.membership = new
-        if old is None:
-            self._begin(new)
-        if self.cuts is not None:
-            self.cuts.membership = new
-        self.initialised |= new.initialised and bool(self._plane.slots.ready.all())
-        if new.rollback.generation > self.generation:
-            self._roll_back(new)
+        self.life.adopt(new)
         self._relink_due = True
         for identity in [i for i in self._connected if i in self._members()]:
             self._tell_membership(identity.encode(), 0)
-        self._publish(now=True)
+        self.publish()
         return Outcome()
-
-    def _begin(self, membership: Membership) -> None:
-        """Make the shard; the first membership says which slots are ours."""
-        self.plane = DataPlane(membership, self.me.index, self.me.incarnation)
-        settings = membership.settings
-        if settings.store is not None:
-            try:
-                self.store = open_store(settings.store)
-            except ConfigurationError as error:
-                LOG.error("%s", error)
-                self.stop(ExitCode.USAGE)
-                return
-            self.background = Background(self.post)
-            self.saver = Saver(self.plane, self.store, self.background, membership, self.me.index)
-            self.cuts = Cuts(
-                self.plane, self.saver, self.store, self.background, self.me.index,
-                self._tell_cut, membership,
-            )  # fmt: skip
-        if settings.restore_from is not None and not membership.initialised:
-            self._warm_start(self.plane, settings.restore_from)
-        self.restorer = Restorer(
-            self.plane, self.store, self.background, membership.prefix, self.me.index,
-            self._fetch, self._all_back,
-        )  # fmt: skip
-        self.generation = 0
-
-    def _warm_start(self, plane: DataPlane, uri: str) -> None:
-        """Take another job's result for initial values, whatever its number of servers was."""
-        plane.warm = ""
-        background = self.background = self.background or Background(self.post)
-
-        def read() -> dict[str, Floats]:
-            return load_state(*open_cut(uri))
-
-        def done(tables: dict[str, Floats] | None, error: StoreError | None) -> None:
-            plane.warm = f"restoreFrom: {error}" if tables is None else tables
-
-        background.submit(read, done)
 
     def _relink(self) -> None:
         """Follow the membership; not while a link is being read, since this closes links."""
@@ -453,105 +368,30 @@ class Server:
             with contextlib.suppress(ContractError):
                 self._take_membership(member, frames)
 
-    # Saving and restoring
+    # For the shard's life
 
-    def _initialise(self) -> None:
-        """Every slot is Ready: save all of it once, before the job counts as initialised."""
-        if self.initialised or self._first is not None or time.monotonic() < self._first_after:
-            return
-        if self.saver is None or self.cuts is None or self.membership is None:
-            self.initialised = True
-            return
-        self._first = "saving"
-        if self.membership.settings.cuts and not self.membership.initialised:
-            self.cuts.take(FIRST)
-
-        def done(written: Written | None, error: str | None) -> None:
-            if written is None:
-                LOG.error("the first save failed: %s", error)
-                self._first, self._first_after = None, time.monotonic() + AGAIN_SECONDS
-                return
-            self.initialised = True
-            self._publish(now=True)
-
-        self.saver.save_all("running", "", done)
-
-    def _restore(self, plan: Restore) -> Outcome:
-        if plan.incarnation != self.me.incarnation or self.restorer is None:
-            return Outcome(HTTPStatus.CONFLICT, f"this is {self.me.id}")
-        self.restorer.begin(plan)
-        self._publish(now=True)
-        return Outcome()
-
-    def _fetch(self, member: str, ids: Ints, number: int) -> bool:
+    def fetch(self, member: str, ids: Ints, number: int) -> bool:
+        """See Surroundings."""
         if member not in self._connected:
             return False
         header = self._header(Kind.FETCH, number)
         return self._send(member.encode(), header, [bitmap(mask_of(ids))])
 
-    def _all_back(self) -> None:
-        """All lost slots are in memory. With a store they are saved before the first is Ready."""
-        plane, saver = self._plane, self.saver
-        lost = (plane.slots.state != SlotState.READY).nonzero()[0]
-
-        def serve(_written: Written | None = None, error: str | None = None) -> None:
-            if error is not None:
-                LOG.error("the first save after the restore failed: %s", error)
-            plane.restored(lost)
-            self.initialised = True
-            self._tell_workers(Kind.READY, {})
-            self._publish(now=True)
-
-        if saver is not None:
-            self._first = "saving"
-            saver.save_all("running", "", serve)
-        else:
-            serve()
-
-    def _roll_back(self, membership: Membership) -> None:
-        """Go back to the membership's cut before anything is answered at its generation."""
-        plane, restorer = self._plane, self.restorer
-        self.generation = membership.rollback.generation
-        plane.slots.state[:] = SlotState.RESTORING
-        plane.barrier.drop()
-        plane.left.clear()
-        plane.ended.clear()
-        plane.hold = None
-        plane.waiting.clear()
-        if restorer is None or membership.rollback.cut is None:
-            # A newcomer after a rollback that is over: it waits for its restore.
-            return
-        self._rolling = True
-
-        def done(cut: Any, error: str | None) -> None:
-            if cut is None:
-                self.reports.error = f"cannot load the cut: {error}"
-                LOG.error("cannot load %s: %s", membership.rollback.cut, error)
-                self._publish(now=True)
-                return
-            plane.step = cut.step
-            if self.cuts is not None:
-                self.cuts.rolled_back(cut.step)
-            if self.saver is not None:
-                self.saver.rolled_back(cut.step, serve)
-
-        def serve() -> None:
-            # A newer rollback may have begun while this one was loaded or saved.
-            if self.generation == membership.rollback.generation:
-                self._rolling = False
-                self.initialised = True
-                self._publish(now=True)
-
-        restorer.load_cut(membership.rollback.cut, done)
-
-    def _tell_cut(self, index: int, message: dict[str, Any]) -> None:
+    def tell_cut(self, index: int, message: dict[str, Any]) -> None:
+        """See Surroundings."""
         for link in self._links.values():
             if link.peer.index == index:
                 link.request(self._header(Kind.CUT), [encode_json(message)], None)
 
-    def _final_without_store(self) -> None:
-        self.reports.final = ""
-        self._publish(now=True)
+    def tell_workers(self, kind: Kind, message: dict[str, Any]) -> None:
+        """See Surroundings."""
+        header = self._header(kind)
+        for member in [m for m in self._connected if m.startswith("worker-")]:
+            self._send(member.encode(), header, [encode_json(message)])
+
+    def publish(self) -> None:
+        """See Surroundings."""
+        self._show(now=True)
 
     # Reports
 
@@ -559,33 +399,26 @@ class Server:
         if report.id != member:
             raise MalformedError(f"{member} reports as {report.id[:80]}")
         important = self.reports.take(report)
-        if self.plane is not None and member in self._members():
+        plane = self.life.plane
+        if plane is not None and member in self._members():
             if member.startswith("worker-"):
-                self._take_end(member, report)
-            if report.final is not None and self.cuts is not None and not self.cuts.final:
-                self.cuts.heard_final(report.final)
-            if report.cut is not None and self.cuts is not None and not self._coordinates:
-                self.cuts.follow(report.cut.path)
+                self._take_end(plane, member, report)
+            self.life.heard(report)
         if report.stop is not None:
-            self._tell_workers(Kind.STOP, {"reason": report.stop})
+            self.tell_workers(Kind.STOP, {"reason": report.stop})
         if important:
-            self._publish(now=True)
+            self.publish()
 
-    def _take_end(self, worker: str, report: Report) -> None:
+    def _take_end(self, plane: DataPlane, worker: str, report: Report) -> None:
         """A worker may have reached the end of its batches, or of its program."""
-        index = worker_of(worker)
-        if report.state in ("Finished", "Left") and report.generation == self.generation:
-            self._plane.ended[index] = report.step
+        index, generation = worker_of(worker), self.life.generation
+        if report.state in ("Finished", "Left") and report.generation == generation:
+            plane.ended[index] = report.step
             workers = [m.id for m in self.membership.of(Role.WORKER)] if self.membership else []
-            if self.reports.finished(workers, self.generation):
-                self._tell_workers(Kind.FINISHED, {})
+            if self.reports.finished(workers, generation):
+                self.tell_workers(Kind.FINISHED, {})
         if report.state == "Left":
-            self._plane.worker_left(index, report.step)
-
-    def _tell_workers(self, kind: Kind, message: dict[str, Any]) -> None:
-        header = self._header(kind)
-        for member in [m for m in self._connected if m.startswith("worker-")]:
-            self._send(member.encode(), header, [encode_json(message)])
+            plane.worker_left(index, report.step)
 
     def _tell_siblings(self) -> None:
         body = [encode_json(report_of(self).to_json())]
@@ -593,9 +426,9 @@ class Server:
             link.expire(5.0)
             link.request(self._header(Kind.REPORT), body, None)
         self.reports.forget(self._members())
-        self._publish()
+        self._show()
 
-    def _publish(self, *, now: bool = False) -> None:
+    def _show(self, *, now: bool = False) -> None:
         """Show what is known, at once where something important changed."""
         own = report_of(self)
         shown = (
@@ -613,7 +446,7 @@ class Server:
         self._shown, self._published = shown, time.monotonic()
         self._cell.publish(self._epoch, own, self.reports.others(self.me.id))
         if own.final is not None:
-            self._tell_workers(Kind.RELEASED, {"final": own.final})
+            self.tell_workers(Kind.RELEASED, {"final": own.final})
 
     def suspects(self) -> list[Any]:
         """Siblings that this server cannot reach."""
@@ -621,22 +454,12 @@ class Server:
         found = (link.suspect(seconds) for link in self._links.values())
         return [s for s in found if s is not None]
 
-    @property
-    def _coordinates(self) -> bool:
-        return self.cuts is not None and self.cuts.coordinator == self.me.index
-
-    @property
-    def rolling(self) -> bool:
-        """Whether a rollback is being loaded."""
-        return self._rolling
-
     def _scrape(self) -> bytes:
         return exposition(self)
 
     def _close(self) -> None:
-        if self.background is not None:
-            # One that was replaced has nothing to save that counts.
-            self.background.close(0.0 if self._exit == ExitCode.STALE else 5.0)
+        # One that was replaced has nothing to save that counts.
+        self.life.close(0.0 if self._exit == ExitCode.STALE else SAVE_SECONDS)
         self._agent.close()
         for link in self._links.values():
             link.close()

@@ -1,8 +1,7 @@
 """The worker's I/O thread: it owns the connections, and everything that has to go on by itself.
 
-The training thread hands over batches and waits; the two share state under one lock. Whatever
-breaks is mended in one way: the server's session begins anew (tables, initial values, resync, what
-is held), and every step of that is idempotent.
+The training thread hands over batches and waits; the two share state under one lock. What is said
+to each server is in `sessions`.
 """
 
 import logging
@@ -10,8 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 
@@ -23,81 +21,37 @@ from daruma_trainer.applied import complete_until
 from daruma_trainer.contract import (
     SLOTS,
     ContractError,
-    Member,
     Membership,
     Report,
     Role,
     WorkersMeanwhile,
-    slots_to_hex,
 )
 from daruma_trainer.errors import (
-    ConfigurationError,
     DarumaError,
     GaveUpError,
     ReplacedError,
-    TableMismatchError,
 )
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, TableSpec
 from daruma_trainer.links import Answer, Link
 from daruma_trainer.wire import (
-    PULL,
     Frame,
     Header,
     Kind,
-    Push,
-    Refusal,
     Slots,
-    TablePush,
-    bitmap,
     decode_json,
-    decode_state,
     encode_json,
-    encode_push,
     encode_state,
     from_bitmap,
 )
-from daruma_trainer.worker.copies import Group, HostCopy
+from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.metrics import exposition
-from daruma_trainer.worker.pushes import Accumulation, Held, Pushes, Update
+from daruma_trainer.worker.pushes import Held, Pushes, Update
+from daruma_trainer.worker.sessions import Sessions, Wanted
 
 LOG = logging.getLogger("daruma")
 HEARTBEAT_SECONDS = 0.25
-RETRY_SECONDS = 0.03
 TICK_MS = 20
-
-
-class Stage(Enum):
-    """How far the session with a server's incarnation is."""
-
-    TABLES = "tables"
-    PROBE = "probe"
-    """Waiting for its slots to be Ready."""
-    RESYNC = "resync"
-    SYNCED = "synced"
-
-
-@dataclass(slots=True)
-class Session:
-    """With one incarnation of one server."""
-
-    link: Link
-    stage: Stage = Stage.TABLES
-    awaited: int = 0
-    """Answers still to come before the next stage."""
-    retry_at: float | None = None
-    wanting: set[int] = field(default_factory=set)
-    """Tables whose initial values this server still wants."""
-    token: int = 0
-    """Raised at each new beginning, so that answers to the old one are passed over."""
-
-
-@dataclass(slots=True)
-class Wanted:
-    """A pull that the training thread waits for."""
-
-    min_step: int
-    missing: Slots = field(default_factory=lambda: np.ones(SLOTS, np.bool_))
 
 
 class Client:
@@ -107,8 +61,6 @@ class Client:
         self.me = identity
         self.lock = threading.Condition()
         self.membership: Membership | None = None
-        self.copy: HostCopy | None = None
-        self.pushes: Pushes | None = None
         self.initial: list[Floats] = []
         self.state = "Joining"
         self.batch = 0
@@ -127,11 +79,12 @@ class Client:
         self.wanted: Wanted | None = None
         self.resumed = False
         self._acked_epoch_at: tuple[int, float] = (0, 0.0)
-        self._sessions: dict[int, Session] = {}
+        self._sessions: Sessions | None = None
         self._todo: list[Callable[[], None]] = []
         """Sends that the training thread wants: sockets belong to the I/O thread alone."""
-        self._announced = 0
+        self.announced = 0
         """Number of tables that the servers were told of."""
+        self._follow_later = False
         self._shown: tuple[object, ...] = ()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
@@ -165,7 +118,7 @@ class Client:
     def add_table(self, spec: TableSpec, initial: Floats) -> None:
         """Declare a table; `announce` makes all declared ones on every server."""
         with self.lock:
-            self._copy.add(spec)
+            self._live.copy.add(spec)
             self.initial.append(initial)
 
     def announce(self) -> None:
@@ -175,19 +128,20 @@ class Client:
         nobody shall pull a later one before its values have come.
         """
         with self.lock:
-            if self._announced == len(self._copy.specs):
+            sessions = self._live
+            if self.announced == len(sessions.copy.specs):
                 return
-            self._copy.arrange()
-            self._announced = len(self._copy.specs)
-            for session in self._sessions.values():
-                self._begin(session)
+            sessions.copy.arrange()
+            self.announced = len(sessions.copy.specs)
+            sessions.begin_all()
         self.wake()
 
     def pull(self, min_step: int) -> Wanted:
         """Ask for every slot; wait for `missing` to be empty."""
         with self.lock:
+            sessions = self._live
             wanted = self.wanted = Wanted(min_step)
-            self._todo += [partial(self._send_pulls, server) for server in self._sessions]
+            self._todo += [partial(sessions.send_pulls, server) for server in sessions.by_server]
         self.wake()
         return wanted
 
@@ -200,20 +154,18 @@ class Client:
             if generation != self.generation:
                 return
             self.batch += 1
-            pushes = self._pushes
+            sessions, pushes = self._live, self._live.pushes
             pushes.begin(self.batch)
             held = Held(self.batch, self._epoch, updates)
             pushes.hold(held)
             now = time.monotonic()
             replay = self.replays
-            for server in range(self._membership.servers):
-                session = self._sessions.get(server)
-                reachable = session is not None and session.stage is Stage.SYNCED
-                if reachable:
-                    self._todo.append(partial(self._send_held, server, held))
+            for server in range(sessions.membership.servers):
+                if sessions.synced(server):
+                    self._todo.append(partial(sessions.send_held, server, held))
                 elif replay and pushes.may_accumulate(server, now):
-                    mask = self._copy.slots_of(server)
-                    pushes.accumulate(held, server, mask, now, self._rules)
+                    mask = sessions.copy.slots_of(server)
+                    pushes.accumulate(held, server, mask, now, sessions.rules)
         self.wake()
 
     def resume(self, generation: int) -> bool:
@@ -226,20 +178,18 @@ class Client:
         with self.lock:
             if generation != self.generation:
                 return False
-            copy, me = self._copy, self.me
-            older = [
-                m.index for m in self._membership.of(Role.SERVER) if m.incarnation < me.incarnation
-            ]
+            sessions, me = self._live, self.me
+            copy, servers = sessions.copy, sessions.membership.of(Role.SERVER)
+            older = [m.index for m in servers if m.incarnation < me.incarnation]
             known = np.isin(copy.owner, older)
             entries = zip(
                 copy.last[:, me.index].tolist(), copy.window[:, me.index].tolist(), strict=True
             )
             done = np.array([complete_until(*entry) for entry in entries])
             self.batch = int(done[known].min() if known.any() else done.max())
-            self._pushes.drop_all(self.batch)
+            sessions.pushes.drop_all(self.batch)
             self.resumed = True
-            for session in self._sessions.values():
-                self._begin(session)
+            sessions.begin_all()
         self.wake()
         return True
 
@@ -253,19 +203,18 @@ class Client:
     @property
     def replays(self) -> bool:
         """Whether this worker goes on while a server is away."""
-        settings = self._membership.settings
+        settings = self._live.membership.settings
         return settings.consistency == "Async" and settings.meanwhile is WorkersMeanwhile.REPLAY
 
     def away(self) -> Slots:
         """Slots whose server cannot be reached, of a worker that may go on without them."""
         mask = np.zeros(SLOTS, np.bool_)
-        if self.replays and self._pushes is not None and self.resumed:
+        sessions = self._live
+        if self.replays and self.resumed:
             now = time.monotonic()
-            for server in range(self._membership.servers):
-                session = self._sessions.get(server)
-                synced = session is not None and session.stage is Stage.SYNCED
-                if not synced and self._pushes.may_accumulate(server, now):
-                    mask |= self._copy.slots_of(server)
+            for server in range(sessions.membership.servers):
+                if not sessions.synced(server) and sessions.pushes.may_accumulate(server, now):
+                    mask |= sessions.copy.slots_of(server)
         return mask
 
     def wake(self) -> None:
@@ -290,8 +239,8 @@ class Client:
                     # The traceback is in the log; nobody shall wait for a thread that is gone.
                     self.failure = GaveUpError(f"{self.me.id}: its I/O thread broke")
                 self.lock.notify_all()
-            for session in self._sessions.values():
-                session.link.close()
+            if self._sessions is not None:
+                self._sessions.close()
             self._context.destroy(linger=0)
 
     def _loop(self) -> None:
@@ -314,22 +263,15 @@ class Client:
                 self.lock.notify_all()
 
     def _turn(self) -> None:
-        if self._relink_later:
-            self._relink_later = False
-            self._relink()
+        if self._sessions is None:
+            return
+        if self._follow_later:
+            self._follow_later = False
+            self._sessions.follow()
         todo, self._todo = self._todo, []
         for send in todo:
             send()
-        now = time.monotonic()
-        for server, session in list(self._sessions.items()):
-            for event in session.link.receive(self._unasked):
-                if event == "disconnected" and session.stage is not Stage.TABLES:
-                    self._begin(session)
-                elif event == "connected":
-                    session.retry_at = 0.0
-            if session.retry_at is not None and now >= session.retry_at:
-                session.retry_at = None
-                self._advance(server, session)
+        self._sessions.turn(self._unasked)
 
     def _heard(self, _header: Header, _frames: Sequence[Frame]) -> None:
         self.said = True
@@ -337,10 +279,8 @@ class Client:
     def _heartbeat(self, answer: Answer = lambda _header, _frames: None) -> None:
         own = self._report()
         self.cell.publish(self._epoch, own, {})
-        body = [encode_json(own.to_json())]
-        for session in self._sessions.values():
-            session.link.expire(120.0)
-            session.link.request(self._header(Kind.REPORT), body, answer)
+        if self._sessions is not None:
+            self._sessions.report([encode_json(own.to_json())], answer)
 
     def _publish(self) -> None:
         own = self._report()
@@ -353,24 +293,23 @@ class Client:
             self._heartbeat()
 
     def _report(self) -> Report:
-        pushes, membership, copy = self.pushes, self.membership, self.copy
-        epoch = 0 if membership is None else membership.epoch
+        sessions = self._sessions
         report = Report(
-            self.me.id, epoch, self.state, generation=self.generation, loss=self.loss,
+            self.me.id, self._epoch, self.state, generation=self.generation, loss=self.loss,
             total_steps=self.total_steps, stop=self.own_stop, metrics=dict(self.values),
             error=None if self.failure is None else str(self.failure),
         )  # fmt: skip
-        if pushes is None or copy is None or membership is None:
+        if sessions is None:
             return report
+        pushes = sessions.pushes
         if pushes.acked_epoch > self._acked_epoch_at[0]:
             self._acked_epoch_at = (pushes.acked_epoch, time.monotonic())
-        seconds = membership.settings.suspect_seconds
-        suspects = [s.link.suspect(seconds) for s in self._sessions.values()]
+        recovers = sessions.membership.recovery is not None
         return replace(
             report,
             step=pushes.acked,
-            suspects=tuple(s for s in suspects if s is not None),
-            copies=copy.versions() if membership.recovery is not None else (),
+            suspects=sessions.suspects(),
+            copies=sessions.copy.versions() if recovers else (),
             acked_epoch=pushes.acked_epoch,
             acked_age=time.monotonic() - self._acked_epoch_at[1] if pushes.acked_epoch else None,
             pending=pushes.pending,
@@ -399,249 +338,39 @@ class Client:
             self.lock.notify_all()
             return Outcome(HTTPStatus.CONFLICT, "this incarnation was replaced")
         self.membership = new
-        if old is None:
-            self.copy = HostCopy(new.job_uid, new.servers, new.workers)
-            self.pushes = Pushes(new.settings.replay)
+        if self._sessions is None:
+            self._sessions = Sessions(self, new, self._context, self._poller)
+        self._sessions.membership = new
         if new.rollback.generation > self.generation:
             self._roll_back(new.rollback.generation)
         self.wake()
-        self._relink_later = True
+        self._follow_later = True
         self.lock.notify_all()
         return Outcome()
-
-    _relink_later = False
-
-    def _relink(self) -> None:
-        wanted = {m.index: m for m in self._membership.of(Role.SERVER) if m.address is not None}
-        for index, session in list(self._sessions.items()):
-            if index not in wanted or wanted[index] != session.link.peer:
-                session.link.close()
-                del self._sessions[index]
-        for index, member in wanted.items():
-            if index not in self._sessions:
-                self._sessions[index] = Session(self._link(member), retry_at=0.0)
-
-    def _link(self, member: Member) -> Link:
-        return Link(self._context, self.me.id, self.me.token, member, self._poller)
 
     def _roll_back(self, generation: int) -> None:
         """Drop all that is under way; the batch number follows from the next complete pull."""
         self.generation = generation
         self.resumed = False
-        self._pushes.drop_all(0)
+        self._live.pushes.drop_all(0)
         if self.wanted is not None:
             # What was pulled before is of a lineage that is no more.
             self.wanted.missing[:] = True
-        for session in self._sessions.values():
-            self._begin(session)
-
-    # Sessions
-
-    def _begin(self, session: Session) -> None:
-        session.token += 1
-        session.stage = Stage.TABLES
-        session.retry_at = 0.0
-        session.wanting.clear()
-
-    def _retry(self, session: Session) -> None:
-        """Something was refused: begin again in a moment."""
-        self._begin(session)
-        session.retry_at = time.monotonic() + RETRY_SECONDS
-
-    def _advance(self, server: int, session: Session) -> None:
-        """Take the session's next step. Called again whenever the last one is answered."""
-        copy = self._copy
-        if not copy.specs or self._announced < len(copy.specs):
-            return
-        if session.stage is Stage.TABLES:
-            session.token += 1
-            session.awaited = len(copy.specs)
-            for spec in copy.specs:
-                body = [encode_json(spec.to_json())]
-                answer = partial(self._on_created, server, spec.id)
-                self._ask(session, Kind.CREATE, body, answer)
-        elif session.stage is Stage.PROBE:
-            lowest = min(m.index for m in self._membership.of(Role.WORKER))
-            if self.me.index == lowest:
-                self._send_initial(server, session)
-            session.awaited = 1
-            meta = PULL.pack(0, 0, 0) + bitmap(copy.slots_of(server))
-            self._ask(session, Kind.PULL, [meta], partial(self._on_step, server, Stage.RESYNC))
-        elif session.stage is Stage.RESYNC:
-            if not self.resumed:
-                # The first pull decides at which batch this worker goes on; nothing is held yet.
-                session.stage = Stage.SYNCED
-                self._send_pulls(server)
-                return
-            raw = {
-                "worker": self.me.index,
-                "done": self.batch,
-                "held": self._pushes.unsent(server),
-                "slots": slots_to_hex(np.flatnonzero(copy.slots_of(server)).tolist()),
-            }
-            session.awaited = 1
-            answer = partial(self._on_resync, server)
-            self._ask(session, Kind.RESYNC, [encode_json(raw)], answer)
-
-    def _ask(
-        self,
-        session: Session,
-        kind: Kind,
-        body: Sequence[Frame],
-        then: Callable[[Session, Header, Sequence[Frame]], None],
-        *,
-        patient: bool = False,
-    ) -> None:
-        token = session.token
-
-        def answer(header: Header, frames: Sequence[Frame]) -> None:
-            if session.token != token:
-                return
-            if header.kind is Kind.REFUSED:
-                self._refused(session, header, frames)
-            else:
-                then(session, header, frames)
-
-        if not session.link.request(self._header(kind), body, answer, patient=patient):
-            self._retry(session)
-
-    def _on_created(
-        self, server: int, table: int, session: Session, header: Header, frames: Sequence[Frame]
-    ) -> None:
-        if decode_json(frames[1]).get("wanted"):
-            session.wanting.add(table)
-        self._on_step(server, Stage.PROBE, session, header, frames)
-
-    def _on_step(
-        self, server: int, stage: Stage, session: Session, header: Header, frames: Sequence[Frame]
-    ) -> None:
-        del header, frames
-        session.awaited -= 1
-        if session.awaited == 0:
-            session.stage = stage
-            self._advance(server, session)
-
-    def _on_resync(
-        self, server: int, session: Session, header: Header, frames: Sequence[Frame]
-    ) -> None:
-        del header
-        self._pushes.lost |= {int(b) for b in decode_json(frames[1]).get("lost", [])}
-        session.stage = Stage.SYNCED
-        self._pushes.seal(server, self._copy.moved, self._rules)
-        # In the order of their batches: a slot takes what is older than its window for applied.
-        under_way: list[tuple[int, Callable[[], None]]] = [
-            (h.batch, partial(self._send_held, server, h)) for h in self._pushes.held.values()
-        ]
-        under_way += [
-            (done.first, partial(self._send_sealed, server, session, done))
-            for done in self._pushes.sealed.get(server, [])
-        ]
-        for _, send in sorted(under_way, key=lambda item: item[0]):
-            send()
-        self._send_pulls(server)
-
-    def _refused(self, session: Session, header: Header, frames: Sequence[Frame]) -> None:
-        message = str(decode_json(frames[1]).get("message", ""))
-        if header.flags == Refusal.TABLE_MISMATCH:
-            raise TableMismatchError(message)
-        if header.flags in (Refusal.MALFORMED, Refusal.TOO_LARGE, Refusal.OVERLAP):
-            raise ConfigurationError(f"{session.link.peer.id} refused: {message}")
-        self._retry(session)
-
-    def _send_initial(self, server: int, session: Session) -> None:
-        """INIT for each table that wants it. Answers are not waited for: a pull shows what came."""
-        for group in self._groups(server):
-            for table, values in zip(group.layout.tables, self.initial, strict=True):
-                if table.table.id not in session.wanting:
-                    continue
-                part = TablePush(table.table.id, 0.0, values[table.rows])
-                push = Push(self.me.index, 1, 1, 1, 0, group.mask, (part,))
-                session.link.request(self._header(Kind.INIT), encode_push(push), None)
-
-    def _send_held(self, server: int, held: Held) -> None:
-        session = self._sessions.get(server)
-        if session is None or session.stage is not Stage.SYNCED:
-            return  # it goes out when the session is there again
-        for group in self._groups(server):
-            if held.unacked[group.mask].any():
-                answer = partial(self._on_ack, held.batch, group.mask)
-                parts = _parts(held.updates, group)
-                push = Push(
-                    self.me.index, held.batch, held.batch, 1, self._pushes.acked, group.mask, parts
-                )
-                self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
-
-    def _send_sealed(self, server: int, session: Session, done: Accumulation) -> None:
-        for group in self._groups(server):
-            parts = _parts(tuple(done.tables.values()), group)
-            push = Push(
-                self.me.index, done.first, done.last, done.count, self._pushes.acked,
-                group.mask, parts,
-            )  # fmt: skip
-            answer = partial(self._on_sealed, server, done.first, done.last)
-            self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
-
-    def _send_pulls(self, server: int) -> None:
-        wanted, session = self.wanted, self._sessions.get(server)
-        if wanted is None or session is None or session.stage is not Stage.SYNCED:
-            return
-        for group in self._groups(server):
-            if wanted.missing[group.mask].any():
-                meta = PULL.pack(wanted.min_step, len(self._copy.specs), 0) + bitmap(group.mask)
-                answer = partial(self._on_state, wanted)
-                self._ask(session, Kind.PULL, [meta], answer, patient=True)
-
-    def _on_ack(
-        self, batch: int, mask: Slots, session: Session, header: Header, frames: Sequence[Frame]
-    ) -> None:
-        del header
-        applied = from_bitmap(frames[1][: SLOTS // 8])
-        overlap = from_bitmap(frames[1][SLOTS // 8 :])
-        if overlap.any():
-            self._pushes.lost.add(batch)
-        self._pushes.note_applied(batch, applied | overlap)
-        if self._membership.settings.consistency == "Async" and not (applied | overlap)[mask].all():
-            self._retry(session)
-
-    def _on_sealed(
-        self,
-        server: int,
-        first: int,
-        last: int,
-        session: Session,
-        header: Header,
-        frames: Sequence[Frame],
-    ) -> None:
-        del session, header
-        if from_bitmap(frames[1][SLOTS // 8 :]).any():
-            self._pushes.lost |= set(range(first, last + 1))
-        self._pushes.drop_sealed(server, last)
-
-    def _on_state(
-        self, wanted: Wanted, session: Session, header: Header, frames: Sequence[Frame]
-    ) -> None:
-        del session, header
-        state = decode_state(frames)
-        taken = self._copy.take(state)
-        slots = np.flatnonzero(taken)
-        self._pushes.note_state(slots, self._copy.last[slots, self.me.index])
-        wanted.missing &= ~taken
+        self._live.begin_all()
 
     def _unasked(self, link: Link, header: Header, frames: Sequence[Frame]) -> None:
         """What a server sends by itself."""
         if header.kind is Kind.MEMBERSHIP:
             self._adopt(Membership.from_json(decode_json(frames[1])))
         elif header.kind is Kind.FETCH:
-            state = self._copy.give(from_bitmap(frames[1]))
-            reply = replace(self._header(Kind.COPY), request=header.request)
+            state = self._live.copy.give(from_bitmap(frames[1]))
+            reply = replace(self.header(Kind.COPY), request=header.request)
             link.send(replace(reply, incarnation=link.peer.incarnation), encode_state(state))
         elif header.kind is Kind.EPOCH and self.membership is not None:
-            reply = replace(self._header(Kind.MEMBERSHIP), incarnation=link.peer.incarnation)
+            reply = replace(self.header(Kind.MEMBERSHIP), incarnation=link.peer.incarnation)
             link.send(reply, [encode_json(self.membership.to_json())])
         elif header.kind is Kind.READY:
-            for session in self._sessions.values():
-                if session.link is link and session.stage is not Stage.SYNCED:
-                    self._begin(session)
+            self._live.ready_again(link)
         elif header.kind is Kind.RELEASED:
             self.released = True
         elif header.kind is Kind.FINISHED:
@@ -651,10 +380,8 @@ class Client:
 
     # Shorthands
 
-    def _groups(self, server: int) -> list[Group]:
-        return [group for group in self._copy.groups if group.server == server]
-
-    def _header(self, kind: Kind) -> Header:
+    def header(self, kind: Kind) -> Header:
+        """Return a header of this worker's epoch and generation; the link adds the rest."""
         return Header(kind, 0, self._epoch, 0, self.generation)
 
     @property
@@ -662,38 +389,17 @@ class Client:
         return 0 if self.membership is None else self.membership.epoch
 
     @property
-    def _membership(self) -> Membership:
-        if self.membership is None:
+    def _live(self) -> Sessions:
+        if self._sessions is None:
             raise ContractError("no membership yet")
-        return self.membership
+        return self._sessions
 
     @property
-    def _copy(self) -> HostCopy:
-        if self.copy is None:
-            raise ContractError("no membership yet")
-        return self.copy
+    def copy(self) -> HostCopy | None:
+        """The host copy; None before the first membership."""
+        return None if self._sessions is None else self._sessions.copy
 
     @property
-    def _pushes(self) -> Pushes:
-        if self.pushes is None:
-            raise ContractError("no membership yet")
-        return self.pushes
-
-    @property
-    def _rules(self) -> list[str]:
-        return [decode_json(spec.rule.encode())["rule"] for spec in self._copy.specs]
-
-
-def _parts(updates: tuple[Update, ...], group: Group) -> tuple[TablePush, ...]:
-    """Cut a batch's updates down to one message's slots."""
-    parts = []
-    for update in updates:
-        layout = group.layout.tables[update.table]
-        if update.rows is None:
-            parts.append(TablePush(update.table, update.lr, update.values[layout.rows]))
-            continue
-        mine = np.isin(update.rows, layout.rows)
-        if mine.any():
-            rows = update.rows[mine]
-            parts.append(TablePush(update.table, update.lr, update.values[mine], rows))
-    return tuple(parts)
+    def pushes(self) -> Pushes | None:
+        """What is under way; None before the first membership."""
+        return None if self._sessions is None else self._sessions.pushes

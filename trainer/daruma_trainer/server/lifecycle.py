@@ -1,0 +1,256 @@
+"""What becomes of the shard that this incarnation owns: begun, saved, restored, rolled back, ended.
+
+Called from the serve loop alone; what takes long runs on the store's thread, and its result comes
+back through `post`.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from daruma_trainer.agent import Outcome
+from daruma_trainer.checkpoint.export import load_state, open_cut
+from daruma_trainer.checkpoint.store import Store, open_store
+from daruma_trainer.contract import ExitCode, Membership, Report, Restore
+from daruma_trainer.errors import ConfigurationError, StoreError
+from daruma_trainer.identity import Identity
+from daruma_trainer.layout import Floats, Ints
+from daruma_trainer.server.background import Background
+from daruma_trainer.server.cuts import FIRST, Cuts
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.restoring import Restorer
+from daruma_trainer.server.saving import Saver, Written
+from daruma_trainer.server.slots import SlotState
+from daruma_trainer.wire import Kind
+
+LOG = logging.getLogger("daruma.server")
+AGAIN_SECONDS = 1.0
+"""Between two tries to save for the first time."""
+
+
+class Surroundings(Protocol):
+    """What the shard's life needs of the loop."""
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Run something on the loop's thread."""
+
+    def stop(self, code: int) -> None:
+        """End the loop."""
+
+    def publish(self) -> None:
+        """Show what is known now: something important changed."""
+
+    def fetch(self, member: str, ids: Ints, number: int) -> bool:
+        """Ask a worker for its copy of slots; False if it is not connected."""
+
+    def tell_workers(self, kind: Kind, message: dict[str, Any]) -> None:
+        """Send something to every worker that is connected."""
+
+    def tell_cut(self, index: int, message: dict[str, Any]) -> None:
+        """Send a CUT message to the server of an index."""
+
+
+class Lifecycle:
+    """One incarnation's hold on its shard. All is None until the first membership."""
+
+    def __init__(self, identity: Identity, around: Surroundings) -> None:
+        self.me = identity
+        self._around = around
+        self.plane: DataPlane | None = None
+        self.store: Store | None = None
+        self.saver: Saver | None = None
+        self.restorer: Restorer | None = None
+        self.cuts: Cuts | None = None
+        self.initialised = False
+        self.generation = 0
+        self.rolling = False
+        """Whether a rollback is being loaded."""
+        self.error: str | None = None
+        self.final: str | None = None
+        """Set where there is no store to save the result to."""
+        self._membership: Membership | None = None
+        self._background: Background | None = None
+        self._first: str | None = None
+        self._first_after = 0.0
+
+    def adopt(self, new: Membership) -> None:
+        """Follow a newer membership, in which this incarnation is still in."""
+        first = self._membership is None
+        self._membership = new
+        if first:
+            self._begin(new)
+        if self.plane is None:
+            return
+        if self.cuts is not None:
+            self.cuts.membership = new
+        self.initialised |= new.initialised and bool(self.plane.slots.ready.all())
+        if new.rollback.generation > self.generation:
+            self._roll_back(self.plane, new)
+
+    @property
+    def restoring(self) -> bool:
+        """Whether slots are on their way."""
+        report = None if self.restorer is None else self.restorer.report
+        return report is not None and not report.done
+
+    def tick(self) -> None:
+        """What follows from what was just handled."""
+        plane = self.plane
+        if plane is None:
+            return
+        if self.restorer is not None and self.restoring:
+            self.restorer.tick()
+        if not self.rolling and plane.slots.ready.all() and plane.shard.tables:
+            self._initialise()
+            if self.saver is not None:
+                self.saver.tick()
+            if self.cuts is not None:
+                self.cuts.tick()
+
+    def take_final(self, number: str) -> None:
+        """Save this shard's part of the job's result, where there is a store."""
+        if self.cuts is not None and self._membership and self._membership.settings.final:
+            self.cuts.take_final(number)
+        else:
+            self.final = ""
+            self._around.publish()
+
+    def heard(self, report: Report) -> None:
+        """Take what a sibling says of cuts."""
+        if self.cuts is None:
+            return
+        if report.final is not None and not self.cuts.final:
+            self.cuts.heard_final(report.final)
+        if report.cut is not None and self.cuts.coordinator != self.me.index:
+            self.cuts.follow(report.cut.path)
+
+    def close(self, seconds: float) -> None:
+        """Let saves that were begun end, but wait no longer than this."""
+        if self._background is not None:
+            self._background.close(seconds)
+
+    def _begin(self, membership: Membership) -> None:
+        """Make the shard; the first membership says which slots are ours."""
+        settings = membership.settings
+        plane = DataPlane(membership, self.me.index, self.me.incarnation)
+        if settings.store is not None:
+            try:
+                self.store = open_store(settings.store)
+            except ConfigurationError as error:
+                LOG.error("%s", error)
+                self._around.stop(ExitCode.USAGE)
+                return
+            background = self._background = Background(self._around.post)
+            self.saver = Saver(plane, self.store, background, membership, self.me.index)
+            self.cuts = Cuts(
+                plane, self.saver, self.store, background, self.me.index,
+                self._around.tell_cut, membership,
+            )  # fmt: skip
+        if settings.restore_from is not None and not membership.initialised:
+            self._warm_start(plane, settings.restore_from)
+        self.restorer = Restorer(
+            plane, self.store, self._background, membership.prefix, self.me.index,
+            self._around.fetch, self._all_back,
+        )  # fmt: skip
+        self.plane = plane
+
+    def _warm_start(self, plane: DataPlane, uri: str) -> None:
+        """Take another job's result for initial values, whatever its number of servers was."""
+        plane.warm = ""
+        background = self._background = self._background or Background(self._around.post)
+
+        def read() -> dict[str, Floats]:
+            return load_state(*open_cut(uri))
+
+        def done(tables: dict[str, Floats] | None, error: StoreError | None) -> None:
+            plane.warm = f"restoreFrom: {error}" if tables is None else tables
+
+        background.submit(read, done)
+
+    def _initialise(self) -> None:
+        """Every slot is Ready: save all of it once, before the job counts as initialised."""
+        if self.initialised or self._first is not None or time.monotonic() < self._first_after:
+            return
+        if self.saver is None or self.cuts is None or self._membership is None:
+            self.initialised = True
+            return
+        self._first = "saving"
+        if self._membership.settings.cuts and not self._membership.initialised:
+            self.cuts.take(FIRST)
+
+        def done(written: Written | None, error: str | None) -> None:
+            if written is None:
+                LOG.error("the first save failed: %s", error)
+                self._first, self._first_after = None, time.monotonic() + AGAIN_SECONDS
+                return
+            self.initialised = True
+            self._around.publish()
+
+        self.saver.save_all("running", "", done)
+
+    def restore(self, plan: Restore) -> Outcome:
+        """Begin to bring lost slots back, or go on with a newer plan."""
+        if plan.incarnation != self.me.incarnation or self.restorer is None:
+            return Outcome(HTTPStatus.CONFLICT, f"this is {self.me.id}")
+        self.restorer.begin(plan)
+        self._around.publish()
+        return Outcome()
+
+    def _all_back(self) -> None:
+        """All lost slots are in memory. With a store they are saved before the first is Ready."""
+        plane, saver = self.plane, self.saver
+        if plane is None:
+            return
+        lost = (plane.slots.state != SlotState.READY).nonzero()[0]
+
+        def serve(_written: Written | None = None, error: str | None = None) -> None:
+            if error is not None:
+                LOG.error("the first save after the restore failed: %s", error)
+            plane.restored(lost)
+            self.initialised = True
+            self._around.tell_workers(Kind.READY, {})
+            self._around.publish()
+
+        if saver is not None:
+            self._first = "saving"
+            saver.save_all("running", "", serve)
+        else:
+            serve()
+
+    def _roll_back(self, plane: DataPlane, membership: Membership) -> None:
+        """Go back to the membership's cut before anything is answered at its generation."""
+        restorer = self.restorer
+        self.generation = membership.rollback.generation
+        plane.slots.state[:] = SlotState.RESTORING
+        plane.barrier.drop()
+        plane.left.clear()
+        plane.ended.clear()
+        plane.hold = None
+        plane.waiting.clear()
+        if restorer is None or membership.rollback.cut is None:
+            # A newcomer after a rollback that is over: it waits for its restore.
+            return
+        self.rolling = True
+
+        def done(cut: Any, error: str | None) -> None:
+            if cut is None:
+                self.error = f"cannot load the cut: {error}"
+                LOG.error("cannot load %s: %s", membership.rollback.cut, error)
+                self._around.publish()
+                return
+            plane.step = cut.step
+            if self.cuts is not None:
+                self.cuts.rolled_back(cut.step)
+            if self.saver is not None:
+                self.saver.rolled_back(cut.step, serve)
+
+        def serve() -> None:
+            # A newer rollback may have begun while this one was loaded or saved.
+            if self.generation == membership.rollback.generation:
+                self.rolling = False
+                self.initialised = True
+                self._around.publish()
+
+        restorer.load_cut(membership.rollback.cut, done)

@@ -1,0 +1,378 @@
+"""What a worker says to each server: tables, initial values, resync, pushes, pulls; in this order.
+
+A session is with one incarnation of one server. Whatever breaks is mended in one way: it begins
+anew, and every step of that is idempotent. For the I/O thread alone, under the client's lock.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import zmq
+
+from daruma_trainer.contract import SLOTS, Member, Membership, Role, Suspect, slots_to_hex
+from daruma_trainer.errors import ConfigurationError, TableMismatchError
+from daruma_trainer.links import Answer, Link
+from daruma_trainer.wire import (
+    PULL,
+    Frame,
+    Header,
+    Kind,
+    Push,
+    Refusal,
+    Slots,
+    TablePush,
+    bitmap,
+    decode_json,
+    decode_state,
+    encode_json,
+    encode_push,
+    from_bitmap,
+)
+from daruma_trainer.worker.copies import Group, HostCopy
+from daruma_trainer.worker.pushes import Accumulation, Held, Pushes, Update
+
+if TYPE_CHECKING:
+    from daruma_trainer.worker.client import Client
+
+RETRY_SECONDS = 0.03
+FORGOTTEN_SECONDS = 120.0
+"""An unanswered request of this age is forgotten; what it was for was sent again long before."""
+
+
+class Stage(Enum):
+    """How far the session with a server's incarnation is."""
+
+    TABLES = "tables"
+    PROBE = "probe"
+    """Waiting for its slots to be Ready."""
+    RESYNC = "resync"
+    SYNCED = "synced"
+
+
+@dataclass(slots=True)
+class Session:
+    """With one incarnation of one server."""
+
+    link: Link
+    stage: Stage = Stage.TABLES
+    awaited: int = 0
+    """Answers still to come before the next stage."""
+    retry_at: float | None = None
+    wanting: set[int] = field(default_factory=set)
+    """Tables whose initial values this server still wants."""
+    token: int = 0
+    """Raised at each new beginning, so that answers to the old one are passed over."""
+
+
+@dataclass(slots=True)
+class Wanted:
+    """A pull that the training thread waits for."""
+
+    min_step: int
+    missing: Slots = field(default_factory=lambda: np.ones(SLOTS, np.bool_))
+
+
+class Sessions:
+    """With all servers of the newest membership that have an address."""
+
+    def __init__(
+        self,
+        worker: "Client",
+        membership: Membership,
+        context: zmq.Context[zmq.Socket[bytes]],
+        poller: zmq.Poller,
+    ) -> None:
+        self._worker = worker
+        self._context, self._poller = context, poller
+        self.membership = membership
+        self.copy = HostCopy(membership.job_uid, membership.servers, membership.workers)
+        self.pushes = Pushes(membership.settings.replay)
+        self.by_server: dict[int, Session] = {}
+
+    def close(self) -> None:
+        """Close all connections."""
+        for session in self.by_server.values():
+            session.link.close()
+        self.by_server.clear()
+
+    def synced(self, server: int) -> bool:
+        """Whether a server takes pushes now."""
+        session = self.by_server.get(server)
+        return session is not None and session.stage is Stage.SYNCED
+
+    def turn(self, unasked: Callable[[Link, Header, Sequence[Frame]], None]) -> None:
+        """Take in what has come, and go on where something is due."""
+        now = time.monotonic()
+        for server, session in list(self.by_server.items()):
+            for event in session.link.receive(unasked):
+                if event == "disconnected" and session.stage is not Stage.TABLES:
+                    self._begin(session)
+                elif event == "connected":
+                    session.retry_at = 0.0
+            if session.retry_at is not None and now >= session.retry_at:
+                session.retry_at = None
+                self._advance(server, session)
+
+    def report(self, body: Sequence[Frame], answer: Answer) -> None:
+        """Send this worker's report to all servers."""
+        for session in self.by_server.values():
+            session.link.expire(FORGOTTEN_SECONDS)
+            session.link.request(self._worker.header(Kind.REPORT), body, answer)
+
+    def suspects(self) -> tuple[Suspect, ...]:
+        """Return servers that seem to be away."""
+        seconds = self.membership.settings.suspect_seconds
+        found = (session.link.suspect(seconds) for session in self.by_server.values())
+        return tuple(suspect for suspect in found if suspect is not None)
+
+    def begin_all(self) -> None:
+        """Begin anew with every server."""
+        for session in self.by_server.values():
+            self._begin(session)
+
+    def ready_again(self, link: Link) -> None:
+        """A server says that slots became Ready: no need to wait for the next try."""
+        for session in self.by_server.values():
+            if session.link is link and session.stage is not Stage.SYNCED:
+                self._begin(session)
+
+    def follow(self) -> None:
+        """Open and close connections as the membership says."""
+        wanted = {m.index: m for m in self.membership.of(Role.SERVER) if m.address is not None}
+        for index, session in list(self.by_server.items()):
+            if index not in wanted or wanted[index] != session.link.peer:
+                session.link.close()
+                del self.by_server[index]
+        for index, member in wanted.items():
+            if index not in self.by_server:
+                self.by_server[index] = Session(self._link(member), retry_at=0.0)
+
+    def _link(self, member: Member) -> Link:
+        me = self._worker.me
+        return Link(self._context, me.id, me.token, member, self._poller)
+
+    def _begin(self, session: Session) -> None:
+        session.token += 1
+        session.stage = Stage.TABLES
+        session.retry_at = 0.0
+        session.wanting.clear()
+
+    def _retry(self, session: Session) -> None:
+        """Something was refused: begin again in a moment."""
+        self._begin(session)
+        session.retry_at = time.monotonic() + RETRY_SECONDS
+
+    def _advance(self, server: int, session: Session) -> None:
+        """Take the session's next step. Called again whenever the last one is answered."""
+        copy = self.copy
+        if not copy.specs or self._worker.announced < len(copy.specs):
+            return
+        if session.stage is Stage.TABLES:
+            session.token += 1
+            session.awaited = len(copy.specs)
+            for spec in copy.specs:
+                body = [encode_json(spec.to_json())]
+                answer = partial(self._on_created, server, spec.id)
+                self._ask(session, Kind.CREATE, body, answer)
+        elif session.stage is Stage.PROBE:
+            lowest = min(m.index for m in self.membership.of(Role.WORKER))
+            if self._worker.me.index == lowest:
+                self._send_initial(server, session)
+            session.awaited = 1
+            meta = PULL.pack(0, 0, 0) + bitmap(copy.slots_of(server))
+            self._ask(session, Kind.PULL, [meta], partial(self._on_step, server, Stage.RESYNC))
+        elif session.stage is Stage.RESYNC:
+            if not self._worker.resumed:
+                # The first pull decides at which batch this worker goes on; nothing is held yet.
+                session.stage = Stage.SYNCED
+                self.send_pulls(server)
+                return
+            raw = {
+                "worker": self._worker.me.index,
+                "done": self._worker.batch,
+                "held": self.pushes.unsent(server),
+                "slots": slots_to_hex(np.flatnonzero(copy.slots_of(server)).tolist()),
+            }
+            session.awaited = 1
+            answer = partial(self._on_resync, server)
+            self._ask(session, Kind.RESYNC, [encode_json(raw)], answer)
+
+    def _ask(
+        self,
+        session: Session,
+        kind: Kind,
+        body: Sequence[Frame],
+        then: Callable[[Session, Header, Sequence[Frame]], None],
+        *,
+        patient: bool = False,
+    ) -> None:
+        token = session.token
+
+        def answer(header: Header, frames: Sequence[Frame]) -> None:
+            if session.token != token:
+                return
+            if header.kind is Kind.REFUSED:
+                self._refused(session, header, frames)
+            else:
+                then(session, header, frames)
+
+        if not session.link.request(self._worker.header(kind), body, answer, patient=patient):
+            self._retry(session)
+
+    def _on_created(
+        self, server: int, table: int, session: Session, header: Header, frames: Sequence[Frame]
+    ) -> None:
+        if decode_json(frames[1]).get("wanted"):
+            session.wanting.add(table)
+        self._on_step(server, Stage.PROBE, session, header, frames)
+
+    def _on_step(
+        self, server: int, stage: Stage, session: Session, header: Header, frames: Sequence[Frame]
+    ) -> None:
+        del header, frames
+        session.awaited -= 1
+        if session.awaited == 0:
+            session.stage = stage
+            self._advance(server, session)
+
+    def _on_resync(
+        self, server: int, session: Session, header: Header, frames: Sequence[Frame]
+    ) -> None:
+        del header
+        self.pushes.lost |= {int(b) for b in decode_json(frames[1]).get("lost", [])}
+        session.stage = Stage.SYNCED
+        self.pushes.seal(server, self.copy.moved, self.rules)
+        # In the order of their batches: a slot takes what is older than its window for applied.
+        under_way: list[tuple[int, Callable[[], None]]] = [
+            (h.batch, partial(self.send_held, server, h)) for h in self.pushes.held.values()
+        ]
+        under_way += [
+            (done.first, partial(self._send_sealed, server, session, done))
+            for done in self.pushes.sealed.get(server, [])
+        ]
+        for _, send in sorted(under_way, key=lambda item: item[0]):
+            send()
+        self.send_pulls(server)
+
+    def _refused(self, session: Session, header: Header, frames: Sequence[Frame]) -> None:
+        message = str(decode_json(frames[1]).get("message", ""))
+        if header.flags == Refusal.TABLE_MISMATCH:
+            raise TableMismatchError(message)
+        if header.flags in (Refusal.MALFORMED, Refusal.TOO_LARGE, Refusal.OVERLAP):
+            raise ConfigurationError(f"{session.link.peer.id} refused: {message}")
+        self._retry(session)
+
+    def _send_initial(self, server: int, session: Session) -> None:
+        """INIT for each table that wants it. Answers are not waited for: a pull shows what came."""
+        for group in self._groups(server):
+            for table, values in zip(group.layout.tables, self._worker.initial, strict=True):
+                if table.table.id not in session.wanting:
+                    continue
+                part = TablePush(table.table.id, 0.0, values[table.rows])
+                push = Push(self._worker.me.index, 1, 1, 1, 0, group.mask, (part,))
+                session.link.request(self._worker.header(Kind.INIT), encode_push(push), None)
+
+    def send_held(self, server: int, held: Held) -> None:
+        """Send the parts of a held batch that this server has not acknowledged."""
+        session = self.by_server.get(server)
+        if session is None or session.stage is not Stage.SYNCED:
+            return  # it goes out when the session is there again
+        for group in self._groups(server):
+            if held.unacked[group.mask].any():
+                answer = partial(self._on_ack, held.batch, group.mask)
+                parts = _parts(held.updates, group)
+                push = Push(
+                    self._worker.me.index,
+                    held.batch,
+                    held.batch,
+                    1,
+                    self.pushes.acked,
+                    group.mask,
+                    parts,
+                )
+                self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
+
+    def _send_sealed(self, server: int, session: Session, done: Accumulation) -> None:
+        for group in self._groups(server):
+            parts = _parts(tuple(done.tables.values()), group)
+            push = Push(
+                self._worker.me.index, done.first, done.last, done.count, self.pushes.acked,
+                group.mask, parts,
+            )  # fmt: skip
+            answer = partial(self._on_sealed, server, done.first, done.last)
+            self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
+
+    def send_pulls(self, server: int) -> None:
+        """Ask this server for what the training thread waits for."""
+        wanted, session = self._worker.wanted, self.by_server.get(server)
+        if wanted is None or session is None or session.stage is not Stage.SYNCED:
+            return
+        for group in self._groups(server):
+            if wanted.missing[group.mask].any():
+                meta = PULL.pack(wanted.min_step, len(self.copy.specs), 0) + bitmap(group.mask)
+                answer = partial(self._on_state, wanted)
+                self._ask(session, Kind.PULL, [meta], answer, patient=True)
+
+    def _on_ack(
+        self, batch: int, mask: Slots, session: Session, header: Header, frames: Sequence[Frame]
+    ) -> None:
+        del header
+        applied = from_bitmap(frames[1][: SLOTS // 8])
+        overlap = from_bitmap(frames[1][SLOTS // 8 :])
+        if overlap.any():
+            self.pushes.lost.add(batch)
+        self.pushes.note_applied(batch, applied | overlap)
+        if self.membership.settings.consistency == "Async" and not (applied | overlap)[mask].all():
+            self._retry(session)
+
+    def _on_sealed(
+        self,
+        server: int,
+        first: int,
+        last: int,
+        session: Session,
+        header: Header,
+        frames: Sequence[Frame],
+    ) -> None:
+        del session, header
+        if from_bitmap(frames[1][SLOTS // 8 :]).any():
+            self.pushes.lost |= set(range(first, last + 1))
+        self.pushes.drop_sealed(server, last)
+
+    def _on_state(
+        self, wanted: Wanted, session: Session, header: Header, frames: Sequence[Frame]
+    ) -> None:
+        del session, header
+        state = decode_state(frames)
+        taken = self.copy.take(state)
+        slots = np.flatnonzero(taken)
+        self.pushes.note_state(slots, self.copy.last[slots, self._worker.me.index])
+        wanted.missing &= ~taken
+
+    def _groups(self, server: int) -> list[Group]:
+        return [group for group in self.copy.groups if group.server == server]
+
+    @property
+    def rules(self) -> list[str]:
+        """Names of the tables' update rules."""
+        return [decode_json(spec.rule.encode())["rule"] for spec in self.copy.specs]
+
+
+def _parts(updates: tuple[Update, ...], group: Group) -> tuple[TablePush, ...]:
+    """Cut a batch's updates down to one message's slots."""
+    parts = []
+    for update in updates:
+        layout = group.layout.tables[update.table]
+        if update.rows is None:
+            parts.append(TablePush(update.table, update.lr, update.values[layout.rows]))
+            continue
+        mine = np.isin(update.rows, layout.rows)
+        if mine.any():
+            rows = update.rows[mine]
+            parts.append(TablePush(update.table, update.lr, update.values[mine], rows))
+    return tuple(parts)
