@@ -7,6 +7,7 @@ anew and nothing else does. The cache is `$DARUMA_CACHE`, or `~/.cache/daruma`.
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ HELM = "helm.sh/helm/v3/cmd/helm@v3.19.0"
 KUBERNETES = "v1.34.4"
 VERSION = "0.1.0"
 IMAGES = ("operator", "server", "worker")
+COPIED = re.compile(r"trainer/daruma_trainer/\w+\.py")
+"""The few files of the trainer that the operator's Dockerfile names."""
 _BUILD_SECONDS = 2400
 _BUILDAH = {**os.environ, "BUILDAH_ISOLATION": "chroot", "STORAGE_DRIVER": "overlay"}
 
@@ -176,7 +179,7 @@ def _our_image(name: str) -> Path:
     sources += sorted((ROOT / "scripts").glob("*.py"))
     if half == "operator":
         sources += sorted((ROOT / "operator/daruma_operator").rglob("*.py"))
-        sources += [ROOT / "trainer/daruma_trainer" / n for n in ("__init__.py", "contract.py")]
+        sources += [ROOT / n for n in COPIED.findall(dockerfile.read_text())]
     else:
         sources += sorted((ROOT / "trainer/daruma_trainer").rglob("*.py"))
     wheels = _wheels(extra)

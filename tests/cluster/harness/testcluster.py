@@ -277,10 +277,17 @@ def install(made: Cluster) -> None:
     made.apply(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": labels}}
     )
-    made.helm(
-        "upgrade", "--install", "daruma", str(ROOT / "charts/daruma"), "--namespace", SYSTEM,
-        "--wait", "--timeout", "110s",
-    )  # fmt: skip
+    try:
+        made.helm(
+            "upgrade", "--install", "daruma", str(ROOT / "charts/daruma"), "--namespace", SYSTEM,
+            "--wait", "--timeout", "110s",
+        )  # fmt: skip
+    except AssertionError as error:
+        select = ("-n", SYSTEM, "-l", "app.kubernetes.io/name=daruma-operator")
+        for command in (("get", "pods", *select), ("logs", "--tail", "30", *select)):
+            said = made.kubectl(*command, check=False)
+            error.add_note(said.stdout + said.stderr)
+        raise
 
 
 def uninstall(made: Cluster) -> None:
