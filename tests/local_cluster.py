@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,12 @@ def free_ports() -> int:
     Not among those that the kernel gives to outgoing connections: one to a port there that nobody
     listens on may be connected to itself.
     """
-    return Ports("127.0.0.1").take()
+    return _ports().take()
+
+
+@cache
+def _ports() -> Ports:
+    return Ports("127.0.0.1")
 
 
 class LocalCluster:

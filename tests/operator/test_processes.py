@@ -217,5 +217,18 @@ def test_ports_are_given_once_and_taken_ones_are_skipped() -> None:
         with pytest.raises(EnvironmentLacksError, match=f"port {port} of {HOST} is taken"):
             ports.check(1)
         first, second = ports.take(), ports.take()
+        ports.close()
     assert port < first
     assert second >= first + 2
+
+
+def test_two_runs_at_once_get_ports_of_their_own() -> None:
+    """Nothing listens on them yet, so only the other's claim can keep them apart."""
+    one, other = Ports(HOST, 31_000), Ports(HOST, 31_000)
+    first, second, third = one.take(), other.take(), other.take()
+    assert len({first, second, third}) == 3
+    one.close()
+    again = Ports(HOST, first)
+    assert again.take() == first
+    again.close()
+    other.close()

@@ -2,11 +2,15 @@
 
 import random
 import socket
+import sys
+from collections import deque
 
 from daruma_operator.errors import EnvironmentLacksError
 
 _FIRST, _LAST = 20_000, 32_000
 """Below the range that the kernel takes ports of outgoing connections from."""
+_HELD = 64
+"""Pairs that are kept from other processes at once: members bind theirs within seconds."""
 
 
 class Ports:
@@ -20,6 +24,7 @@ class Ports:
         self._next = first if first is not None else random.randrange(_FIRST, _LAST, 2)  # noqa: S311
         self._last = 65_534 if first is not None else _LAST
         self._wraps = first is None
+        self._held: deque[socket.socket] = deque()
 
     def check(self, pairs: int) -> None:
         """Raise EnvironmentLacksError if one of the next `pairs` pairs is taken."""
@@ -39,9 +44,32 @@ class Ports:
                 if not self._wraps:
                     break
                 self._next = _FIRST
-            if self._free(port) and self._free(port + 1):
+            if self._free(port) and self._free(port + 1) and self._reserve(port):
                 return port
         raise EnvironmentLacksError(f"no two neighbouring free ports are left on {self._host}")
+
+    def close(self) -> None:
+        """Let other processes have what was given out and is not in use."""
+        while self._held:
+            self._held.popleft().close()
+
+    def _reserve(self, port: int) -> bool:
+        """Keep a pair from other processes like this one until its member has bound it.
+
+        The name of an abstract socket is taken by one process alone, and free when that ends.
+        """
+        if sys.platform != "linux":
+            return True
+        holder = socket.socket(socket.AF_UNIX)
+        try:
+            holder.bind(f"\0daruma-port-{port}")
+        except OSError:
+            holder.close()
+            return False
+        self._held.append(holder)
+        if len(self._held) > _HELD:
+            self._held.popleft().close()
+        return True
 
     def _free(self, port: int) -> bool:
         with socket.socket() as probe:

@@ -97,6 +97,7 @@ class ProcessSubstrate:
             child.end(grace_seconds)
         await asyncio.gather(*(child.wait(grace_seconds + 5.0) for child in children))
         self._token_file.unlink(missing_ok=True)
+        self._ports.close()
 
     def kill(self, role: Role, index: int) -> PodFacts | None:
         """SIGKILL the newest running member of this index, as a failure would; None: none runs."""
