@@ -58,7 +58,8 @@ class Metrics:
         )
         self.rework_steps = Histogram(
             "daruma_recovery_rework_steps",
-            "Steps done again because of a recovery.",
+            "Steps that a recovery costs: done again (redone), at most by estimate (estimated), or "
+            "what a full checkpoint would have redone (counterfactual).",
             ["strategy", "kind"],
             buckets=STEPS,
             registry=r,
@@ -167,6 +168,12 @@ class Metrics:
             if seconds is not None:
                 self.phase_seconds.labels(strategy, phase).observe(seconds)
         self.rework_steps.labels(strategy, "redone").observe(record.rework.redone_steps)
+        rework = record.rework
+        if rework.estimated is not None:
+            self.rework_steps.labels(strategy, "estimated").observe(rework.estimated[1])
+        if rework.counterfactual_steps is not None:
+            counterfactual = self.rework_steps.labels(strategy, "counterfactual")
+            counterfactual.observe(rework.counterfactual_steps)
         if record.delta_norm.value is not None:
             self.delta_norm.labels(strategy).observe(record.delta_norm.value)
         self.pushes_lost.inc(record.pushes.lost)

@@ -275,6 +275,16 @@ class SavedState:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """How far a shard moved between two steps."""
+
+    first: int
+    last: int
+    norm: float
+    """L2, estimated from a random sample of a large shard's parameters."""
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreReport:
     """How far a server is with a `Restore`, and what it cost; final when `done`."""
 
@@ -322,6 +332,8 @@ class Report:
     restore: RestoreReport | None = None
     update_norm: float | None = None
     """Servers: the largest L2 norm of their last 64 updates."""
+    moves: tuple[Move, ...] = ()
+    """Servers: how far their shard moved, over the whole of training, oldest first."""
     applied: int = 0
     duplicate: int = 0
     stale: int = 0

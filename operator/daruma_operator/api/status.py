@@ -136,6 +136,10 @@ class Rework(StatusModel):
 
     redone_steps: int = 0
     estimated: tuple[float, float] | None = None
+    """Iterations that the perturbation costs, if training converges geometrically; null: it does
+    not, or too little is known."""
+    counterfactual_steps: int | None = None
+    """What a rollback to a full checkpoint, taken every C steps, would have redone."""
 
 
 class Pushes(StatusModel):

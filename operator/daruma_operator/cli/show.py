@@ -132,7 +132,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
         **{name: _seconds(record["phases"][name]) for name in _PHASES},
         "= seconds": _seconds(record["seconds"]),
         "‖δ‖": _delta(record["deltaNorm"]),
-        "rework": f"{record['rework']['redoneSteps']} steps redone",
+        "rework": _rework(record["rework"]),
         "sources": ", ".join(sources) or "-",
         "pushes": f"{record['pushes']['lost']} lost, {record['pushes']['replayed']} replayed",
     }
@@ -167,6 +167,15 @@ def _who(record: Mapping[str, Any]) -> str:
 
 def _seconds(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _rework(rework: Mapping[str, Any]) -> str:
+    said = [f"{rework['redoneSteps']} steps redone"]
+    if rework.get("estimated") is not None:
+        said.append(f"{rework['estimated'][1]:.3g} more at most (estimated)")
+    if rework.get("counterfactualSteps") is not None:
+        said.append(f"a full checkpoint: {rework['counterfactualSteps']}")
+    return "; ".join(said)
 
 
 def _delta(delta: Mapping[str, Any]) -> str:

@@ -198,9 +198,10 @@ def _take(d: Draft, rung: Rung) -> None:
     cut_step = 0 if checkpoint is None else checkpoint.step
     before = d.status.rollback
     d.set(rollback=RollbackStatus(generation=before.generation + 1, cut=cut))
+    redone = max(0, d.record.step - cut_step)
     d.set_record(
         reason="RolledBackToCut",
-        rework=Rework(redone_steps=max(0, d.record.step - cut_step)),
+        rework=Rework(redone_steps=redone, counterfactual_steps=redone),
         delta_norm=DeltaNorm(value=None, kind="Unknown"),
     )
     if d.status.progress is not None:

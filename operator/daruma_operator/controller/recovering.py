@@ -21,10 +21,11 @@ from daruma_operator.controller.sourcing import (
     delta_of,
     plans_of,
     restoring,
+    rework_of,
     survivors,
 )
 from daruma_operator.controller.verdicts import name_of
-from daruma_operator.recovery.price import counters
+from daruma_operator.recovery.price import EXACT, counters
 from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import (
     SLOTS,
@@ -144,6 +145,7 @@ def _planned(d: Draft) -> bool:
         planned_epoch=d.status.epoch,
         reason="PeerCopiesFound" if peers else "RunningCheckpointFound",
         delta_norm=DeltaNorm(value=delta.value, kind=delta.kind),
+        rework=rework_of(d, delta),
         silent=silent,
     )
     return True
@@ -279,7 +281,8 @@ def _correct(d: Draft, sources: dict[str, int]) -> None:
     if not planned or not sources.get(SourceKind.RUNNING_CHECKPOINT.value):
         return
     # How stale each block of the running checkpoint was, only the reading server could have told.
-    d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"))
+    rework = d.record.rework.model_copy(update={"estimated": None})
+    d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"), rework=rework)
     if not sources.get(SourceKind.PEER.value):
         d.set_record(reason="PeerCopiesFailed")
 
@@ -301,7 +304,11 @@ def _finish(d: Draft) -> None:
     elif record.role is Role.SERVER:
         _correct(d, sources)
     if record.role is Role.WORKER:
-        d.set_record(delta_norm=DeltaNorm(value=0.0, kind="Exact"), reason="WorkerReplaced")
+        d.set_record(
+            delta_norm=DeltaNorm(value=EXACT.value, kind=EXACT.kind),
+            rework=rework_of(d, EXACT),
+            reason="WorkerReplaced",
+        )
     reports = {i: heard.report for i, heard in d.seen.heard.items()}
     lost, replayed = counters(reports, [name_of(m) for m in d.status.members])
     base = record.base

@@ -1,13 +1,14 @@
 """Where the slots of the recovery in progress come from, as status and reports say. Pure."""
 
 from daruma_operator.api.spec import ConsistencyMode
-from daruma_operator.api.status import MemberStatus, RecoveryRecord, TrainingJobStatus
+from daruma_operator.api.status import MemberStatus, RecoveryRecord, Rework, TrainingJobStatus
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.observe import Heard, Seen
 from daruma_operator.controller.progress import steps_of
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.recovery.plan import Plan, plan_slots
 from daruma_operator.recovery.price import UNKNOWN, Delta, LostShard, bound
+from daruma_operator.recovery.rework import estimate, fit
 from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import SLOTS, Copies, Restore, Role, member_id, place
 
@@ -100,6 +101,25 @@ def delta_of(d: Draft, plans: dict[str, Plan]) -> Delta:
             since = max(0, updates - report.running.step * per_step)
             shards.append(LostShard(since, norm, report.running.distance))
     return bound(shards)
+
+
+def rework_of(d: Draft, delta: Delta) -> Rework:
+    """Estimate what the perturbation costs, beside what a full checkpoint would have redone."""
+    moves = []
+    for index in range(d.spec.servers.replicas):
+        lost = _last_words(d, index)
+        live = next((m for m in d.members(Role.SERVER) if m.index == index), None)
+        report = lost.report if lost else d.seen.report(name_of(live)) if live else None
+        if report is not None:
+            moves.append(report.moves)
+    decay = fit(moves, d.spec.servers.replicas, d.record.step)
+    every = d.spec.checkpoint.every
+    return d.record.rework.model_copy(
+        update={
+            "estimated": estimate(delta, decay),
+            "counterfactual_steps": d.record.step % every if every else None,
+        }
+    )
 
 
 def _last_words(d: Draft, index: int) -> Heard | None:

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 from daruma_trainer.agent import Outcome
 from daruma_trainer.checkpoint.export import load_state, open_cut
 from daruma_trainer.checkpoint.store import Store, open_store
-from daruma_trainer.contract import ExitCode, Membership, Report, Restore
+from daruma_trainer.contract import ExitCode, Membership, Move, Report, Restore
 from daruma_trainer.errors import ConfigurationError, StoreError
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.server.background import Background
 from daruma_trainer.server.cuts import FIRST, Cuts
 from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.motion import Motion
 from daruma_trainer.server.restoring import Restorer
 from daruma_trainer.server.saving import Saver, Written
 from daruma_trainer.server.slots import SlotState
@@ -28,6 +29,8 @@ from daruma_trainer.wire import Kind
 LOG = logging.getLogger("daruma.server")
 AGAIN_SECONDS = 1.0
 """Between two tries to save for the first time."""
+NOTE_STEPS = 12
+"""Steps between two notes of the motion where nothing is saved; as often as saves by default."""
 
 
 class Surroundings(Protocol):
@@ -70,6 +73,7 @@ class Lifecycle:
         self.error: str | None = None
         self.final: str | None = None
         """Set where there is no store to save the result to."""
+        self._motion: Motion | None = None
         self._membership: Membership | None = None
         self._background: Background | None = None
         self._first: str | None = None
@@ -95,6 +99,11 @@ class Lifecycle:
         report = None if self.restorer is None else self.restorer.report
         return report is not None and not report.done
 
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """How far the shard moved so far."""
+        return () if self._motion is None else self._motion.moves
+
     def tick(self) -> None:
         """What follows from what was just handled."""
         plane = self.plane
@@ -104,6 +113,8 @@ class Lifecycle:
             self.restorer.tick()
         if not self.rolling and plane.slots.ready.all() and plane.shard.tables:
             self._initialise()
+            if self._motion is not None:
+                self._motion.tick(plane.shard, plane.step)
             if self.saver is not None:
                 self.saver.tick()
             if self.cuts is not None:
@@ -135,6 +146,7 @@ class Lifecycle:
         """Make the shard; the first membership says which slots are ours."""
         settings = membership.settings
         plane = DataPlane(membership, self.me.index, self.me.incarnation)
+        self._motion = Motion(settings.every * settings.fraction or NOTE_STEPS, self.me.index)
         if settings.store is not None:
             try:
                 self.store = open_store(settings.store)
@@ -229,6 +241,8 @@ class Lifecycle:
         plane.ended.clear()
         plane.hold = None
         plane.waiting.clear()
+        if self._motion is not None:
+            self._motion.forget()
         if restorer is None or membership.rollback.cut is None:
             # A newcomer after a rollback that is over: it waits for its restore.
             return

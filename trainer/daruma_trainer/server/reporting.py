@@ -92,6 +92,7 @@ def report_of(server: "Server") -> Report:
         final=cuts.final if cuts and cuts.final is not None else base.final,
         restore=life.restorer.report if life.restorer else None,
         update_norm=plane.shard.update_norm,
+        moves=life.moves,
         applied=plane.counts.applied,
         duplicate=plane.counts.duplicate,
         lost=plane.counts.lost,
