@@ -52,7 +52,7 @@ def test_after_a_rollback_they_begin_anew() -> None:
     for step in range(5):
         motion.tick(shard, step)
     motion.forget()
-    assert len(motion.moves) == 0
+    assert not motion.moves
     motion.tick(shard, 2)
     motion.tick(shard, 3)
     assert [(m.first, m.last) for m in motion.moves] == [(2, 3)]
