@@ -25,6 +25,7 @@ from daruma_operator.substrate.protocol import PodFacts, PodPlan, PodState
 from daruma_trainer.contract import (
     SLOTS,
     Copies,
+    Guest,
     Membership,
     Report,
     Restore,
@@ -71,6 +72,9 @@ class Sim:
     plan: Restore | None = None
     final: str | None = None
     suspects: tuple[Suspect, ...] = ()
+    host: str | None = None
+    """The pod that an adopted server lives in."""
+    guests: tuple[Guest, ...] = ()
 
     @property
     def id(self) -> str:
@@ -131,7 +135,7 @@ class World:
         )
 
     def runs(self, sim: Sim) -> bool:
-        pod = self.pods.get(f"j-{sim.id}")
+        pod = self.pods.get(sim.host or f"j-{sim.id}")
         return pod is not None and pod.state is PodState.RUNNING
 
     def report(self, sim: Sim) -> Report:
@@ -158,6 +162,7 @@ class World:
             acked_age=0.0 if sim.acked else None,
             loss=None if server else 1.0,
             total_steps=None if server else self.total,
+            guests=sim.guests,
         )
 
     # What the operator does
@@ -214,6 +219,11 @@ class World:
         first = sim.membership is None
         assert first or sim.membership is None or new.epoch >= sim.membership.epoch
         sim.membership = new
+        if any(m.id == sim.id for m in new.handing):
+            sim.state = "Frozen"
+            return
+        if sim.role is Role.SERVER:
+            self._take_in(sim, new)
         if sim.role is Role.WORKER:
             sim.generation = new.rollback.generation
             sim.state = sim.state if sim.state == "Left" else "Training"
@@ -228,6 +238,33 @@ class World:
             sim.generation = new.rollback.generation
             if new.rollback.cut is not None:
                 sim.state, sim.initialised = "Ready", True
+
+    def _take_in(self, sim: Sim, new: Membership) -> None:
+        """Start and end the guests of a server's pod."""
+        own = new.member(Role.SERVER, sim.index)
+        if own is None or sim.host is not None:
+            return
+        wanted = new.guests(own)
+        for gone in [g.id for g in sim.guests if g.id not in {m.id for m in wanted}]:
+            self.end_guest(gone)
+        kept = [g for g in sim.guests if g.id in {m.id for m in wanted}]
+        for member in wanted:
+            if member.id not in {g.id for g in kept}:
+                self.sims[member.id] = Sim(
+                    Role.SERVER, member.index, member.incarnation, host=own.pod
+                )
+                kept.append(Guest(member.id, f"10.9.{member.incarnation}.1:7072"))
+        sim.guests = tuple(kept)
+
+    def end_guest(self, guest: str, code: int | None = None) -> None:
+        """End a guest's process; its host says so if it was not told to end it."""
+        if (sim := self.sims.pop(guest, None)) is not None:
+            self.last[guest] = self.report(sim)
+        for host in self.sims.values():
+            if code is not None:
+                host.guests = tuple(
+                    replace(g, exit_code=code) if g.id == guest else g for g in host.guests
+                )
 
     def post_restore(self, member: str, restore: Restore) -> None:
         sim = self.sims[member]
@@ -279,8 +316,9 @@ class World:
         return self.sims[member_id(pod.role, pod.index, pod.incarnation)]
 
     def _silence(self, pod: PodFacts) -> None:
-        sim = self.sims.pop(member_id(pod.role, pod.index, pod.incarnation), None)
-        if sim is not None:
+        own = member_id(pod.role, pod.index, pod.incarnation)
+        for name in [i for i, s in self.sims.items() if i == own or s.host == pod.name]:
+            sim = self.sims.pop(name)
             self.last[sim.id] = self.report(sim)
 
     def train(self) -> None:

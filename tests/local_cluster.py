@@ -181,7 +181,7 @@ class LocalCluster:
         self.tell(raise_epoch=True, members=members, initialised=initialised, recovery=epoch)
         member = self.start(Role.SERVER, index, epoch)
         self.tell(raise_epoch=True)
-        plan = Restore(epoch, self.membership.epoch, epoch, tuple(sources))
+        plan = Restore(epoch, self.membership.epoch, member.id, tuple(sources))
         body = json.dumps(plan.to_json()).encode()
         status = self.call(member, "POST", "/v1/restore", body)
         if status != 204:

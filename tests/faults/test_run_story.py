@@ -33,6 +33,7 @@ spec:
   workers: {replicas: 2}
   checkpoint: {store: "file:///saves", every: 32, fraction: 0.25}
   consistency: {mode: MODE}
+  recovery: {placement: PLACEMENT}
 """
 MLR = '-m, daruma_trainer.programs.mlr, --think-ms, "10", --steps'
 SOFTMAX = f"{Path(__file__).with_name('worker_programs.py')}, softmax"
@@ -42,11 +43,16 @@ KEYS = {"job", "phase", "steps", "loss", "metrics", "recoveries", "seconds", "pu
 
 @contextmanager
 def running(
-    folder: Path, *arguments: str, steps: int = 200, mode: str = "Async", program: str = SOFTMAX
+    folder: Path,
+    *arguments: str,
+    steps: int = 200,
+    mode: str = "Async",
+    program: str = SOFTMAX,
+    placement: str = "Replace",
 ) -> Iterator[subprocess.Popen[str]]:
     manifest = folder / "toy.yaml"
-    words = f'{program}, "{steps}"'
-    manifest.write_text(MANIFEST.replace("PROGRAM", words).replace("MODE", mode))
+    text = MANIFEST.replace("PROGRAM", f'{program}, "{steps}"').replace("MODE", mode)
+    manifest.write_text(text.replace("PLACEMENT", placement))
     command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(
@@ -162,6 +168,25 @@ def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> Non
     (recovery,) = found["recoveries"]
     assert recovery["strategy"] == strategy
     assert (recovery["rework"]["redoneSteps"] > 0) is (strategy == "FullCheckpoint")
+    assert found["metrics"]["test_accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("mode", ["Async", "Sync"])
+def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> None:
+    kills = ("--kill", "server-2@step=50", "--kill", "server-0@step=200")
+    with running(tmp_path, *kills, mode=mode, placement="Adopt", steps=400) as it:
+        assert ended(tmp_path, it) == 0, output(tmp_path)
+    found = report(tmp_path)
+    causes = [(r["cause"], r["placement"], r["indexes"]) for r in found["recoveries"]]
+    lost = ("ServerLost", "Adopt")
+    assert causes[:2] == [(*lost, [2]), ("HandBack", "Replace", [2])]
+    assert (*lost, [0]) in causes
+    handed = [r for r in found["recoveries"] if r["cause"] == "HandBack"]
+    assert all(list(r["sources"]) == ["predecessor"] for r in handed)
+    for record in found["recoveries"]:
+        check_recovery(record)
+    assert found["pushes"]["lost"] == 0
+    assert (found["phase"], found["steps"]) == ("Succeeded", 400)
     assert found["metrics"]["test_accuracy"] >= 0.9
 
 

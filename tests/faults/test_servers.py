@@ -162,7 +162,7 @@ def test_a_push_whose_acknowledgement_died_is_applied_once(tmp_path: Path) -> No
         ):
             assert w1.create(SPEC).kind is Kind.OK
             plan = {
-                "recovery": 1, "epoch": 3, "incarnation": 2,
+                "recovery": 1, "epoch": 3, "member": "server-0-2",
                 "sources": [
                     {"kind": "peer", "slots": slots_to_hex(range(SLOTS)), "member": "worker-1-1"}
                 ],

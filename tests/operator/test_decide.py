@@ -231,16 +231,17 @@ def test_no_source_left_ends_in_state_lost() -> None:
     [("replaceSeconds", "ReplaceTimeout"), ("restoreSeconds", "RestoreTimeout")],
 )
 def test_every_stage_has_a_deadline(setting: str, reason: str) -> None:
-    spec = spec_of(recovery={"timeouts": {setting: 5}})
+    # A single server: no other could take its slots in.
+    spec = spec_of(recovery={"timeouts": {setting: 5}}, servers={"replicas": 1})
     world = World(spec=spec, total=FOREVER).running()
-    world.kill("server-1")
+    world.kill("server-0")
     if setting == "replaceSeconds":
         world.holds_pods = True
         world.tick()
     else:
         world.tick()
-        world.until(lambda w: w.sim("server-1").plan is not None)
-        world.sim("server-1").state = "Restoring"
+        world.until(lambda w: w.sim("server-0").plan is not None)
+        world.sim("server-0").state = "Restoring"
     world.until_phase("Failed", seconds=1.0, ticks=10)
     assert world.status.reason == reason
     assert "5 s" in world.status.message

@@ -95,7 +95,7 @@ def test_messages_read_back_from_json() -> None:
     view = a_view()
     assert View.from_json(json.loads(json.dumps(view.to_json()))) == view
     source = Source(SourceKind.PEER, slots_to_hex([3]), member="worker-0-1")
-    restore = Restore(1, 4, 3, (source,))
+    restore = Restore(1, 4, "server-1-3", (source,))
     assert Restore.from_json(json.loads(json.dumps(restore.to_json()))) == restore
 
 
@@ -109,7 +109,7 @@ def test_anything_else_is_refused_by_name(kind: Any, raw: Any) -> None:
 
 
 def test_a_restore_with_a_damaged_bitmap_is_refused() -> None:
-    raw = Restore(1, 4, 3, (Source(SourceKind.PEER, "00"),)).to_json()
+    raw = Restore(1, 4, "server-1-3", (Source(SourceKind.PEER, "00"),)).to_json()
     with pytest.raises(ContractError, match="bitmap"):
         Restore.from_json(raw)
 

@@ -4,6 +4,7 @@ GET /v1/view?after=V&wait=S    what this process knows; answers at once when new
 PUT /v1/membership             a newer membership: 204, or 409 if it is not newer
 POST /v1/restore               where to take lost slots from: 204, 409
 POST /v1/checkpoint            save the final cut: 204, 409
+GET /v1/shard                  the whole shard of a server that hands it over: 200, 409
 GET /healthz, GET /metrics     without the token
 
 Commands go to the thread that owns the member's state; the agent only waits for its answer.
@@ -13,7 +14,7 @@ import hmac
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,6 +97,7 @@ class Agent:
         view: ViewCell,
         command: Callable[[Command], Outcome],
         metrics: Callable[[], bytes],
+        shard: Callable[[], Iterator[bytes | bytearray] | None] = lambda: None,
     ) -> None:
         slots = threading.BoundedSemaphore(MAX_THREADS)
 
@@ -105,6 +107,7 @@ class Agent:
         Handler.token, Handler.view, Handler.slots = token, view, slots
         Handler.obey = staticmethod(command)
         Handler.scrape = staticmethod(metrics)
+        Handler.shard = staticmethod(shard)
         self._http = _Server(listen, Handler)
         self._thread = threading.Thread(
             target=self._http.serve_forever, args=(0.1,), name="agent", daemon=True
@@ -159,6 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     slots: ClassVar[threading.BoundedSemaphore]
     obey: ClassVar[Callable[[Command], Outcome]]
     scrape: ClassVar[Callable[[], bytes]]
+    shard: ClassVar[Callable[[], Iterator[bytes | bytearray] | None]]
 
     def do_GET(self) -> None:
         """Serve the view, health and metrics."""
@@ -167,10 +171,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, b"ok\n", "text/plain")
         elif url.path == "/metrics":
             self._answer(HTTPStatus.OK, type(self).scrape(), "text/plain; version=0.0.4")
-        elif url.path != "/v1/view":
+        elif url.path not in ("/v1/view", "/v1/shard"):
             self._refuse(HTTPStatus.NOT_FOUND, "NotFound", f"no {url.path[:100]}")
         elif self._authorised():
-            self._view(parse_qs(url.query[:1000]))
+            if url.path == "/v1/view":
+                self._view(parse_qs(url.query[:1000]))
+            else:
+                self._shard()
 
     def do_PUT(self) -> None:
         """Take a membership."""
@@ -196,6 +203,21 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             self.slots.release()
         self._answer(HTTPStatus.OK, json.dumps(view.to_json()).encode(), "application/json")
+
+    def _shard(self) -> None:
+        pieces = type(self).shard()
+        if pieces is None:
+            self._refuse(HTTPStatus.CONFLICT, "NotFrozen", "this member hands nothing over")
+            return
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "application/octet-stream")
+        # Its length stands in its head; the end of the connection is the end of it.
+        self.send_header("Connection", "close")
+        self.close_connection = True
+        self.end_headers()
+        for piece in pieces:
+            self.wfile.write(piece)
+        self.wfile.flush()
 
     def _command(self, paths: dict[str, str]) -> None:
         kind = paths.get(urlsplit(self.path).path)

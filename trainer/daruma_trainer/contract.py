@@ -22,6 +22,8 @@ ENV_ROLE: Final = "DARUMA_ROLE"
 ENV_INDEX: Final = "DARUMA_INDEX"
 ENV_INCARNATION: Final = "DARUMA_INCARNATION"
 ENV_TOKEN_FILE: Final = "DARUMA_TOKEN_FILE"  # noqa: S105 - the name of a variable
+ENV_HOST_PID: Final = "DARUMA_HOST_PID"
+"""Optional: a guest's host, with which it ends."""
 ENV_LISTEN: Final = "DARUMA_LISTEN"
 """Optional `host:port` of the data port; the agent takes the next port. `daruma run` sets it."""
 
@@ -61,6 +63,8 @@ class Role(StrEnum):
 class SourceKind(StrEnum):
     """Where a lost slot's parameters can come from, as status.recoveries[].sources names it."""
 
+    PREDECESSOR = "predecessor"
+    """The incarnation that hands its slots over: exact, with the optimizer's state."""
     PEER = "peer"
     RUNNING_CHECKPOINT = "runningCheckpoint"
     FULL_CHECKPOINT = "fullCheckpoint"
@@ -178,6 +182,8 @@ class Membership:
     rollback: Rollback = field(default_factory=Rollback)
     recovery: int | None = None
     """Id of the recovery in progress: workers keep their last complete pull until it is None."""
+    handing: tuple[Member, ...] = ()
+    """Servers whose slots their successors in `members` take over: frozen, but still there."""
 
     def member(self, role: Role, index: int) -> Member | None:
         """Return the incarnation that counts, if there is one."""
@@ -185,6 +191,11 @@ class Membership:
             if member.role is role and member.index == index:
                 return member
         return None
+
+    def guests(self, host: Member) -> tuple[Member, ...]:
+        """Return the other members that live in this one's pod: adopted seats (Adopt)."""
+        everybody = (*self.members, *self.handing)
+        return tuple(m for m in everybody if m.pod == host.pod and m.id != host.id)
 
     def of(self, role: Role) -> tuple[Member, ...]:
         """Return the members of one role, by index."""
@@ -216,6 +227,8 @@ class Source:
     """Peer: the worker's id (`worker-0-3`)."""
     manifest: str | None = None
     """Running checkpoint: the manifest's path in the store. Full checkpoint: the cut file's."""
+    agent: str | None = None
+    """Predecessor: `host:port` of its agent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +237,8 @@ class Restore:
 
     recovery: int
     epoch: int
-    incarnation: int
+    member: str
+    """Whom it is meant for: `server-1-6`. Two incarnations of one epoch may share a pod."""
     sources: tuple[Source, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -258,6 +272,16 @@ class Suspect:
     """Seconds since the connection broke, or since the oldest unanswered request."""
     reason: str
     """Disconnected | Unanswered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A server that lives in another one's pod, as its host sees it."""
+
+    id: str
+    address: str
+    exit_code: int | None = None
+    """None while its process runs; negative: the signal that ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +335,8 @@ class Report:
     epoch: int
     """Of the newest membership that it applied."""
     state: str
-    """Servers: Joining | Empty | Restoring | Ready. Workers: Joining | Training | Finished (its
+    """Servers: Joining | Empty | Restoring | Ready | Frozen (its successor takes its slots).
+    Workers: Joining | Training | Finished (its
     batches are done, and a rollback could still bring it back) | Left | Failed."""
     step: int = 0
     """Servers: the step their shard is at. Workers: last batch all slots acknowledged."""
@@ -332,6 +357,8 @@ class Report:
     restore: RestoreReport | None = None
     update_norm: float | None = None
     """Servers: the largest L2 norm of their last 64 updates."""
+    guests: tuple[Guest, ...] = ()
+    """Servers: the adopted seats that live in its pod."""
     moves: tuple[Move, ...] = ()
     """Servers: how far their shard moved, over the whole of training, oldest first."""
     applied: int = 0

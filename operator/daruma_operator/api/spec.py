@@ -187,6 +187,13 @@ class Timeouts(SpecModel):
     pending_seconds: Seconds = Field(default=300.0, description="For all pods to start.")
 
 
+class Placement(StrEnum):
+    """Where the slots of a lost server live on."""
+
+    REPLACE = "Replace"
+    ADOPT = "Adopt"
+
+
 class Recovery(SpecModel):
     """How losses are recovered."""
 
@@ -196,6 +203,12 @@ class Recovery(SpecModel):
     )
     allow_reset: bool = Field(
         default=False, description="Whether initial values may be a last resort."
+    )
+    placement: Placement = Field(
+        default=Placement.REPLACE,
+        description="Replace: in a new pod. Adopt: in the pod of a server that lives, at once, "
+        "until a new pod is there to take them back. Replace adopts where no pod comes in "
+        "replaceSeconds.",
     )
     replay: Replay = Field(default_factory=Replay)
     timeouts: Timeouts = Field(default_factory=Timeouts)

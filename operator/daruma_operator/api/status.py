@@ -6,7 +6,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from daruma_operator.api.model import StatusModel
-from daruma_trainer.contract import Role
+from daruma_trainer.contract import Role, member_id
 
 
 class Phase(StrEnum):
@@ -34,7 +34,13 @@ class MemberStatus(StatusModel):
     index: int
     incarnation: int
     pod: str
+    """Of its own; or another server's, which took it in (Adopt)."""
     address: str | None = None
+
+    @property
+    def guest(self) -> bool:
+        """Whether it lives in another server's pod."""
+        return not self.pod.endswith(f"-{member_id(self.role, self.index, self.incarnation)}")
 
 
 class Ready(StatusModel):
@@ -167,7 +173,7 @@ class RecoveryRecord(StatusModel):
     id: int = 0
     epoch: int = 0
     cause: str = ""
-    """ServerLost | WorkerLost | ServersAndWorkersLost."""
+    """ServerLost | WorkerLost | AllPodsLost | HandBack (no loss: adopted slots return)."""
     role: Role | None = None
     indexes: tuple[int, ...] = ()
     strategy: str = ""
@@ -222,6 +228,10 @@ class TrainingJobStatus(StatusModel):
     initialised: bool = False
     rollback: RollbackStatus = Field(default_factory=RollbackStatus)
     members: tuple[MemberStatus, ...] = ()
+    returning: tuple[MemberStatus, ...] = ()
+    """New pods for servers that live in others' pods (Adopt), until they take their slots back."""
+    handing: tuple[MemberStatus, ...] = ()
+    """Servers that hand their slots over, until their successors have them."""
     servers: Ready = Field(default_factory=Ready)
     workers: WorkersReady = Field(default_factory=WorkersReady)
     restarts: Restarts = Field(default_factory=Restarts)

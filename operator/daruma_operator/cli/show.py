@@ -115,7 +115,8 @@ def _recoveries_table(recoveries: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Recoveries", title_justify="left")
     table.add_column("")
     for record in recoveries:
-        table.add_column(f"{record['id']}: {_who(record)} lost")
+        what = "handed back" if record["cause"] == "HandBack" else "lost"
+        table.add_column(f"{record['id']}: {_who(record)} {what}")
     cells = [_cells(record) for record in recoveries]
     for name in cells[0]:
         table.add_row(name, *(cell[name] for cell in cells))

@@ -12,12 +12,12 @@ from daruma_operator.controller.acts import (
 )
 from daruma_operator.controller.draft import Policy, indexes
 from daruma_operator.controller.membership import membership_of
-from daruma_operator.controller.observe import Seen, runs
+from daruma_operator.controller.observe import Seen, agent_of
 from daruma_operator.controller.sourcing import restores_of
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.names import cut_number, pod_plan
 from daruma_operator.substrate.protocol import PodFacts, PodState
-from daruma_trainer.contract import Role, agent_address
+from daruma_trainer.contract import Role
 
 FINAL = (Phase.SUCCEEDED, Phase.FAILED)
 
@@ -39,8 +39,8 @@ def _creations(seen: Seen, status: TrainingJobStatus) -> list[Act]:
     name = seen.job.name
     return [
         CreatePod(pod_plan(name, m.role, m.index, m.incarnation))
-        for m in status.members
-        if m.address is None and seen.pod(m.pod) is None
+        for m in (*status.members, *status.returning)
+        if m.address is None and not m.guest and seen.pod(m.pod) is None
     ]
 
 
@@ -50,8 +50,8 @@ def _memberships(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[
         return []
     membership = membership_of(seen.job, status, policy.store)
     found: list[Act] = []
-    for member in status.members:
-        agent = _agent(seen, member.pod)
+    for member in (*status.members, *status.handing):
+        agent = agent_of(seen, member)
         name = name_of(member)
         if agent is None or member.address is None or name not in seen.reached:
             continue
@@ -64,9 +64,9 @@ def _memberships(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[
 
 def _restores(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[Act]:
     found: list[Act] = []
-    pods = {name_of(m): m.pod for m in status.members}
+    members = {name_of(m): m for m in status.members}
     for name, restore in restores_of(seen, status, stored=policy.store is not None).items():
-        agent = _agent(seen, pods[name])
+        agent = agent_of(seen, members[name])
         if agent is not None and name in seen.reached:
             found.append(PostRestore(name, agent, restore))
     return found
@@ -80,7 +80,7 @@ def _saves(seen: Seen, status: TrainingJobStatus) -> list[Act]:
         PostCheckpoint(name_of(m), agent, number)
         for m in status.members
         if m.role is Role.SERVER
-        and (agent := _agent(seen, m.pod)) is not None
+        and (agent := agent_of(seen, m)) is not None
         and seen.saving.get(name_of(m)) != number
         and (status.reason == "SavingResult" or not _final(seen, name_of(m)))
     ]
@@ -93,7 +93,7 @@ def _final(seen: Seen, member: str) -> bool:
 
 def _deletions(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[Act]:
     """Pods of incarnations that were replaced. A dead one's log is kept until it is over."""
-    current = {m.pod for m in status.members}
+    current = {m.pod for m in (*status.members, *status.returning, *status.handing)}
     active = status.recovery is not None
     return [
         _delete(pod, policy.superseded_grace_seconds)
@@ -117,13 +117,6 @@ def _clean(seen: Seen, policy: Policy) -> list[Act]:
 
 def _delete(pod: PodFacts, grace: float) -> DeletePod:
     return DeletePod(pod.name, pod.uid, grace)
-
-
-def _agent(seen: Seen, name: str) -> str | None:
-    pod = seen.pod(name)
-    if pod is None or pod.address is None or not runs(pod):
-        return None
-    return agent_address(pod.address)
 
 
 def all_told(seen: Seen, status: TrainingJobStatus) -> bool:

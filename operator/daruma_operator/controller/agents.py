@@ -232,7 +232,7 @@ def _gist(view: View) -> dict[str, tuple[object, ...]]:
     return {
         r.id: (
             r.epoch, r.state, r.generation, r.initialised, bool(r.copies), r.final, r.restore,
-            r.acked_epoch, r.error, r.stop, r.save_error, {s.id for s in r.suspects},
+            r.acked_epoch, r.error, r.stop, r.save_error, r.guests, {s.id for s in r.suspects},
         )
         for r in reports
     }  # fmt: skip

@@ -10,9 +10,10 @@ from datetime import datetime
 from daruma_operator.api.status import MemberStatus, Phase, TrainingJobStatus
 from daruma_operator.controller.acting import FINAL, acts_of
 from daruma_operator.controller.acts import Act
+from daruma_operator.controller.adopting import hand_back, successor
 from daruma_operator.controller.draft import Draft, Policy, indexes
 from daruma_operator.controller.ending import all_left, deadline, end, result_saved, wants_result
-from daruma_operator.controller.losing import lose, successor
+from daruma_operator.controller.losing import lose
 from daruma_operator.controller.observe import Seen, newest_pods, runs
 from daruma_operator.controller.progress import fold, show
 from daruma_operator.controller.recovering import recover
@@ -85,8 +86,11 @@ def _advance(d: Draft) -> None:
             recover(d)
         case _:
             pass
-    if d.status.phase is d.seen.job.status.phase is Phase.RUNNING and all_left(d):
-        end(d)
+    if d.status.phase is d.seen.job.status.phase is Phase.RUNNING:
+        if all_left(d):
+            end(d)
+        else:
+            hand_back(d)
     show(d)
 
 

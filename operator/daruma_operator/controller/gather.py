@@ -45,12 +45,18 @@ async def observe(job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk, agen
 
 def reachable(job: TrainingJob, pods: tuple[PodFacts, ...]) -> dict[str, str]:
     """Agents of the members whose pods run, servers first; without status, of all pods."""
-    names = {m.pod for m in job.status.members}
+    status = job.status
+    names = {m.pod for m in (*status.members, *status.returning)}
     found = {
         member_id(p.role, p.index, p.incarnation): (p.role, p.index, agent_address(p.address))
         for p in pods
         if p.address is not None and runs(p) and (p.name in names or job.status.phase is None)
     }
+    alive = {p.name for p in pods if runs(p)}
+    for m in (*status.members, *status.handing):
+        if m.guest and m.address is not None and m.pod in alive:
+            name = member_id(m.role, m.index, m.incarnation)
+            found[name] = (m.role, m.index, agent_address(m.address))
     ordered = sorted(found.items(), key=lambda item: item[1][:2])
     return {member: agent for member, (_, _, agent) in ordered}
 

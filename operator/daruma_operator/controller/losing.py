@@ -8,7 +8,6 @@ from daruma_operator.api.status import (
     DeltaNorm,
     Failure,
     Loss,
-    MemberStatus,
     Phase,
     Phases,
     Pushes,
@@ -16,13 +15,14 @@ from daruma_operator.api.status import (
     Rework,
     RollbackStatus,
 )
+from daruma_operator.controller.adopting import successor, successors
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
 from daruma_operator.controller.membership import ladder_of
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import job_step
 from daruma_operator.controller.verdicts import Verdict, name_of
-from daruma_operator.names import pod_name, seat
+from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
 from daruma_operator.recovery.price import counters
 from daruma_operator.recovery.strategies import PRESETS
@@ -39,9 +39,10 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         return
     before = d.status
     epoch = d.raise_epoch()
-    d.replace_members(successor(d, v.member.role, v.member.index, epoch) for v in verdicts)
+    lost = [v.member for v in verdicts]
     for v in verdicts:
         d.tell(v.event, _sentence(v), warning=True, member=seat(v.member.role, v.member.index))
+    d.replace_members(successor(d, m.role, m.index, epoch) for m in lost)
     alone = not any(runs(d.seen.pod(m.pod)) for m in d.status.members)
     if not before.initialised:
         d.phase(Phase.PENDING, "MembersReplaced", f"{_names(verdicts)} ended before training began")
@@ -51,6 +52,7 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         _begin(d, verdicts, epoch)
     else:
         _join(d, verdicts, epoch)
+    d.replace_members(successors(d, lost, epoch, d.spec.recovery.placement))
     if any(v.member.role is Role.SERVER for v in verdicts):
         climb(d, d.record.rung, "a server was lost")
         if d.status.recovery is None:
@@ -60,12 +62,6 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         d.phase(Phase.PENDING, "AllPodsLost", "no pod is left; all are made anew and restored")
     else:
         d.phase(Phase.RECOVERING, d.record.cause, f"{_names(verdicts)} lost; {d.record.strategy}")
-
-
-def successor(d: Draft, role: Role, index: int, epoch: int) -> MemberStatus:
-    """Return the next incarnation of a seat."""
-    name = pod_name(d.seen.job.name, role, index, epoch)
-    return MemberStatus(role=role, index=index, incarnation=epoch, pod=name)
 
 
 def count(d: Draft, verdicts: Sequence[Verdict]) -> None:

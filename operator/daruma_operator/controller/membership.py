@@ -1,8 +1,10 @@
 """The membership that members get: a pure function of status, spec and the job's uid."""
 
+from collections.abc import Iterable
+
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.spec import StrategyName, TrainingJobSpec
-from daruma_operator.api.status import TrainingJobStatus
+from daruma_operator.api.status import MemberStatus, TrainingJobStatus
 from daruma_operator.recovery.strategies import PRESETS, keeps_running, rolls_back
 from daruma_trainer.contract import Member, Membership, Replay, Rollback, Settings
 
@@ -12,9 +14,9 @@ def ladder_of(spec: TrainingJobSpec) -> tuple[StrategyName, ...]:
     return (spec.recovery.strategy, *spec.recovery.fallback)
 
 
-def members_of(status: TrainingJobStatus) -> tuple[Member, ...]:
-    """Return status.members as the contract has them."""
-    return tuple(Member(m.role, m.index, m.incarnation, m.pod, m.address) for m in status.members)
+def members_of(members: Iterable[MemberStatus]) -> tuple[Member, ...]:
+    """Return members of a status as the contract has them."""
+    return tuple(Member(m.role, m.index, m.incarnation, m.pod, m.address) for m in members)
 
 
 def membership_of(job: TrainingJob, status: TrainingJobStatus, store: str | None) -> Membership:
@@ -26,11 +28,12 @@ def membership_of(job: TrainingJob, status: TrainingJobStatus, store: str | None
         epoch=status.epoch,
         servers=job.spec.servers.replicas,
         workers=job.spec.workers.replicas,
-        members=members_of(status),
+        members=members_of(status.members),
         settings=settings_of(job.spec, store),
         initialised=status.initialised,
         rollback=Rollback(status.rollback.generation, status.rollback.cut),
         recovery=None if status.recovery is None else status.recovery.id,
+        handing=members_of(status.handing),
     )
 
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from daruma_operator.api.job import TrainingJob
+from daruma_operator.api.status import MemberStatus
 from daruma_operator.substrate.protocol import PodFacts, PodState
-from daruma_trainer.contract import Report, Restore, Role, View, member_id
+from daruma_trainer.contract import Report, Restore, Role, View, agent_address, member_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,15 @@ def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
         for told, report in view.others.values():
             take(age + told, report)
     return found
+
+
+def agent_of(seen: Seen, member: MemberStatus) -> str | None:
+    """Return `host:port` of a member's agent, if the pod that it lives in runs."""
+    pod = seen.pod(member.pod)
+    if pod is None or not runs(pod):
+        return None
+    address = member.address if member.guest else pod.address
+    return None if address is None else agent_address(address)
 
 
 def newest_pods(pods: Iterable[PodFacts]) -> dict[tuple[Role, int], PodFacts]:

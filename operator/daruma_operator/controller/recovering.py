@@ -4,6 +4,7 @@ The stage is what the record's phases say: `replace` is filled in when every rep
 of, `restore` when every slot is Ready, `resume` with the first new step.
 """
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 from daruma_operator.api.status import (
@@ -13,6 +14,7 @@ from daruma_operator.api.status import (
     Pushes,
     RollbackStatus,
 )
+from daruma_operator.controller.adopting import HAND_BACK, adopt_instead
 from daruma_operator.controller.draft import Draft, indexes
 from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.losing import climb
@@ -25,6 +27,8 @@ from daruma_operator.controller.sourcing import (
     survivors,
 )
 from daruma_operator.controller.verdicts import name_of
+from daruma_operator.names import seat
+from daruma_operator.recovery.plan import Plan
 from daruma_operator.recovery.price import EXACT, counters
 from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import (
@@ -67,8 +71,9 @@ def _message(d: Draft, what: str) -> None:
     phase = d.status.phase
     if phase is Phase.PENDING and d.record.phases.replace is not None:
         phase = Phase.RECOVERING
+    begun = "takes its slots back" if d.record.cause == HAND_BACK else "lost"
     if phase is not None:
-        d.phase(phase, d.record.cause, f"{names} lost; {d.record.strategy}: {what}")
+        d.phase(phase, d.record.cause, f"{names} {begun}; {d.record.strategy}: {what}")
 
 
 # Replace
@@ -98,6 +103,8 @@ def _replace_expired(d: Draft, waiting: list[MemberStatus]) -> bool:
     if d.left(record.stage_since, limit) > 0:
         return False
     why = _waiting_reasons(d, waiting)
+    if not pending and adopt_instead(d, waiting):
+        return True
     if record.role is Role.SERVER and record.rung < len(d.spec.recovery.fallback):
         climb(d, record.rung + 1, f"no replacement ran within {limit:g} s ({why})")
     else:
@@ -140,15 +147,22 @@ def _planned(d: Draft) -> bool:
         climb(d, record.rung + 1, f"{unsourced} lost slots have no source")
         return False
     delta = delta_of(d, plans)
-    peers = any(s.kind is SourceKind.PEER for p in plans.values() for s in p.sources)
     d.set_record(
         planned_epoch=d.status.epoch,
-        reason="PeerCopiesFound" if peers else "RunningCheckpointFound",
+        reason=_reason(plans.values()),
         delta_norm=DeltaNorm(value=delta.value, kind=delta.kind),
         rework=rework_of(d, delta),
         silent=silent,
     )
     return True
+
+
+def _reason(plans: Iterable[Plan]) -> str:
+    plans = list(plans)
+    if plans and all(p.handed for p in plans):
+        return "HandedOver"
+    peers = any(s.kind is SourceKind.PEER for p in plans for s in p.sources)
+    return "PeerCopiesFound" if peers else "RunningCheckpointFound"
 
 
 def _broken(d: Draft) -> str | None:
@@ -277,14 +291,16 @@ def _restore_seconds(d: Draft) -> float:
 
 def _correct(d: Draft, sources: dict[str, int]) -> None:
     """Where slots came from other sources than those that stood first, say what is true."""
-    planned = d.record.reason == "PeerCopiesFound"
-    if not planned or not sources.get(SourceKind.RUNNING_CHECKPOINT.value):
+    hoped = {"PeerCopiesFound": SourceKind.PEER, "HandedOver": SourceKind.PREDECESSOR}
+    planned = hoped.get(d.record.reason)
+    if planned is None or not sources.keys() - {planned.value, SourceKind.PREDECESSOR.value}:
         return
     # How stale each block of the running checkpoint was, only the reading server could have told.
     rework = d.record.rework.model_copy(update={"estimated": None})
     d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"), rework=rework)
-    if not sources.get(SourceKind.PEER.value):
-        d.set_record(reason="PeerCopiesFailed")
+    if not sources.get(planned.value):
+        failed = "PeerCopiesFailed" if planned is SourceKind.PEER else "HandOverFailed"
+        d.set_record(reason=failed)
 
 
 def _finish(d: Draft) -> None:
@@ -320,6 +336,13 @@ def _finish(d: Draft) -> None:
     if d.status.rollback.cut is not None:
         # Who comes later restores from the survivors; nobody goes back to this cut again.
         d.set(rollback=RollbackStatus(generation=d.status.rollback.generation))
+    d.set(handing=())
+    if closed.cause == HAND_BACK:
+        names = ", ".join(seat(Role.SERVER, index) for index in closed.indexes)
+        text = f"{names} has its slots back after {closed.seconds:.2f} s ({closed.reason})"
+        d.phase(Phase.RUNNING, "HandedBack", text)
+        d.tell("HandedBack", text)
+        return
     text = f"recovered by {closed.strategy} in {closed.seconds:.2f} s ({closed.reason})"
     d.phase(Phase.RUNNING, "Recovered", text)
     d.tell("RecoverySucceeded", text)

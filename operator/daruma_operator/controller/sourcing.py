@@ -2,8 +2,9 @@
 
 from daruma_operator.api.spec import ConsistencyMode
 from daruma_operator.api.status import MemberStatus, RecoveryRecord, Rework, TrainingJobStatus
+from daruma_operator.controller.adopting import HAND_BACK
 from daruma_operator.controller.draft import Draft
-from daruma_operator.controller.observe import Heard, Seen
+from daruma_operator.controller.observe import Heard, Seen, agent_of
 from daruma_operator.controller.progress import steps_of
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.recovery.plan import Plan, plan_slots
@@ -57,9 +58,20 @@ def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str
             preset_of(record.strategy).sources,
             copies,
             stored=stored,
+            predecessor=_predecessor(seen, status, m),
         )
         for m in restoring(status)
     }
+
+
+def _predecessor(
+    seen: Seen, status: TrainingJobStatus, member: MemberStatus
+) -> tuple[str, str] | None:
+    """Who hands a member its slots over, with its agent, if it can be reached."""
+    for old in status.handing:
+        if old.index == member.index and (agent := agent_of(seen, old)) is not None:
+            return name_of(old), agent
+    return None
 
 
 def restores_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str, Restore]:
@@ -72,7 +84,7 @@ def restores_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[
         return {}
     plans = plans_of(seen, status, stored=stored)
     return {
-        name_of(m): Restore(record.id, status.epoch, m.incarnation, plans[name_of(m)].sources)
+        name_of(m): Restore(record.id, status.epoch, name_of(m), plans[name_of(m)].sources)
         for m in restoring(status)
         if name_of(m) not in told
     }
@@ -87,6 +99,8 @@ def delta_of(d: Draft, plans: dict[str, Plan]) -> Delta:
     shards = []
     for member, plan in plans.items():
         last = _last_words(d, int(member.split("-")[1]))
+        if plan.handed:
+            continue
         if last is None:
             return UNKNOWN
         report, norm = last.report, last.report.update_norm
@@ -113,7 +127,8 @@ def rework_of(d: Draft, delta: Delta) -> Rework:
         if report is not None:
             moves.append(report.moves)
     decay = fit(moves, d.spec.servers.replicas, d.record.step)
-    every = d.spec.checkpoint.every
+    # Nothing is lost when adopted slots return.
+    every = d.spec.checkpoint.every if d.record.cause != HAND_BACK else 0
     return d.record.rework.model_copy(
         update={
             "estimated": estimate(delta, decay),

@@ -1,6 +1,7 @@
 """Up to the first step: pods, their addresses, the first membership. Pure."""
 
 from daruma_operator.api.status import Phase
+from daruma_operator.controller.adopting import guest_report
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
 from daruma_operator.controller.observe import runs
@@ -21,10 +22,14 @@ def addresses(d: Draft) -> None:
         if member.address is not None:
             continue
         pod = d.seen.pod(member.pod)
-        if pod is None or pod.address is None or not runs(pod):
+        address = None if pod is None or not runs(pod) else pod.address
+        if member.guest:
+            guest = guest_report(d, member)
+            address = None if guest is None else guest.address
+        if address is None:
             missing += 1
         else:
-            known.append(member.model_copy(update={"address": pod.address}))
+            known.append(member.model_copy(update={"address": address}))
     if not known or (missing and d.status.recovery is None):
         return
     d.replace_members(known)

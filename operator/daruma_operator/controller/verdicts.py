@@ -59,9 +59,11 @@ def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict
     pod = seen.pod(member.pod)
     name = name_of(member)
     age = seen.suspected(name)
+    if member.guest and (code := _guest_ended(seen, name)) is not None:
+        return Verdict(member, f"Exit{code}" if code >= 0 else f"Signal{-code}", True, age, None)
     if pod is None:
         # Without an address it was announced but perhaps never made: it is made (again).
-        if member.address is None:
+        if member.address is None and not member.guest:
             return None
         return Verdict(member, "PodDeleted", False, age, None)
     if pod.state is PodState.TERMINATED:
@@ -76,6 +78,15 @@ def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict
         return None
     if failing >= detect_seconds and confirmed(seen, member):
         return Verdict(member, UNRESPONSIVE, False, age or failing, pod)
+    return None
+
+
+def _guest_ended(seen: Seen, name: str) -> int | None:
+    """Exit code of an adopted server that ended, as its host says."""
+    for heard in seen.heard.values():
+        for guest in heard.report.guests:
+            if guest.id == name and guest.exit_code is not None:
+                return guest.exit_code
     return None
 
 

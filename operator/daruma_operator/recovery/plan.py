@@ -33,6 +33,8 @@ class Plan:
     """Of the peer copies that stand first for some slot, the stalest."""
     exact_peers: bool
     """Every slot has a peer's copy standing first for it."""
+    handed: bool = False
+    """A predecessor that is still there hands them over."""
 
 
 def plan_slots(
@@ -41,11 +43,13 @@ def plan_slots(
     copies: Mapping[str, Sequence[Copies]],
     *,
     stored: bool,
+    predecessor: tuple[str, str] | None = None,
 ) -> Plan:
     """Order the sources of `slots`.
 
     `copies` says which slots each live worker kept of its last complete pull, `stored` whether a
-    store may hold the lost shard's running checkpoint.
+    store may hold the lost shard's running checkpoint, `predecessor` who hands the slots over (its
+    name and its agent).
     """
     lost = frozenset(slots)
     peers: list[tuple[Version, str, list[int]]] = []
@@ -66,7 +70,13 @@ def plan_slots(
             covered.update(mine)
     sources = [Source(SourceKind.PEER, slots_to_hex(mine), member) for _, member, mine in peers]
     by_peers = covered == lost
+    if predecessor is not None:
+        name, agent = predecessor
+        given = Source(SourceKind.PREDECESSOR, slots_to_hex(slots), name, agent=agent)
+        sources.insert(0, given)
+        covered |= lost
     if stored and SourceKind.RUNNING_CHECKPOINT in kinds:
         sources.append(Source(SourceKind.RUNNING_CHECKPOINT, slots_to_hex(slots)))
         covered |= lost
-    return Plan(tuple(sources), len(lost - covered), oldest, by_peers)
+    handed = predecessor is not None
+    return Plan(tuple(sources), len(lost - covered), oldest, by_peers, handed)

@@ -7,6 +7,7 @@ import sys
 
 import zmq
 
+from daruma_trainer.contract import ENV_HOST_PID
 from daruma_trainer.errors import DarumaError
 from daruma_trainer.identity import Identity
 
@@ -18,6 +19,11 @@ def main() -> int:
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    if host := os.environ.get(ENV_HOST_PID):
+        from daruma_trainer.server.guests import end_with
+
+        if not end_with(int(host)):
+            return 1
     from daruma_trainer.server.serve import Server
 
     try:

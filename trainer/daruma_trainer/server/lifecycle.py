@@ -6,7 +6,7 @@ back through `post`.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.server.background import Background
 from daruma_trainer.server.cuts import FIRST, Cuts
 from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.handover import pack
 from daruma_trainer.server.motion import Motion
 from daruma_trainer.server.restoring import Restorer
 from daruma_trainer.server.saving import Saver, Written
@@ -70,6 +71,8 @@ class Lifecycle:
         self.generation = 0
         self.rolling = False
         """Whether a rollback is being loaded."""
+        self.frozen = False
+        """Whether a successor takes the slots over: nothing changes any more."""
         self.error: str | None = None
         self.final: str | None = None
         """Set where there is no store to save the result to."""
@@ -107,7 +110,7 @@ class Lifecycle:
     def tick(self) -> None:
         """What follows from what was just handled."""
         plane = self.plane
-        if plane is None:
+        if plane is None or self.frozen:
             return
         if self.restorer is not None and self.restoring:
             self.restorer.tick()
@@ -119,6 +122,17 @@ class Lifecycle:
                 self.saver.tick()
             if self.cuts is not None:
                 self.cuts.tick()
+
+    def freeze(self) -> None:
+        """Serve no more and change no more: the successor is to find what was last acknowledged."""
+        self.frozen = True
+
+    def hand_over(self) -> Iterator[bytes | bytearray] | None:
+        """Give the frozen shard; None if it is not frozen or not whole. From any thread."""
+        plane, membership = self.plane, self._membership
+        if not self.frozen or plane is None or membership is None or not plane.slots.ready.all():
+            return None
+        return pack(plane, membership.job_uid, self.me.index)
 
     def take_final(self, number: str) -> None:
         """Save this shard's part of the job's result, where there is a store."""
@@ -147,6 +161,7 @@ class Lifecycle:
         settings = membership.settings
         plane = DataPlane(membership, self.me.index, self.me.incarnation)
         self._motion = Motion(settings.every * settings.fraction or NOTE_STEPS, self.me.index)
+        background = self._background = Background(self._around.post)
         if settings.store is not None:
             try:
                 self.store = open_store(settings.store)
@@ -154,24 +169,22 @@ class Lifecycle:
                 LOG.error("%s", error)
                 self._around.stop(ExitCode.USAGE)
                 return
-            background = self._background = Background(self._around.post)
             self.saver = Saver(plane, self.store, background, membership, self.me.index)
             self.cuts = Cuts(
                 plane, self.saver, self.store, background, self.me.index,
                 self._around.tell_cut, membership,
             )  # fmt: skip
         if settings.restore_from is not None and not membership.initialised:
-            self._warm_start(plane, settings.restore_from)
+            self._warm_start(plane, background, settings.restore_from)
         self.restorer = Restorer(
-            plane, self.store, self._background, membership.prefix, self.me.index,
+            plane, self.store, background, membership.prefix, self.me,
             self._around.fetch, self._all_back,
         )  # fmt: skip
         self.plane = plane
 
-    def _warm_start(self, plane: DataPlane, uri: str) -> None:
+    def _warm_start(self, plane: DataPlane, background: Background, uri: str) -> None:
         """Take another job's result for initial values, whatever its number of servers was."""
         plane.warm = ""
-        background = self._background = self._background or Background(self._around.post)
 
         def read() -> dict[str, Floats]:
             return load_state(*open_cut(uri))
@@ -204,7 +217,7 @@ class Lifecycle:
 
     def restore(self, plan: Restore) -> Outcome:
         """Begin to bring lost slots back, or go on with a newer plan."""
-        if plan.incarnation != self.me.incarnation or self.restorer is None:
+        if plan.member != self.me.id or self.restorer is None:
             return Outcome(HTTPStatus.CONFLICT, f"this is {self.me.id}")
         self.restorer.begin(plan)
         self._around.publish()

@@ -70,11 +70,14 @@ def report_of(server: "Server") -> Report:
         stale=server.stale,
         error=life.error,
         final=life.final,
+        guests=server.guests.report,
     )
     if plane is None:
         return base
     ready = int(plane.slots.ready.sum())
-    if life.rolling or (plane.slots.state == SlotState.RESTORING).any():
+    if life.frozen:
+        state = "Frozen"
+    elif life.rolling or (plane.slots.state == SlotState.RESTORING).any():
         state = "Restoring"
     else:
         state = "Ready" if ready == len(plane.slots.ids) and plane.shard.tables else "Empty"

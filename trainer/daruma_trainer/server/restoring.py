@@ -30,9 +30,11 @@ from daruma_trainer.contract import (
     slots_from_hex,
 )
 from daruma_trainer.errors import DamagedError, StoreError
+from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints
 from daruma_trainer.server.background import Background
 from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.handover import fetch as fetch_shard
 from daruma_trainer.wire import State
 
 LOG = logging.getLogger("daruma.server")
@@ -58,9 +60,9 @@ class Restorer:
 
     plane: DataPlane
     store: Store | None
-    background: Background | None
+    background: Background
     prefix: str
-    index: int
+    me: Identity
     fetch: Callable[[str, Ints, int], bool]
     """Ask a worker for slots; False if it is not connected (yet)."""
     complete: Callable[[], None]
@@ -137,8 +139,8 @@ class Restorer:
 
     def load_cut(self, name: str, done: Callable[[Cut | None, str | None], None]) -> None:
         """Load every slot from a cut (a rollback); `done` runs on the loop's thread."""
-        store, index = self.store, self.index
-        if store is None or self.background is None:
+        store, index = self.store, self.me.index
+        if store is None:
             done(None, "there is no store to roll back to")
             return
 
@@ -210,13 +212,18 @@ class Restorer:
 
     def _read(self, ask: _Ask) -> None:
         source, store = self._source(ask), self.store
-        if store is None or self.background is None:
+        predecessor = source.agent if source.kind is SourceKind.PREDECESSOR else None
+        if store is None and predecessor is None:
             self._asks.remove(ask)
             self._next(ask.k, time.monotonic())
             return
-        prefix, index, below = self.prefix, self.index, self.plane.incarnation
+        prefix, index, below = self.prefix, self.me.index, self.plane.incarnation
 
         def read() -> tuple[Manifest, list[BlockState], list[str]]:
+            if predecessor is not None:
+                return fetch_shard(predecessor, self.me.token)
+            if store is None:
+                raise StoreError("the job has no store")
             if source.manifest:
                 manifest = read_manifest(store, source.manifest)
             else:
@@ -245,7 +252,7 @@ class Restorer:
         now = time.monotonic()
         problem = str(error) if result is None else self._make_tables(result[0])
         if result is None or problem or self.report is None:
-            LOG.warning("the running checkpoint gave nothing: %s", problem)
+            LOG.warning("%s gave nothing: %s", self._source(ask).kind, problem)
             self._next(ask.k, now)
             return
         manifest, blocks, damaged = result
@@ -273,11 +280,11 @@ class Restorer:
             s.kind is SourceKind.RUNNING_CHECKPOINT for s in plan.sources[ask.source :]
         )
         has_state = any(table.state for table in self.plane.shard.tables)
-        if store is None or self.background is None or not (stored and has_state):
+        if store is None or not (stored and has_state):
             self._taken(kind, k, size)
             return
         keys = [key for s in k.tolist() for key in self._keys(s)]
-        prefix, index, below = self.prefix, self.index, self.plane.incarnation
+        prefix, index, below = self.prefix, self.me.index, self.plane.incarnation
 
         def read() -> list[BlockState]:
             found = newest_manifest(store, prefix, index, below)

@@ -34,6 +34,7 @@ from daruma_trainer.links import Link, open_socket
 from daruma_trainer.server.authentication import Gate
 from daruma_trainer.server.data import DataPlane, Reply, refuse, worker_of
 from daruma_trainer.server.fencing import Fence
+from daruma_trainer.server.guests import Guests
 from daruma_trainer.server.lifecycle import Lifecycle
 from daruma_trainer.server.metrics import exposition
 from daruma_trainer.server.reporting import Reports, report_of
@@ -92,9 +93,11 @@ class Server:
         self._cell = ViewCell(Report(identity.id, 0, "Joining"))
         self._published = 0.0
         self._shown: tuple[object, ...] = ()
+        self.guests = Guests(identity, os.environ)
         self._agent = Agent(
-            identity.agent_listen, identity.token, self._cell, self.command, self._scrape
-        )
+            identity.agent_listen, identity.token, self._cell, self.command, self._scrape,
+            self.life.hand_over,
+        )  # fmt: skip
 
     # The loop
 
@@ -164,6 +167,7 @@ class Server:
 
     def _after(self) -> None:
         """What follows from what was just handled."""
+        self.guests.tick()
         self.life.tick()
         plane = self.life.plane
         if plane is not None and plane.waiting and plane.hold is None:
@@ -209,7 +213,8 @@ class Server:
         elif header.kind is Kind.MEMBERSHIP:
             self._take_membership(member, frames)
         elif header.kind is Kind.CUT:
-            if self.life.cuts is not None and member in self._members():
+            siblings = self._members() if not self.life.frozen else set()
+            if self.life.cuts is not None and member in siblings:
                 self.life.cuts.receive(decode_json(frames[1]))
         elif header.kind is Kind.HELLO:
             self._reply(identity, header, Reply(Kind.OK, [b"{}"]))
@@ -250,6 +255,8 @@ class Server:
             return refuse(Refusal.STALE_INCARNATION, f"worker {index} was replaced")
         if header.generation != life.generation or life.rolling:
             return refuse(Refusal.WRONG_GENERATION, f"this is generation {life.generation}")
+        if life.frozen:
+            return refuse(Refusal.STALE_INCARNATION, f"{self.me.id} hands its slots over")
         if not self._fence.sure():
             return refuse(Refusal.UNSURE, "asking for the newest membership")
         return None
@@ -312,12 +319,17 @@ class Server:
         if new.name != self.me.job or new.namespace != self.me.namespace:
             return Outcome(HTTPStatus.CONFLICT, f"this server is of job {self.me.job}")
         mine = new.member(Role.SERVER, self.me.index)
-        if mine is None or mine.incarnation != self.me.incarnation:
+        handing = any(m.id == self.me.id for m in new.handing)
+        if not handing and (mine is None or mine.incarnation != self.me.incarnation):
             LOG.warning("replaced by %s in epoch %s", mine and mine.id, new.epoch)
             self.stop(ExitCode.STALE)
             return Outcome(HTTPStatus.CONFLICT, "this incarnation was replaced")
         self.membership = new
-        self.life.adopt(new)
+        if handing:
+            self.life.freeze()
+        elif mine is not None:
+            self.guests.follow(new, mine)
+            self.life.adopt(new)
         self._relink_due = True
         for identity in [i for i in self._connected if i in self._members()]:
             self._tell_membership(identity.encode(), 0)
@@ -439,6 +451,7 @@ class Server:
             own.restore,
             own.suspects,
             own.error,
+            own.guests,
         )
         now = now or shown != self._shown
         if not now and time.monotonic() - self._published < QUICK_SECONDS:
@@ -458,6 +471,7 @@ class Server:
         return exposition(self)
 
     def _close(self) -> None:
+        self.guests.close()
         # One that was replaced has nothing to save that counts.
         self.life.close(0.0 if self._exit == ExitCode.STALE else SAVE_SECONDS)
         self._agent.close()

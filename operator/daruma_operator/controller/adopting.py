@@ -1,0 +1,170 @@
+"""Adoption: a lost server's next incarnation lives in the pod of a server that is there, at once.
+
+Later a pod of its own takes its slots back: the adopted incarnation freezes and hands its shard
+over, exact to the last update. That is no loss, but it is brought to its end as a recovery is, and
+recorded as one, with the cause HandBack. Pure.
+"""
+
+from collections.abc import Collection
+from datetime import timedelta
+
+from daruma_operator.api.spec import Placement, StrategyName
+from daruma_operator.api.status import (
+    DeltaNorm,
+    Loss,
+    MemberStatus,
+    Phase,
+    Phases,
+    Pushes,
+    RecoveryRecord,
+    Rework,
+)
+from daruma_operator.controller.draft import Draft
+from daruma_operator.controller.observe import runs
+from daruma_operator.controller.progress import job_step
+from daruma_operator.controller.verdicts import name_of
+from daruma_operator.names import pod_name, seat
+from daruma_operator.recovery.price import counters
+from daruma_operator.recovery.strategies import PRESETS
+from daruma_operator.substrate.protocol import PodState
+from daruma_trainer.contract import Guest, Role
+
+HAND_BACK = "HandBack"
+
+
+def successor(d: Draft, role: Role, index: int, epoch: int) -> MemberStatus:
+    """Return the next incarnation of a seat, in a pod of its own."""
+    name = pod_name(d.seen.job.name, role, index, epoch)
+    return MemberStatus(role=role, index=index, incarnation=epoch, pod=name)
+
+
+def successors(
+    d: Draft, lost: Collection[MemberStatus], epoch: int, placement: Placement
+) -> list[MemberStatus]:
+    """Return the next incarnations of lost members: in their own pods, or with a host each."""
+    made = [successor(d, m.role, m.index, epoch) for m in lost]
+    if placement is not Placement.ADOPT or not d.status.initialised:
+        return made
+    hosts = _hosts(d, lost)
+    for i, member in enumerate(made):
+        if member.role is not Role.SERVER or not hosts:
+            continue
+        # The one with the fewest guests; among equals the lowest index.
+        host = min(hosts, key=lambda name: hosts[name])
+        guests, index = hosts[host]
+        hosts[host] = (guests + 1, index)
+        made[i] = member.model_copy(update={"pod": host})
+        text = f"{seat(Role.SERVER, index)} takes in the slots of {seat(Role.SERVER, member.index)}"
+        d.tell("Adopted", text, member=seat(Role.SERVER, member.index))
+        if d.status.recovery is not None:
+            d.set_record(placement=Placement.ADOPT.value)
+    return made
+
+
+def _hosts(d: Draft, lost: Collection[MemberStatus]) -> dict[str, tuple[int, int]]:
+    """Pods of servers that live, with (guests, index)."""
+    servers = d.members(Role.SERVER)
+    # A host that lost its guest is still there; one that does not answer may seem so.
+    lost_pods = {m.pod for m in lost if not m.guest}
+    return {
+        m.pod: (sum(g.pod == m.pod and g.guest for g in servers), m.index)
+        for m in servers
+        if not m.guest and m.pod not in lost_pods and runs(d.seen.pod(m.pod)) and m.address
+    }
+
+
+def adopt_instead(d: Draft, waiting: Collection[MemberStatus]) -> bool:
+    """Adopt the seats of servers whose pods do not come; False if nobody can take them in."""
+    servers = [m for m in waiting if m.role is Role.SERVER and not m.guest]
+    if not servers or not _hosts(d, waiting):
+        return False
+    epoch = d.raise_epoch()
+    d.replace_members(successors(d, servers, epoch, Placement.ADOPT))
+    d.set_record(epoch=epoch, stage_since=d.now, planned_epoch=0)
+    return True
+
+
+def guest_report(d: Draft, member: MemberStatus) -> Guest | None:
+    """What a guest's host says of it."""
+    for host in d.members(Role.SERVER):
+        if host.pod == member.pod and not host.guest:
+            report = d.seen.report(name_of(host))
+            guests = () if report is None else report.guests
+            return next((g for g in guests if g.id == name_of(member)), None)
+    return None
+
+
+def hand_back(d: Draft) -> None:
+    """Make a pod for each adopted server; when it is there, let it take its slots back."""
+    guests = {m.index: m for m in d.members(Role.SERVER) if m.guest}
+    kept = [m for m in d.status.returning if m.index in guests and not _spent(d, m)]
+    if missing := [i for i in guests if i not in {m.index for m in kept}]:
+        epoch = d.raise_epoch()
+        kept += [successor(d, Role.SERVER, i, epoch) for i in missing]
+    if tuple(kept) != d.status.returning:
+        d.set(returning=tuple(kept))
+    ready = [m for m in kept if _joins(d, m)]
+    if ready:
+        _begin(d, ready, [guests[m.index] for m in ready])
+
+
+def _joins(d: Draft, member: MemberStatus) -> bool:
+    return runs(d.seen.pod(member.pod)) and d.seen.report(name_of(member)) is not None
+
+
+def _spent(d: Draft, member: MemberStatus) -> bool:
+    """Whether a pod ended before it took anything back, and long enough ago to try another."""
+    pod = d.seen.pod(member.pod)
+    if pod is None or pod.created_at is None:
+        return False
+    if pod.state is not PodState.TERMINATED and not pod.deleting:
+        return False
+    return d.left(pod.created_at, d.spec.recovery.timeouts.replace_seconds) <= 0
+
+
+def _begin(d: Draft, ready: list[MemberStatus], guests: list[MemberStatus]) -> None:
+    """Freeze the adopted incarnations, and let the new ones take over."""
+    epoch = d.raise_epoch()
+    owners = []
+    for member in ready:
+        pod = d.seen.pod(member.pod)
+        owners.append(member.model_copy(update={"address": pod.address if pod else None}))
+    d.replace_members(owners)
+    d.set(
+        handing=tuple(guests),
+        returning=tuple(m for m in d.status.returning if m not in ready),
+    )
+    strategy = d.spec.recovery.strategy
+    if PRESETS[strategy].rollback:
+        # What is handed over is exact: nobody has to go back.
+        strategy = StrategyName.FRESHEST
+    reports = {i: heard.report for i, heard in d.seen.heard.items()}
+    lost, replayed = counters(reports, [name_of(m) for m in d.status.members])
+    d.set(
+        recovery=RecoveryRecord(
+            id=max((r.id for r in d.status.recoveries), default=0) + 1,
+            epoch=epoch,
+            cause=HAND_BACK,
+            role=Role.SERVER,
+            indexes=tuple(sorted(m.index for m in ready)),
+            strategy=strategy,
+            reason="OwnPodReady",
+            started_at=d.now,
+            stage_since=d.now,
+            step=job_step(d),
+            phases=Phases(detect=0.0),
+            base=Pushes(lost=lost, replayed=replayed),
+            delta_norm=DeltaNorm(),
+            rework=Rework(),
+            losses=tuple(
+                Loss(
+                    role=m.role, index=m.index, incarnation=m.incarnation, pod=m.pod, epoch=epoch,
+                    # Nobody has to be waited for: the shard comes from who has it.
+                    at=d.now - timedelta(seconds=d.policy.copies_seconds), reason=HAND_BACK,
+                )
+                for m in guests
+            ),
+        )
+    )  # fmt: skip
+    names = ", ".join(seat(Role.SERVER, m.index) for m in ready)
+    d.phase(Phase.RECOVERING, HAND_BACK, f"{names} takes its slots back")
