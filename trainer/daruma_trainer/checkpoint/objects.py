@@ -17,6 +17,7 @@ from daruma_trainer.checkpoint.store import check_name, check_ranges, check_whol
 from daruma_trainer.errors import ConfigurationError, MissingError, StoreError, StoreFullError
 
 if TYPE_CHECKING:
+    from obstore import ListResult, ObjectMeta
     from obstore.store import AzureStore, GCSStore, RetryConfig, S3Store
 
     Inner = S3Store | GCSStore | AzureStore
@@ -28,6 +29,8 @@ _FOLDER = re.compile(r"(/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*/?")
 _PART = 8 << 20
 """Bytes of a request of an upload: what is larger is sent in parts of this size."""
 _PARTS_AT_ONCE = 4
+_REPETITIONS = 2
+"""Of a listing whose answer broke off."""
 _GAP = 1 << 20
 """Ranges nearer than this are read by one request: a request takes longer than such a gap."""
 
@@ -190,8 +193,20 @@ class ObjectStore:
         """See Store.list: page after page, within one deadline."""
         check_name(prefix)
 
+        from obstore.exceptions import GenericError
+
+        async def pages() -> "ListResult[Sequence[ObjectMeta]]":
+            for _ in range(_REPETITIONS):
+                try:
+                    return await self._inner.list_with_delimiter_async(prefix)
+                except GenericError as error:
+                    # The library repeats requests, but no listing whose answer broke off.
+                    if "body error" not in str(error):
+                        raise
+            return await self._inner.list_with_delimiter_async(prefix)
+
         async def ask() -> list[str]:
-            found = await self._inner.list_with_delimiter_async(prefix)
+            found = await pages()
             paths = [*found["common_prefixes"], *(o["path"] for o in found["objects"])]
             return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
 
@@ -228,7 +243,7 @@ class ObjectStore:
         try:
             return asyncio.run(bounded())
         except TimeoutError:
-            limit = f" within {seconds:g} s" if seconds is not None else " in time"
+            limit = f" within {seconds:.0f} s" if seconds is not None else " in time"
             raise StoreError(
                 f"cannot {verb} {name} in {self._uri}: it was not done{limit}: {_ENDPOINT}"
             ) from None
@@ -243,7 +258,7 @@ class ObjectStore:
             return StoreFullError(f"{what}: {_reason(text)}: no space left, or a quota is used up")
         if _no_bucket(text):
             return StoreError(f"{what}: there is no such bucket: make it, or correct the URI")
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) and verb == "read":
             return StoreError(f"{what}: there is no such object")
         if status == 416:
             return StoreError(f"{what}: it ends before what was asked for")

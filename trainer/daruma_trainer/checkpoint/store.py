@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -138,7 +139,7 @@ class DirectoryStore:
         """See Store.list."""
         try:
             names = [p.name for p in self._path(prefix).iterdir()]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise StoreError(f"cannot list {prefix}: {error.strerror}") from error
@@ -156,7 +157,8 @@ class DirectoryStore:
         return self._root / name
 
     def _write_beside(self, path: Path, data: bytes | bytearray | memoryview) -> Path:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        writer = f"{os.getpid()}-{threading.get_ident()}"
+        temporary = path.with_name(f"{path.name}.{writer}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb", buffering=0) as file:
