@@ -38,10 +38,12 @@ _ANSWERS = {
 
 @dataclass
 class FaultyProxy:
-    """Requests of `method` (any: "") meet the fault, `times` of them; all others pass."""
+    """Requests of `method` (any: "") whose path holds `path` meet the fault, `times` of them; all
+    others pass."""
 
     port: int = 0
     method: str = ""
+    path: str = ""
     fault: Fault | None = None
     times: int = 0
     page: int | None = None
@@ -52,10 +54,11 @@ class FaultyProxy:
     lock: threading.Lock = field(default_factory=threading.Lock)
     closing: threading.Event = field(default_factory=threading.Event)
 
-    def fail(self, fault: Fault, times: int = 1_000_000, method: str = "") -> None:
+    def fail(self, fault: Fault, times: int = 1_000_000, method: str = "", path: str = "") -> None:
         """Let the next requests fail."""
         with self.lock:
-            self.fault, self.times, self.method = fault, times, method
+            self.fault, self.times = fault, times
+            self.method, self.path = method, path
 
     def heal(self) -> None:
         """Let every request pass."""
@@ -70,7 +73,8 @@ class FaultyProxy:
         """Say what happens to a request."""
         with self.lock:
             self.seen.append((method, path, headers))
-            if self.fault is None or not self.times or self.method not in ("", method):
+            hit = self.method in ("", method) and self.path in path
+            if self.fault is None or not self.times or not hit:
                 return None
             self.times -= 1
             self.done[self.fault] += 1

@@ -1,4 +1,4 @@
-"""`daruma run` whose saves lie in a bucket: a server is killed, and the result is read from there."""
+"""`daruma run` whose saves lie in a bucket: a server is killed, the result is read from there."""
 
 import json
 import subprocess

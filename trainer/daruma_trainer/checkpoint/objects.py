@@ -89,7 +89,7 @@ def open_objects(uri: str, patience: Patience | None = None) -> "ObjectStore":
         "timeout": _duration(3600.0),
     }
     retry: RetryConfig = {
-        "max_retries": 8,
+        "max_retries": 100,  # by time, not by count
         "retry_timeout": timedelta(seconds=patience.retrying),
         "backoff": {
             "init_backoff": timedelta(milliseconds=100),
