@@ -21,7 +21,7 @@ from faulty_proxy import Fault, faulty_proxy
 from s3_server import environment
 
 ROWS, COLS = 40, 4
-BRIEF = Patience(seconds=10.0, silence=2.0, retrying=3.0)
+BRIEF = Patience(silence=4.0, retrying=3.0)
 MEMBERSHIP = Membership(
     "uid", "ns", "job", 1, 1, 1, (Member(Role.SERVER, 0, 1, "s0", "a:0"),),
     Settings(every=4, fraction=0.25, running=True),

@@ -281,14 +281,15 @@ class Broken:
         self.direct.write("there", b"x" * 1000)
         self.direct.write("folder/one", b"1")
         os.environ.update(environment(proxy.port))
+        self.uri = uri
         self.brief = open_objects(uri, BRIEF)
         self.store = open_objects(uri, HEALING)
 
-    def fails(self, verb: Verb) -> str:
+    def fails(self, verb: Verb, store: Store | None = None) -> str:
         """Run what must end in StoreError, in time; returns its message."""
         began = time.monotonic()
         with pytest.raises(StoreError) as caught:
-            verb(self.brief)
+            verb(store or self.brief)
         assert time.monotonic() - began < LATE
         message = str(caught.value)
         assert f"s3://{self.bucket}" in message
@@ -356,9 +357,10 @@ def test_an_answer_that_is_cut_is_asked_for_again(broken: Broken, verb: str) -> 
 
 
 def test_an_answer_that_never_ends_is_given_up(broken: Broken) -> None:
+    store = open_objects(broken.uri, Patience(seconds=3.0, silence=30.0))
     broken.proxy.fail(Fault.TRICKLE)
-    assert "not done within 3 s" in broken.fails(READS["read_ranges"])
-    broken.fails(READS["read"])
+    assert "not done within 3 s" in broken.fails(READS["read_ranges"], store)
+    assert "not done in time" in broken.fails(READS["read"], store)
 
 
 @pytest.mark.parametrize("verb", ["write", "write-large", "create"])
@@ -395,7 +397,7 @@ def test_a_create_whose_answer_is_lost_is_never_done_twice(broken: Broken) -> No
 @pytest.mark.parametrize("verb", VERBS)
 def test_who_is_refused_is_told_what_to_check(broken: Broken, verb: str) -> None:
     broken.proxy.fail(Fault.DENIED)
-    message = broken.fails(VERBS[verb])
+    message = broken.fails(VERBS[verb], broken.store)
     assert "403 Forbidden (SignatureDoesNotMatch)" in message
     assert "spec.checkpoint.secretRef" in message
     assert "Credential=" not in message
@@ -404,8 +406,9 @@ def test_who_is_refused_is_told_what_to_check(broken: Broken, verb: str) -> None
 
 def test_a_store_without_space_says_so(broken: Broken) -> None:
     broken.proxy.fail(Fault.FULL, method="PUT")
+    store = open_objects(broken.uri, Patience(retrying=1.0))
     with pytest.raises(StoreFullError, match="no space left, or a quota"):
-        broken.store.write("new", b"1")
+        store.write("new", b"1")
 
 
 def test_nobody_listens(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
