@@ -62,8 +62,43 @@ BAD: list[Case] = [
     ),
     (
         "another store",
-        {"program": PROGRAM, "checkpoint": {"store": "s3://b/p"}},
-        "must begin with file:///",
+        {"program": PROGRAM, "checkpoint": {"store": "ftp://b/p"}},
+        "must be s3://bucket/folder, gs://bucket/folder",
+    ),
+    (
+        "a bucket without a name",
+        {"program": PROGRAM, "checkpoint": {"store": "s3:///folder"}},
+        "must be s3://bucket/folder, gs://bucket/folder",
+    ),
+    (
+        "a folder above the bucket",
+        {"program": PROGRAM, "checkpoint": {"store": "gs://bucket/../other"}},
+        "must be s3://bucket/folder, gs://bucket/folder",
+    ),
+    (
+        "credentials in the store's URI",
+        {"program": PROGRAM, "checkpoint": {"store": "s3://id:key@bucket/p"}},
+        "put them into a Secret that spec.checkpoint.secretRef names",
+    ),
+    (
+        "a signature in the store's URI",
+        {"program": PROGRAM, "checkpoint": {"store": "az://container/p?sig=x"}},
+        "put them into a Secret that spec.checkpoint.secretRef names",
+    ),
+    (
+        "a bucket with a claim",
+        {"program": PROGRAM, "checkpoint": {"store": "s3://bucket/p", "claimName": "c"}},
+        "claimName belongs to a file:// store",
+    ),
+    (
+        "a claim with a Secret",
+        {"program": PROGRAM, "checkpoint": {**STORE, "secretRef": {"name": "s"}}},
+        "secretRef belongs to an s3://, gs:// or az:// store",
+    ),
+    (
+        "a Secret without a store",
+        {"program": PROGRAM, "checkpoint": {"secretRef": {"name": "s"}}},
+        "secretRef belongs to an s3://, gs:// or az:// store",
     ),
     (
         "saves too often",

@@ -116,6 +116,17 @@ def test_a_local_run_needs_no_claim() -> None:
     assert parse_manifest(text, "x", local=True).spec.checkpoint.store == "file:///s"
 
 
+@pytest.mark.parametrize(
+    "store", ["s3://my-bucket.eu/a/b-c/", "gs://b_1/x=1/2026.01", "az://container", "s3://abc/"]
+)
+def test_buckets_are_stores_without_a_claim(store: str) -> None:
+    point = {"store": store, "secretRef": {"name": "s3"}}
+    job = parse_manifest(json.dumps(manifest({"program": PROGRAM, "checkpoint": point})), "x")
+    assert job.spec.checkpoint.store == store
+    assert job.spec.checkpoint.secret_ref is not None
+    assert job.spec.checkpoint.secret_ref.name == "s3"
+
+
 def test_a_status_reads_back_and_passes_over_what_it_does_not_know() -> None:
     status = TrainingJobStatus(
         phase=Phase.RECOVERING, epoch=7, recovery=RecoveryRecord(id=3, indexes=(1,))

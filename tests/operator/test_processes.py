@@ -102,6 +102,14 @@ def test_the_store_lies_in_the_folder_of_the_run(tmp_path: Path) -> None:
     assert substrate.store_uri(substrate.job) == f"file://{tmp_path}/store/a/b"
 
 
+def test_a_bucket_is_used_as_it_is(tmp_path: Path) -> None:
+    job = job_of("true")
+    point = job.spec.checkpoint.model_copy(update={"store": "s3://bucket/folder"})
+    job = job.model_copy(update={"spec": job.spec.model_copy(update={"checkpoint": point})})
+    substrate = ProcessSubstrate(job, tmp_path, {}, Ports(HOST))
+    assert substrate.store_uri(substrate.job) == "s3://bucket/folder"
+
+
 def test_a_pod_runs_with_its_environment_and_ends(tmp_path: Path) -> None:
     async def story(it: Story) -> None:
         await it.substrate.create_pod(it.job, plan())

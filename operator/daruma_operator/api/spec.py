@@ -1,5 +1,6 @@
 """spec of a TrainingJob: each field with meaning, default and limit; the CRD takes them over."""
 
+import re
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -9,6 +10,16 @@ from daruma_operator.api.model import Seconds, SpecModel, cel, free, rule
 
 MAX_REPLICAS = 1000
 IMMUTABLE = "is immutable: make another TrainingJob instead"
+
+STORE_PATTERN = (
+    "^(file:///.*|(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"
+    "(/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*/?)$"
+)
+STORE_FORM = (
+    "spec.checkpoint.store must be s3://bucket/folder, gs://bucket/folder, az://container/folder "
+    "or file:///path; credentials do not belong in it: put them into a Secret that "
+    "spec.checkpoint.secretRef names"
+)
 
 
 class ConsistencyMode(StrEnum):
@@ -113,24 +124,35 @@ class Consistency(SpecModel):
     )
 
 
+class SecretRef(SpecModel):
+    """Names a Secret of the job's namespace."""
+
+    name: str = Field(min_length=1, max_length=253)
+
+
 class Checkpoint(SpecModel):
     """What is saved, where and when."""
 
     store: str | None = Field(
         default=None,
         max_length=1024,
-        description="Where saves lie: file:///path, within the claim. Default: nothing is saved.",
-        json_schema_extra=cel(
-            rule(
-                "self.startsWith('file:///')",
-                "spec.checkpoint.store must begin with file:/// (other stores come later)",
-            )
+        description=(
+            "Where saves lie: s3://bucket/folder, gs://bucket/folder, az://container/folder, or "
+            "file:///path within the claim. Default: nothing is saved."
         ),
+        json_schema_extra=cel(rule(f"self.matches('{STORE_PATTERN}')", STORE_FORM)),
     )
     claim_name: str | None = Field(
         default=None,
         max_length=253,
         description="A PersistentVolumeClaim that all servers share (ReadWriteMany).",
+    )
+    secret_ref: SecretRef | None = Field(
+        default=None,
+        description=(
+            "A Secret whose keys become environment variables of the servers, and of nobody else: "
+            "credentials and endpoint of the store. Default: the servers' own identity."
+        ),
     )
     every: int = Field(
         default=96, ge=0, le=1_000_000_000, description="C, in steps; 0: no periodic saves."
@@ -245,6 +267,13 @@ NEEDS_CLAIM = (
     "a file:// store needs spec.checkpoint.claimName: the PersistentVolumeClaim that the servers "
     "share"
 )
+NO_CLAIM = (
+    "spec.checkpoint.claimName belongs to a file:// store: remove it, or write store: file:///path"
+)
+NO_REF = (
+    "spec.checkpoint.secretRef belongs to an s3://, gs:// or az:// store: remove it, or name such "
+    "a store"
+)
 TOO_OFTEN = "spec.checkpoint.every × fraction must be at least 1: save less often or more at once"
 NO_TWICE = "spec.recovery.fallback lists a strategy twice, or the strategy itself"
 
@@ -267,6 +296,16 @@ class TrainingJobSpec(SpecModel):
                 "!has(self.checkpoint) || !has(self.checkpoint.store) || "
                 "!self.checkpoint.store.startsWith('file://') || has(self.checkpoint.claimName)",
                 NEEDS_CLAIM,
+            ),
+            rule(
+                "!has(self.checkpoint) || !has(self.checkpoint.store) || "
+                "self.checkpoint.store.startsWith('file://') || !has(self.checkpoint.claimName)",
+                NO_CLAIM,
+            ),
+            rule(
+                "!has(self.checkpoint) || !has(self.checkpoint.secretRef) || "
+                "(has(self.checkpoint.store) && !self.checkpoint.store.startsWith('file://'))",
+                NO_REF,
             ),
             rule(
                 "!has(self.checkpoint) || self.checkpoint.every == 0 || "
@@ -296,6 +335,12 @@ class TrainingJobSpec(SpecModel):
                 f"spec.checkpoint.store {IMMUTABLE}",
             ),
             rule(
+                "has(self.checkpoint.secretRef) == has(oldSelf.checkpoint.secretRef) && "
+                "(!has(self.checkpoint.secretRef) || "
+                "self.checkpoint.secretRef == oldSelf.checkpoint.secretRef)",
+                f"spec.checkpoint.secretRef {IMMUTABLE}, or change what the Secret holds",
+            ),
+            rule(
                 "has(self.blockBytes) == has(oldSelf.blockBytes) && "
                 "(!has(self.blockBytes) || self.blockBytes == oldSelf.blockBytes)",
                 f"spec.blockBytes {IMMUTABLE}",
@@ -323,16 +368,17 @@ class TrainingJobSpec(SpecModel):
         ladder = (self.recovery.strategy, *self.recovery.fallback)
         point = self.checkpoint
         uses = bool(saves & set(ladder))
+        cloud = point.store is not None and not point.store.startswith("file://")
+        file = point.store is not None and not cloud
         checks = [
             (uses and point.store is None and not local, NEEDS_STORE),
             (uses and point.every == 0, NEEDS_EVERY),
-            (point.store is not None and point.claim_name is None and not local, NEEDS_CLAIM),
+            (file and point.claim_name is None and not local, NEEDS_CLAIM),
+            (cloud and point.claim_name is not None, NO_CLAIM),
+            (point.secret_ref is not None and not cloud, NO_REF),
             (point.every > 0 and point.every * point.fraction < 1, TOO_OFTEN),
             (len(set(ladder)) != len(ladder), NO_TWICE),
-            (
-                point.store is not None and not point.store.startswith("file:///"),
-                "spec.checkpoint.store must begin with file:/// (other stores come later)",
-            ),
+            (point.store is not None and not re.search(STORE_PATTERN, point.store), STORE_FORM),
         ]
         return [message for wrong, message in checks if wrong]
 

@@ -190,7 +190,9 @@ class KubernetesSubstrate:
     def store_uri(self, job: TrainingJob) -> str | None:
         """See the Protocol: file:///p is p within the claim."""
         store = job.spec.checkpoint.store
-        return None if store is None else f"file://{STORE_MOUNT}{store.removeprefix('file://')}"
+        if store is None or not store.startswith("file://"):
+            return store
+        return f"file://{STORE_MOUNT}{store.removeprefix('file://')}"
 
     async def _operator_key(self) -> bytes:
         """Read the operator's key, or make it: the first of several replicas wins."""

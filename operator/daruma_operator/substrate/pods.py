@@ -223,6 +223,10 @@ def _our_pod(job: TrainingJob, plan: PodPlan) -> dict[str, Any]:
     if server:
         container["image"] = job.spec.servers.image or job.spec.program.image
         container["command"] = ["daruma-server"]
+        secret = job.spec.checkpoint.secret_ref
+        if secret is not None:
+            # Servers alone speak to the store; a program that anyone wrote must not have its keys.
+            container["envFrom"] = [{"secretRef": {"name": secret.name, "optional": False}}]
     else:
         container["command"] = list(job.spec.program.command)
         container["args"] = list(job.spec.program.args)

@@ -262,8 +262,13 @@ class ProcessSubstrate:
 
 
 def _with_store(job: TrainingJob, out: Path) -> TrainingJob:
-    """Let the spec name the folder here, so that what the job says of its result is true here."""
+    """Let the spec name the folder here, so that what the job says of its result is true here.
+
+    A store elsewhere is what it is, with the credentials of who runs this.
+    """
     checkpoint = job.spec.checkpoint
+    if checkpoint.store is not None and not checkpoint.store.startswith("file://"):
+        return job
     path = urlsplit(checkpoint.store or "file:///").path.strip("/")
     store = checkpoint.model_copy(update={"store": f"file://{out / 'store' / path}"})
     return job.model_copy(update={"spec": job.spec.model_copy(update={"checkpoint": store})})

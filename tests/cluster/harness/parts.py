@@ -173,7 +173,7 @@ def tag(name: str) -> str:
 
 def _our_image(name: str) -> Path:
     half = "operator" if name == "operator" else "trainer"
-    extra = {"operator": "operator", "server": "trainer", "worker": "wire"}[name]
+    extra = {"operator": "operator", "server": "server", "worker": "wire"}[name]
     dockerfile = ROOT / half / "Dockerfile"
     sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", dockerfile]
     sources += sorted((ROOT / "scripts").glob("*.py"))

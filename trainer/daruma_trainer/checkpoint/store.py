@@ -1,12 +1,16 @@
-"""Where saves lie. A directory for now; the Protocol is what an object store will have to do."""
+"""Where saves lie: what a store can do, and a directory that does it. `objects` has the others."""
 
 import errno
 import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from daruma_trainer.errors import ConfigurationError, StoreError, StoreFullError
+
+OBJECT_SCHEMES = ("s3", "gs", "az")
 
 
 class Store(Protocol):
@@ -14,6 +18,13 @@ class Store(Protocol):
 
     def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
         """Return bytes of an object; StoreError if it is not there or shorter."""
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of each (offset, length), in the order asked for.
+
+        What lies close together is read at once. StoreError if the object is not there, or ends
+        within any of them.
+        """
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """Make an object durable: afterwards it is there whole, before it is not there at all."""
@@ -29,11 +40,44 @@ class Store(Protocol):
 
 
 def open_store(uri: str) -> Store:
-    """Open the store that a URI names; ConfigurationError for a kind that is not supported."""
+    """Open the store that a URI names.
+
+    ConfigurationError: it is of no kind that there is. MissingError: its library is not installed.
+    """
     parts = urlsplit(uri)
+    if parts.scheme in OBJECT_SCHEMES:
+        # Imported where it is used: a server whose store is a directory need not have its library.
+        from daruma_trainer.checkpoint.objects import open_objects
+
+        return open_objects(uri)
     if parts.scheme != "file" or parts.netloc or not parts.path.startswith("/"):
-        raise ConfigurationError(f"store {uri!r}: only file:///absolute/path is supported yet")
+        raise ConfigurationError(
+            f"store {uri!r}: write file:///absolute/path, s3://bucket/folder, gs://bucket/folder "
+            "or az://container/folder"
+        )
     return DirectoryStore(Path(unquote(parts.path)))
+
+
+def check_name(name: str) -> None:
+    """StoreError unless it is the name of something within a store."""
+    if not name or name.startswith("/") or ".." in name.split("/"):
+        raise StoreError(f"{name!r} is not a name within the store")
+
+
+def check_ranges(name: str, ranges: Sequence[tuple[int, int]]) -> None:
+    """StoreError unless all of them could be ranges of an object."""
+    for offset, length in ranges:
+        if offset < 0 or length < 0:
+            raise StoreError(f"{name}: {length} bytes at {offset} are no range")
+
+
+def check_whole(name: str, ranges: Sequence[tuple[int, int]], found: Sequence[bytes]) -> None:
+    """StoreError unless what was found is as long as what was asked for."""
+    for (offset, length), data in zip(ranges, found, strict=True):
+        if len(data) != length:
+            raise StoreError(
+                f"{name} ends at {offset + len(data)}, {length} bytes were expected at {offset}"
+            )
 
 
 class DirectoryStore:
@@ -53,6 +97,17 @@ class DirectoryStore:
         if 0 <= length != len(data):
             raise StoreError(f"{name} ends at {offset + len(data)}, {length} bytes were expected")
         return data
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See Store.read_ranges."""
+        check_ranges(name, ranges)
+        try:
+            with self._path(name).open("rb", buffering=0) as file:
+                found = [_pread(file.fileno(), offset, length) for offset, length in ranges]
+        except OSError as error:
+            raise StoreError(f"cannot read {name}: {error.strerror}") from error
+        check_whole(name, ranges, found)
+        return found
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """See Store.write."""
@@ -84,7 +139,7 @@ class DirectoryStore:
         """See Store.list."""
         try:
             names = [p.name for p in self._path(prefix).iterdir()]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise StoreError(f"cannot list {prefix}: {error.strerror}") from error
@@ -98,12 +153,12 @@ class DirectoryStore:
             raise StoreError(f"cannot delete {name}: {error.strerror}") from error
 
     def _path(self, name: str) -> Path:
-        if not name or name.startswith("/") or ".." in name.split("/"):
-            raise StoreError(f"{name!r} is not a name within the store")
+        check_name(name)
         return self._root / name
 
     def _write_beside(self, path: Path, data: bytes | bytearray | memoryview) -> Path:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        writer = f"{os.getpid()}-{threading.get_ident()}"
+        temporary = path.with_name(f"{path.name}.{writer}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb", buffering=0) as file:
@@ -124,3 +179,12 @@ class DirectoryStore:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _pread(handle: int, offset: int, length: int) -> bytes:
+    """Read at a place; shorter only where the file ends, as one call reads 2 GB at most."""
+    parts = []
+    while length and (part := os.pread(handle, length, offset)):
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

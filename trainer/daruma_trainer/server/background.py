@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from daruma_trainer.errors import ConfigurationError, StoreError
+from daruma_trainer.errors import ConfigurationError, MissingError, StoreError
 
 Job = Callable[[], Any]
 Done = Callable[[Any, StoreError | None], None]
@@ -38,6 +38,6 @@ class Background:
                 result = job()
             except StoreError as error:
                 failure = error
-            except ConfigurationError as error:
+            except (ConfigurationError, MissingError) as error:
                 failure = StoreError(str(error))
             self._post(lambda r=result, e=failure, d=done: d(r, e))  # type: ignore[misc]

@@ -203,6 +203,10 @@ class Cuts:
         def done(_result: object, error: Exception | None) -> None:
             if error is not None:
                 LOG.warning("the cut %s was not written: %s", number, error)
+                if number == self._final_number:
+                    # The operator asks for the result until it is there: only ours is missing then.
+                    self._taken.discard(number)
+                    self._parts[number] = {i: p for i, p in parts.items() if i != self.index}
                 return
             self.newest = SavedState(name, cut.step, cut.size, 0.0)
             self.newest_at = time.monotonic()

@@ -14,7 +14,7 @@ from daruma_trainer.agent import Outcome
 from daruma_trainer.checkpoint.export import load_state, open_cut
 from daruma_trainer.checkpoint.store import Store, open_store
 from daruma_trainer.contract import ExitCode, Membership, Move, Report, Restore
-from daruma_trainer.errors import ConfigurationError, StoreError
+from daruma_trainer.errors import ConfigurationError, MissingError, StoreError
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.server.background import Background
@@ -165,9 +165,10 @@ class Lifecycle:
         if settings.store is not None:
             try:
                 self.store = open_store(settings.store)
-            except ConfigurationError as error:
+            except (ConfigurationError, MissingError) as error:
                 LOG.error("%s", error)
-                self._around.stop(ExitCode.USAGE)
+                wrong = isinstance(error, ConfigurationError)
+                self._around.stop(ExitCode.USAGE if wrong else ExitCode.MISSING)
                 return
             self.saver = Saver(plane, self.store, background, membership, self.me.index)
             self.cuts = Cuts(

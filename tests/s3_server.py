@@ -1,0 +1,59 @@
+"""A real S3 server (moto) in a process of its own; it ends when the process that made it does."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.request import Request, urlopen
+
+_SERVER = """\
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+SECRET = "not-to-be-seen-anywhere"
+
+
+@contextmanager
+def s3_server() -> Iterator[int]:
+    """Run it, and give its port on 127.0.0.1."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, "moto did not start: is moto[server] installed?"
+        try:
+            yield int(line)
+        finally:
+            process.kill()
+
+
+def make_bucket(port: int, name: str) -> None:
+    """Make a bucket."""
+    with urlopen(Request(f"http://127.0.0.1:{port}/{name}", method="PUT"), timeout=30) as answer:
+        assert answer.status == 200
+
+
+def uploads(port: int, bucket: str) -> int:
+    """Count the uploads in parts that were begun, and neither ended nor given up."""
+    with urlopen(f"http://127.0.0.1:{port}/{bucket}?uploads", timeout=30) as answer:
+        return int(answer.read().count(b"<UploadId>"))
+
+
+def environment(port: int) -> dict[str, str]:
+    """Return what a client's environment must hold."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "an-id",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+    }

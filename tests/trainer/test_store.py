@@ -1,0 +1,424 @@
+"""What every store does, a directory and a bucket alike; and what a bucket does when it fails."""
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from daruma_trainer.checkpoint.objects import ObjectStore, Patience, open_objects
+from daruma_trainer.checkpoint.store import Store, open_store
+from daruma_trainer.errors import ConfigurationError, MissingError, StoreError, StoreFullError
+from faulty_proxy import Fault, FaultyProxy, faulty_proxy
+from s3_server import SECRET, environment, uploads
+
+BRIEF = Patience(seconds=3.0, silence=0.5, retrying=2.0)
+"""For what never heals."""
+LATE = 30.0
+"""Where no deadline held, nothing would end before the proxy's own, which is twice as long."""
+HEALING = Patience(silence=3.0)
+"""For what heals, on however busy a machine."""
+LARGE = 9 << 20
+"""Sent in parts."""
+
+
+@pytest.fixture(params=["directory", "bucket", "folder"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A store of each kind; `folder` is one within a bucket."""
+    if request.param == "directory":
+        return f"file://{tmp_path}/made/when/needed"
+    bucket: str = request.getfixturevalue("s3")
+    return bucket if request.param == "bucket" else f"{bucket}/a/folder.of-it/"
+
+
+@pytest.fixture
+def store(uri: str) -> Store:
+    return open_store(uri)
+
+
+# Contract ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_what_was_written_is_read(store: Store, kind: Callable[[bytes], bytes]) -> None:
+    store.write("a/b/c", kind(b"0123456789"))
+    assert store.read("a/b/c") == b"0123456789"
+    assert type(store.read("a/b/c")) is bytes
+    assert store.read("a/b/c", 3, 4) == b"3456"
+    assert store.read("a/b/c", 0, 0) == b""
+    store.write("a/b/c", kind(b"new"))
+    assert store.read("a/b/c") == b"new"
+
+
+def test_nothing_is_an_object_too(store: Store) -> None:
+    store.write("empty", b"")
+    assert store.read("empty") == b""
+    assert store.list("empty") == []
+    assert store.read_ranges("empty", [(0, 0)]) == [b""]
+
+
+def test_a_large_object(store: Store) -> None:
+    data = bytes(range(256)) * (LARGE // 256)
+    store.write("large", data)
+    assert store.read("large") == data
+    assert store.read_ranges("large", [(LARGE - 3, 3), (8 << 20, 5)]) == [
+        data[-3:],
+        data[8 << 20 : (8 << 20) + 5],
+    ]
+
+
+def test_ranges_come_in_the_order_asked_for(store: Store) -> None:
+    data = bytes(i * 7 % 256 for i in range(1 << 16))
+    store.write("x", data)
+    ranges = [(60_000, 10), (0, 4), (2, 4), (5, 0), (0, 4), (65_535, 1)]
+    assert store.read_ranges("x", ranges) == [data[o : o + n] for o, n in ranges]
+    assert store.read_ranges("x", []) == []
+
+
+@pytest.mark.parametrize("ranges", [[(8, 4)], [(0, 2), (10, 1)], [(100, 5)], [(0, 11)], [(-1, 2)]])
+def test_short_ranges_are_errors(store: Store, ranges: list[tuple[int, int]]) -> None:
+    store.write("x", b"0123456789")
+    with pytest.raises(StoreError, match="x"):
+        store.read_ranges("x", ranges)
+
+
+def test_a_missing_object(store: Store) -> None:
+    store.write("there/x", b"1")
+    for ask in (
+        lambda: store.read("there/y"),
+        lambda: store.read("there/y", 0, 1),
+        lambda: store.read_ranges("there/y", [(0, 1)]),
+        lambda: store.read_ranges("there/y", []),
+    ):
+        with pytest.raises(StoreError, match=r"cannot read there/y.*[Nn]o such"):
+            ask()
+    store.delete("there/y")
+    assert store.read("there/x") == b"1"
+
+
+def test_a_list_is_of_what_is_right_below(store: Store) -> None:
+    for name in ("f/b", "f/a/1", "f/a/2", "f/c/d/e", "fa/no", "g"):
+        store.write(name, b"1")
+    assert store.list("f") == ["a", "b", "c"]
+    assert store.list("f/c") == ["d"]
+    assert store.list("nothing") == []
+    store.delete("f/b")
+    assert "b" not in store.list("f")
+    with pytest.raises(StoreError):
+        store.read("f/b")
+
+
+def test_a_name_is_created_once(store: Store) -> None:
+    assert store.create("cuts/1", b"first") is True
+    assert store.create("cuts/1", b"second") is False
+    assert store.read("cuts/1") == b"first"
+    assert store.list("cuts") == ["1"]
+    store.delete("cuts/1")
+    assert store.create("cuts/1", b"third") is True
+
+
+def test_of_several_who_create_at_once_one_is_left(store: Store) -> None:
+    begin = threading.Barrier(6)
+
+    def create(i: int) -> bool:
+        begin.wait(30)
+        return store.create("cuts/1", str(i).encode())
+
+    for _ in range(5):
+        with ThreadPoolExecutor(6) as pool:
+            won = [i for i, first in enumerate(pool.map(create, range(6))) if first]
+        # One, of a directory and of S3; moto looks first and writes then, so it may let two.
+        assert won
+        assert int(store.read("cuts/1")) in won
+        if not isinstance(store, ObjectStore):
+            assert len(won) == 1
+        store.delete("cuts/1")
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../up", "a/../../b"])
+def test_names_stay_within_the_store(store: Store, name: str) -> None:
+    for ask in (
+        lambda: store.read(name),
+        lambda: store.read_ranges(name, []),
+        lambda: store.write(name, b""),
+        lambda: store.create(name, b""),
+        lambda: store.list(name),
+        lambda: store.delete(name),
+    ):
+        with pytest.raises(StoreError, match="not a name within the store"):
+            ask()
+
+
+def test_a_folder_of_a_bucket_is_a_store_of_its_own(s3: str) -> None:
+    open_store(f"{s3}/one").write("x", b"1")
+    assert open_store(f"{s3}/two").list("x") == []
+    assert open_store(s3).read("one/x") == b"1"
+
+
+# A full disk ------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StoreFullError, match="a/x"):
+            store.write("a/x", bytes(8192))
+        with pytest.raises(StoreFullError, match="a/y"):
+            store.create("a/y", bytes(8192))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+# Opening ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("ftp://x/y", "write file:///absolute/path, s3://"),
+        ("file://host/y", "write file:///absolute/path"),
+        ("/a/path", "write file:///absolute/path"),
+        ("s3://", "s3://bucket/folder"),
+        ("s3://UPPER/x", "s3://bucket/folder"),
+        ("gs://b", "gs://bucket/folder"),
+        ("az://con/../x", "az://bucket/folder"),
+        ("s3://bucket/a b", "s3://bucket/folder"),
+    ],
+)
+def test_uris_that_name_no_store(uri: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("uri", [f"s3://id:{SECRET}@bucket/x", f"az://con/x?sig={SECRET}"])
+def test_credentials_are_not_taken_from_a_uri_nor_shown(uri: str) -> None:
+    with pytest.raises(ConfigurationError, match="come from the environment") as caught:
+        open_store(uri)
+    assert SECRET not in str(caught.value)
+
+
+def test_other_clouds_are_opened_by_their_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    monkeypatch.setenv("GOOGLE_BEARER_TOKEN", SECRET)
+    assert isinstance(open_store("az://container/folder"), ObjectStore)
+    assert isinstance(open_store("gs://bucket/folder"), ObjectStore)
+
+
+def test_wrong_settings_are_said_without_what_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", f'"{SECRET}"')
+    with pytest.raises(ConfigurationError, match="gs://bucket: the environment's") as caught:
+        open_store("gs://bucket")
+    assert SECRET not in str(caught.value)
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(ConfigurationError, match="Account must be specified"):
+        open_store("az://container")
+
+
+def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(MissingError, match=r"pip install 'daruma-operator\[objects\]'"):
+        open_store("s3://bucket")
+
+
+def test_a_bucket_that_is_not_there(s3: str) -> None:
+    store = open_store("s3://no-such-bucket")
+    for ask in (
+        lambda: store.read("x"),
+        lambda: store.read_ranges("x", [(0, 1)]),
+        lambda: store.write("x", b"1"),
+        lambda: store.create("x", b"1"),
+        lambda: store.list("x"),
+        lambda: store.delete("x"),
+    ):
+        with pytest.raises(StoreError, match="no such bucket: make it, or correct the URI"):
+            ask()
+
+
+def test_an_endpoint_without_tls_must_be_allowed(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(StoreError, match="needs AWS_ALLOW_HTTP=true"):
+        open_objects(s3, BRIEF).write("x", b"1")
+
+
+# A store that fails -----------------------------------------------------------------------------
+
+Verb = Callable[[Store], object]
+READS: dict[str, Verb] = {
+    "read": lambda s: s.read("there"),
+    "read_ranges": lambda s: s.read_ranges("there", [(0, 500), (900, 100)]),
+    "list": lambda s: s.list("folder"),
+}
+WRITES: dict[str, Verb] = {
+    "write": lambda s: s.write("new", b"1" * 1000),
+    "write-large": lambda s: s.write("new", b"1" * LARGE),
+    "create": lambda s: s.create("new", b"1" * 1000),
+    "delete": lambda s: s.delete("gone"),
+}
+VERBS = READS | WRITES
+
+
+class Broken:
+    """A store behind a proxy that fails on order, and the same store seen without it."""
+
+    def __init__(self, proxy: FaultyProxy, uri: str, port: int) -> None:
+        self.proxy = proxy
+        self.direct = open_store(uri)
+        self.port, self.bucket = port, uri.removeprefix("s3://")
+        self.direct.write("there", b"x" * 1000)
+        self.direct.write("folder/one", b"1")
+        os.environ.update(environment(proxy.port))
+        self.uri = uri
+        self.brief = open_objects(uri, BRIEF)
+        self.store = open_objects(uri, HEALING)
+
+    def fails(self, verb: Verb, store: Store | None = None) -> str:
+        """Run what must end in StoreError, in time; returns its message."""
+        began = time.monotonic()
+        with pytest.raises(StoreError) as caught:
+            verb(store or self.brief)
+        assert time.monotonic() - began < LATE
+        message = str(caught.value)
+        assert f"s3://{self.bucket}" in message
+        assert SECRET not in message
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__, "the library's text may hold a signature"
+        return message
+
+
+@pytest.fixture
+def broken(s3: str, s3_port: int) -> Iterator[Broken]:
+    # `s3` puts the environment back.
+    with faulty_proxy(s3_port) as proxy:
+        yield Broken(proxy, s3, s3_port)
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.UNAVAILABLE, Fault.THROTTLED, Fault.SILENT, Fault.REFUSED, Fault.CUT_REQUEST]
+)
+def test_a_store_that_stays_broken_is_given_up(broken: Broken, fault: Fault) -> None:
+    broken.proxy.fail(fault)
+    with ThreadPoolExecutor(len(VERBS)) as pool:
+        for message in pool.map(broken.fails, VERBS.values()):
+            assert "check the network and the endpoint" in message
+    assert broken.proxy.done[fault] >= len(VERBS)
+    with pytest.raises(StoreError, match="no such object"):
+        broken.direct.read("new")
+
+
+def test_a_list_of_many_pages_is_whole(broken: Broken) -> None:
+    names = [f"{i:02d}" for i in range(25)]
+    for name in names:
+        broken.direct.write(f"many/{name}", b"1")
+    broken.direct.write("many/a/b", b"1")
+    broken.proxy.page = 10
+    assert broken.store.list("many") == [*names, "a"]
+    assert len([path for _, path, _ in broken.proxy.seen if "many" in path]) == 3
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.THROTTLED])
+def test_what_passes_is_repeated(broken: Broken, fault: Fault, verb: str) -> None:
+    broken.proxy.fail(fault, times=2)
+    VERBS[verb](broken.store)
+    assert broken.proxy.done[fault] == 2
+
+
+@pytest.mark.parametrize("verb", ["read", "read_ranges", "list", "write", "write-large"])
+@pytest.mark.parametrize("fault", [Fault.SILENT, Fault.REFUSED])
+def test_a_connection_that_breaks_once_is_no_failure(
+    broken: Broken, fault: Fault, verb: str
+) -> None:
+    broken.proxy.fail(fault, times=1)
+    VERBS[verb](broken.store)
+    assert broken.proxy.done[fault] == 1
+
+
+@pytest.mark.parametrize("verb", READS)
+def test_an_answer_that_is_cut_is_asked_for_again(broken: Broken, verb: str) -> None:
+    broken.proxy.fail(Fault.CUT_RESPONSE, times=1)
+    assert READS[verb](broken.store) == READS[verb](broken.direct)
+    assert broken.proxy.done[Fault.CUT_RESPONSE] == 1
+    broken.proxy.fail(Fault.CUT_RESPONSE)
+    broken.fails(READS[verb])
+
+
+def test_an_answer_that_never_ends_is_given_up(broken: Broken) -> None:
+    store = open_objects(broken.uri, Patience(seconds=3.0, silence=30.0))
+    broken.proxy.fail(Fault.TRICKLE)
+    assert "not done within 3 s" in broken.fails(READS["read_ranges"], store)
+    assert "not done in time" in broken.fails(READS["read"], store)
+
+
+@pytest.mark.parametrize("verb", ["write", "write-large", "create"])
+def test_a_request_that_is_cut_leaves_nothing_to_be_read(broken: Broken, verb: str) -> None:
+    broken.proxy.fail(Fault.CUT_REQUEST, method="PUT")
+    broken.fails(WRITES[verb])
+    broken.proxy.heal()
+    with pytest.raises(StoreError, match="no such object"):
+        broken.direct.read("new")
+    assert WRITES[verb](broken.store) is not False
+    assert set(broken.direct.read("new")) == set(b"1")
+    # The parts of what was given up are given up as well: they would be kept, and paid for.
+    assert uploads(broken.port, broken.bucket) == 0
+
+
+def test_a_write_whose_answer_is_lost_is_done(broken: Broken) -> None:
+    broken.proxy.fail(Fault.LOST_ANSWER, times=1)
+    broken.store.write("new", b"data")
+    assert broken.direct.read("new") == b"data"
+
+
+def test_a_create_whose_answer_is_lost_is_never_done_twice(broken: Broken) -> None:
+    broken.proxy.fail(Fault.LOST_ANSWER, times=1, method="PUT")
+    # Not True by mistake: whether it was done nobody can know, so that is what is said.
+    with contextlib.suppress(StoreError):
+        assert broken.store.create("new", b"mine") is False
+    assert broken.store.create("new", b"another's") is False
+    assert broken.direct.read("new") == b"mine"
+    conditional = [h for m, p, h in broken.proxy.seen if m == "PUT" and p.endswith("/new")]
+    assert conditional
+    assert all({k.lower(): v for k, v in h.items()}["if-none-match"] == "*" for h in conditional)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_who_is_refused_is_told_what_to_check(broken: Broken, verb: str) -> None:
+    broken.proxy.fail(Fault.DENIED)
+    message = broken.fails(VERBS[verb], broken.store)
+    assert "403 Forbidden (SignatureDoesNotMatch)" in message
+    assert "spec.checkpoint.secretRef" in message
+    assert "Credential=" not in message
+    assert broken.proxy.done[Fault.DENIED] == 1, "what is refused is not asked again"
+
+
+def test_a_store_without_space_says_so(broken: Broken) -> None:
+    broken.proxy.fail(Fault.FULL, method="PUT")
+    store = open_objects(broken.uri, Patience(retrying=1.0))
+    with pytest.raises(StoreFullError, match="no space left, or a quota"):
+        store.write("new", b"1")
+
+
+def test_nobody_listens(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with faulty_proxy(1) as proxy:
+        port = proxy.port
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    with pytest.raises(StoreError, match="check the network and the endpoint"):
+        open_objects(s3, BRIEF).write("x", b"1")
+
+
+def test_the_server_of_these_tests_is_one(s3_port: int) -> None:
+    with urlopen(f"http://127.0.0.1:{s3_port}/", timeout=30) as answer:
+        assert b"ListAllMyBucketsResult" in answer.read()
