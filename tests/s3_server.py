@@ -2,26 +2,30 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from urllib.request import Request, urlopen
 
 _SERVER = """\
 import sys
+from urllib.request import Request, urlopen
 from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server = ThreadedMotoServer(sys.argv[1], 0, verbose=False)
 server.start()
-print(server.get_host_and_port()[1], flush=True)
+port = server.get_host_and_port()[1]
+for bucket in sys.argv[2:]:
+    urlopen(Request(f"http://{sys.argv[1]}:{port}/{bucket}", method="PUT"), timeout=30).close()
+print(port, flush=True)
 sys.stdin.read()
 """
 SECRET = "not-to-be-seen-anywhere"
 
 
 @contextmanager
-def s3_server() -> Iterator[int]:
-    """Run it, and give its port on 127.0.0.1."""
+def s3_server(*buckets: str, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[int]:
+    """Run it (`prefix`: somewhere else), and give its port on `host`."""
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _SERVER],
+        [*prefix, sys.executable, "-W", "ignore", "-c", _SERVER, host, *buckets],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -48,10 +52,10 @@ def uploads(port: int, bucket: str) -> int:
         return int(answer.read().count(b"<UploadId>"))
 
 
-def environment(port: int) -> dict[str, str]:
+def environment(port: int, host: str = "127.0.0.1") -> dict[str, str]:
     """Return what a client's environment must hold."""
     return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ALLOW_HTTP": "true",
         "AWS_ACCESS_KEY_ID": "an-id",
         "AWS_SECRET_ACCESS_KEY": SECRET,

@@ -148,3 +148,17 @@ def test_an_object_of_the_api_server_is_read() -> None:
     assert (job.namespace, job.name, job.uid, job.resource_version) == ("n", "j", "u", "9")
     assert job.deletion_timestamp is not None
     assert job.status_to_wire()["epoch"] == 0
+
+
+def test_a_default_holds_what_its_schema_requires() -> None:
+    """The API server refuses the whole definition otherwise."""
+
+    def check(node: dict[str, Any], path: str) -> None:
+        default = node.get("default")
+        if isinstance(default, dict):
+            assert not set(node.get("required", [])) - set(default), path
+        for name, child in node.get("properties", {}).items():
+            check(child, f"{path}.{name}")
+
+    version = crd()["spec"]["versions"][0]
+    check(version["schema"]["openAPIV3Schema"], "")

@@ -119,10 +119,12 @@ def _convert_children(node: dict[str, Any], convert: Any) -> dict[str, Any]:
 def _give_defaults(node: dict[str, Any]) -> None:
     """An object that may be left out gets {}: the API server fills in defaults below it only then.
 
-    Not one of unknown fields: has() must tell whether the user gave a template or resources.
+    Not one of unknown fields: has() must tell whether the user gave a template or resources. Nor
+    one that cannot be empty.
     """
     for name, child in node["properties"].items():
-        if "properties" in child and name not in node.get("required", []):
+        whole = "properties" in child and "required" not in child
+        if whole and name not in node.get("required", []):
             child.setdefault("default", {})
 
 

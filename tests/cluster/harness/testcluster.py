@@ -67,7 +67,8 @@ class Cluster:
         folder: Path | None,
         proxy: str = "",
     ) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
+        """What runs a command where the cluster can be reached."""
         self._kubectl = kubectl
         self._environment = dict(environment)
         self._proxy = proxy
@@ -83,7 +84,7 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command where the cluster can be reached."""
         done = subprocess.run(
-            [*self._prefix, *command], input=stdin, env=self._environment, capture_output=True,
+            [*self.prefix, *command], input=stdin, env=self._environment, capture_output=True,
             text=True, timeout=seconds, check=False,
         )  # fmt: skip
         if check and done.returncode:
@@ -93,7 +94,7 @@ class Cluster:
     def to_json(self) -> dict[str, Any]:
         """Return what another process needs to reach it."""
         return {
-            "prefix": self._prefix, "kubectl": self._kubectl, "environment": self._environment,
+            "prefix": self.prefix, "kubectl": self._kubectl, "environment": self._environment,
             "folder": None if self.folder is None else str(self.folder), "proxy": self._proxy,
         }  # fmt: skip
 
@@ -141,7 +142,7 @@ class Cluster:
         with tempfile.TemporaryDirectory(prefix="daruma-proxy-") as folder:
             self._proxy = f"{folder}/socket"
             process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *self._prefix, *self._kubectl, "proxy",
+                ["setpriv", "--pdeathsig", "KILL", *self.prefix, *self._kubectl, "proxy",
                  f"--unix-socket={self._proxy}"],
                 env=self._environment, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
             )  # fmt: skip
