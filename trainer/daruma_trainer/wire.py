@@ -231,6 +231,9 @@ def decode_push(frames: Sequence[Frame]) -> Push:
 
 
 PULL = struct.Struct("<qII")
+"""min_step, number of tables, flags."""
+ALL_WORKERS = 1
+"""A pull's flag: `min_step` is a batch that every worker that goes on must have reached."""
 """A pull's meta: min_step, tables (how many the worker knows), reserved; then the slots' bitmap."""
 
 

@@ -16,6 +16,7 @@ from daruma_trainer.server.barrier import Barrier, TwoWritersError
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
 from daruma_trainer.wire import (
+    ALL_WORKERS,
     BITMAP,
     PULL,
     Frame,
@@ -51,7 +52,7 @@ class Reply:
 
 @dataclass(slots=True)
 class Waiting:
-    """A request that is answered when its time comes: a pull of a later step, a held push."""
+    """A request that is answered when its time comes: a pull of a later batch, a held push."""
 
     identity: bytes
     header: Header
@@ -95,6 +96,9 @@ class DataPlane:
         self.counts = Counts()
         self.step = 0
         self.waiting: list[Waiting] = []
+        """Pushes that a cut in the making holds back."""
+        self.pulls: list[Waiting] = []
+        """Pulls of a step, or of a phase's end, that is to come."""
         self.hold: tuple[int, ...] | None = None
         """A cut in the making: the last batch of each worker that may still be applied."""
         self.warm: dict[str, Floats] | str | None = None
@@ -243,7 +247,7 @@ class DataPlane:
         meta = memoryview(frames[1])
         if len(meta) != PULL.size + BITMAP:
             raise MalformedError(f"a pull's meta of {len(meta)} bytes")
-        min_step, tables, _ = PULL.unpack_from(meta)
+        min_step, tables, flags = PULL.unpack_from(meta)
         k = self._owned(from_bitmap(meta[PULL.size :]))
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
@@ -251,8 +255,9 @@ class DataPlane:
         known = tables <= len(self.shard.tables)
         if not len(k) or not known or not all(self._given[t][k].all() for t in range(tables)):
             return refuse(Refusal.RESTORING, "no slot of these is Ready")
-        if self.sync and int(self.slot_steps(k).min()) < min_step:
-            self.waiting.append(Waiting(identity, header, frames))
+        waits = self.sync or flags & ALL_WORKERS
+        if waits and int(self.slot_steps(k).min()) < min_step:
+            self.pulls.append(Waiting(identity, header, frames))
             return None
         body = encode_state(self.state(k, tables))
         self.counts.pulled_bytes += sum(len(f) for f in body)
@@ -292,10 +297,13 @@ class DataPlane:
     # Steps
 
     def slot_steps(self, k: Ints) -> Ints:
-        """Return the step each of the slots `k` has completed (Sync)."""
-        workers = [w for w in range(self.workers) if w not in self.left] or list(
-            range(self.workers)
-        )
+        """Return for each of the slots `k` the batch that all workers that go on have reached.
+
+        Under `Sync` that is its step. Under `Async`, where it ends a phase, nobody waits for a
+        worker at the end of its batches either: only a rollback could bring it back.
+        """
+        gone = self.left if self.sync else self.ended
+        workers = [w for w in range(self.workers) if w not in gone] or list(range(self.workers))
         return np.asarray(self.slots.last[k][:, workers].min(axis=1), np.int64)
 
     def refresh_step(self) -> None:
@@ -321,8 +329,10 @@ class DataPlane:
 
     def take_waiting(self) -> list[Waiting]:
         """Return what may be answerable now, to be handled again."""
-        waiting, self.waiting = self.waiting, []
-        return waiting
+        again, self.pulls = self.pulls, []
+        if self.hold is None:
+            again, self.waiting = self.waiting + again, []
+        return again
 
     def _owned(self, mask: SlotMask) -> Ints | None:
         k = self.slots.index_of(np.flatnonzero(mask))

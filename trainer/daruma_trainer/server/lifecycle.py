@@ -229,6 +229,7 @@ class Lifecycle:
         plane.ended.clear()
         plane.hold = None
         plane.waiting.clear()
+        plane.pulls.clear()
         if restorer is None or membership.rollback.cut is None:
             # A newcomer after a rollback that is over: it waits for its restore.
             return

@@ -166,7 +166,7 @@ class Server:
         """What follows from what was just handled."""
         self.life.tick()
         plane = self.life.plane
-        if plane is not None and plane.waiting and plane.hold is None:
+        if plane is not None:
             for waiting in plane.take_waiting():
                 self._dispatch_data(waiting.identity, waiting.header, waiting.frames)
         self._show()

@@ -136,11 +136,14 @@ class Client:
             sessions.begin_all()
         self.wake()
 
-    def pull(self, min_step: int) -> Wanted:
-        """Ask for every slot; wait for `missing` to be empty."""
+    def pull(self, min_step: int, *, all_workers: bool = False) -> Wanted:
+        """Ask for every slot; wait for `missing` to be empty.
+
+        `all_workers`: no slot answers before every worker's batch `min_step` has reached it.
+        """
         with self.lock:
             sessions = self._live
-            wanted = self.wanted = Wanted(min_step)
+            wanted = self.wanted = Wanted(min_step, all_workers)
             self._todo += [partial(sessions.send_pulls, server) for server in sessions.by_server]
         self.wake()
         return wanted

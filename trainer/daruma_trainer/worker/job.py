@@ -41,11 +41,26 @@ class Table:
         self._job.refresh()
         return self._job.values(self.spec.id, rows)
 
+    def values(self, rows: Sequence[int] | Ints | None = None) -> Floats:
+        """Return what was last pulled, as `pull` does, without asking for anything newer."""
+        return self._job.values(self.spec.id, rows)
+
     def push(self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0) -> None:
         """Send one batch for this table, of all rows (None) or of some (rules add and assign).
 
-        `delta` has the shape of what `pull` gives for the same rows; each row at most once.
+        `delta` has the shape of what `pull` gives for the same rows; each row at most once. No
+        rows at all is a batch too: `push([], [])` keeps in step a worker that has nothing to say.
         """
+        self._job.push(self.change(rows, delta, lr))
+
+    def barrier(self) -> None:
+        """End a phase: see `Job.barrier`. It is the same one for all tables."""
+        self._job.barrier()
+
+    def change(
+        self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0
+    ) -> Update:
+        """Return what `push` would send, for `job.push` of several tables in one batch."""
         values = np.ascontiguousarray(delta, np.float32).reshape(-1, self.spec.cols)
         index: Ints | None = None
         if rows is not None:
@@ -57,7 +72,11 @@ class Table:
                     f"table {self.spec.name!r}: {len(values)} values for {len(index)} rows, "
                     "each row at most once"
                 )
-        self._job.exchange((Update(self.spec.id, lr, values, index),))
+        elif len(values) != self.spec.rows:
+            raise ConfigurationError(
+                f"table {self.spec.name!r}: {len(values)} rows for all {self.spec.rows} of them"
+            )
+        return Update(self.spec.id, lr, values, index)
 
 
 class Job:
@@ -178,6 +197,19 @@ class Job:
 
     # Steps
 
+    def push(self, *changes: Update) -> None:
+        """Send changes of several tables (`table.change`) as one batch: all of them, or none."""
+        self.exchange(changes)
+
+    def barrier(self) -> None:
+        """Wait until every worker has pushed as many batches as this one, and pull them all.
+
+        All of it is applied by all slots then. Nobody waits for a worker that is at its end; a
+        lost server or worker is waited for, up to progressSeconds. After a rollback, and when the
+        job is stopped, it returns at once: look at `job.batch`, or use `phases`, which does.
+        """
+        self._settle(self._client.batch, all_workers=True)
+
     def exchange(self, updates: tuple[Update, ...]) -> None:
         """Push one batch and pull what follows from it. A lost server makes this slow, no more."""
         client = self._client
@@ -193,19 +225,20 @@ class Job:
         """Call `write` whenever new values have come (the optimizer copies them into torch)."""
         self._writers.append(write)
 
-    def _settle(self, min_step: int) -> None:
+    def _settle(self, min_step: int, *, all_workers: bool = False) -> None:
         """Pull; where a rollback came meanwhile, go on from where it leads."""
         client = self._client
         started = time.monotonic()
-        wanted = client.pull(min_step)
+        wanted = client.pull(min_step, all_workers=all_workers)
+
+        def missing() -> bool:
+            # A phase ends with what every worker gave: no server may be left out of that.
+            return bool((wanted.missing if all_workers else wanted.missing & ~client.away()).any())
+
         client.wait(
-            lambda: (
-                self._rolled_back
-                or not (wanted.missing & ~client.away()).any()
-                or client.stopped is not None
-            ),
+            lambda: self._rolled_back or not missing() or client.stopped is not None,
             self._progress_seconds(),
-            "an answer from every server",
+            f"batch {min_step} of every worker" if all_workers else "an answer from every server",
         )
         if self._rolled_back:
             LOG.info("rolled back: going on from the cut")
@@ -253,22 +286,43 @@ class Job:
         `__getitem__` (its items are handed to the program as a list). `steps` batches, or
         `epochs` of the worker's part (default one). May be opened once a program.
         """
-        if self._batches_open:
-            raise ConfigurationError("job.batches may be opened once: its position is the worker's")
-        self._batches_open = True
         who = (self.index, self.workers)
         samples = len(dataset[0]) if isinstance(dataset, tuple) else len(dataset)
         total = steps if steps is not None else batches_in(samples, batch_size, epochs or 1, who)
+        for batch in self._positions(total, in_phases=False):
+            index = batch_indices(samples, batch_size, batch, seed, who)
+            if isinstance(dataset, tuple):
+                yield tuple(part[index] for part in dataset)
+            else:
+                yield [dataset[i] for i in index.tolist()]
+
+    def phases(self, total: int) -> Iterator[int]:
+        """Count phases from 0, from where this worker's last life left off; one push in each.
+
+        A phase begins when every worker's push of the one before is applied and pulled
+        (`barrier`), so `table.values()` has it. A program that keeps nothing from one phase to
+        the next but what is in its tables goes on after any failure. Instead of `batches`.
+        """
+        for batch in self._positions(total, in_phases=True):
+            yield batch - 1
+
+    def _positions(self, total: int, *, in_phases: bool) -> Iterator[int]:
+        """Go through this worker's batch numbers, the next one being what it makes of it."""
+        if self._batches_open:
+            raise ConfigurationError(
+                "job.batches or job.phases may be opened once: its position is the worker's"
+            )
+        self._batches_open = True
         self._client.total_steps = total
         while self.batch < total or self._come_back():
             if self.stopped is not None:
                 return
             before, self._batch_generation = self.batch, self._generation
-            index = batch_indices(samples, batch_size, self.batch + 1, seed, who)
-            if isinstance(dataset, tuple):
-                yield tuple(part[index] for part in dataset)
-            else:
-                yield [dataset[i] for i in index.tolist()]
+            if in_phases:
+                self.barrier()
+                if self._generation != self._batch_generation or self.stopped is not None:
+                    continue
+            yield before + 1
             if self.batch == before and self.stopped is None and self._client.generation == 0:
                 raise ConfigurationError(
                     "a batch was taken and nothing was pushed: call optimizer.step() or "

@@ -18,6 +18,7 @@ from daruma_trainer.contract import SLOTS, Member, Membership, Role, Suspect, sl
 from daruma_trainer.errors import ConfigurationError, TableMismatchError
 from daruma_trainer.links import Answer, Link
 from daruma_trainer.wire import (
+    ALL_WORKERS,
     PULL,
     Frame,
     Header,
@@ -67,6 +68,8 @@ class Session:
     """Tables whose initial values this server still wants."""
     token: int = 0
     """Raised at each new beginning, so that answers to the old one are passed over."""
+    fresh: bool = True
+    """Whether this incarnation has taken no push of ours yet."""
 
 
 @dataclass(slots=True)
@@ -74,6 +77,8 @@ class Wanted:
     """A pull that the training thread waits for."""
 
     min_step: int
+    all_workers: bool = False
+    """Whether `min_step` is a batch that every worker has to have reached (`Async` as well)."""
     missing: Slots = field(default_factory=lambda: np.ones(SLOTS, np.bool_))
 
 
@@ -121,7 +126,7 @@ class Sessions:
     def report(self, body: Sequence[Frame], answer: Answer) -> None:
         """Send this worker's report to all servers."""
         for session in self.by_server.values():
-            session.link.expire(FORGOTTEN_SECONDS)
+            session.link.expire(FORGOTTEN_SECONDS, self.membership.settings.progress_seconds)
             session.link.request(self._worker.header(Kind.REPORT), body, answer)
 
     def suspects(self) -> tuple[Suspect, ...]:
@@ -246,6 +251,10 @@ class Sessions:
         del header
         self.pushes.lost |= {int(b) for b in decode_json(frames[1]).get("lost", [])}
         session.stage = Stage.SYNCED
+        if session.fresh:
+            # Its predecessor's acknowledgements went with it: what is still held goes out again.
+            self.pushes.hold_again(server, self.copy.slots_of(server))
+            session.fresh = False
         self.pushes.seal(server, self.copy.moved, self.rules)
         # In the order of their batches: a slot takes what is older than its window for applied.
         under_way: list[tuple[int, Callable[[], None]]] = [
@@ -314,7 +323,9 @@ class Sessions:
             return
         for group in self._groups(server):
             if wanted.missing[group.mask].any():
-                meta = PULL.pack(wanted.min_step, len(self.copy.specs), 0) + bitmap(group.mask)
+                flags = ALL_WORKERS if wanted.all_workers else 0
+                meta = PULL.pack(wanted.min_step, len(self.copy.specs), flags)
+                meta += bitmap(group.mask)
                 answer = partial(self._on_state, wanted)
                 self._ask(session, Kind.PULL, [meta], answer, patient=True)
 
