@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -72,6 +73,44 @@ def lag(steps: str) -> None:
     count(steps, 0.1)
 
 
+def gated(gate: str) -> None:
+    """Phases in which each worker writes its row; worker 1 waits for a file in the sixth.
+
+    When a phase begins, everybody's row is of the one before; those ahead may be in it already.
+    """
+    with daruma.join() as job:
+        table = job.table("seen", (job.workers,), rule="assign")
+        for phase in job.phases(10):
+            found = table.values()
+            if (found < phase).any() or (found > phase + 1).any():
+                raise RuntimeError(f"phase {phase} begins with {found}")
+            deadline = time.monotonic() + 60
+            while job.index == 1 and phase == 5 and not Path(gate).exists():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("nobody opened the gate")
+                time.sleep(0.01)
+            table.push([job.index], [phase + 1])
+
+
+def two_tables(_: str) -> None:
+    """One batch for two tables, an empty one, and a barrier between workers."""
+    with daruma.join() as job:
+        rows = job.table("rows", (job.workers, 2), rule="assign")
+        sums = job.table("sums", (3,))
+        job.push(rows.change([job.index], [[1.0, 2.0]]), sums.change(None, np.ones(3)))
+        rows.barrier()
+        if rows.values().tolist() != [[1.0, 2.0]] * job.workers:
+            raise RuntimeError(f"after the barrier: {rows.values()}")
+        if sums.values().tolist() != [job.workers] * 3:
+            raise RuntimeError(f"after the barrier: {sums.values()}")
+        if job.index == 0:
+            sums.push([1], [5.0])
+        else:
+            sums.push([], [])
+        job.barrier()
+        job.report(batch=job.batch, sum=float(sums.values([1])[0]))
+
+
 def stops(_: str) -> None:
     """Worker 0 ends the job for all."""
     with daruma.join() as job:
@@ -104,7 +143,19 @@ def pushes_nothing(_: str) -> None:
 
 
 PROGRAMS: dict[str, Callable[[str], None]] = {
-    f.__name__: f for f in (tables, optimizer, count, lag, stops, mismatch, raises, pushes_nothing)
+    f.__name__: f
+    for f in (
+        tables,
+        optimizer,
+        count,
+        lag,
+        gated,
+        two_tables,
+        stops,
+        mismatch,
+        raises,
+        pushes_nothing,
+    )
 }
 
 if __name__ == "__main__":

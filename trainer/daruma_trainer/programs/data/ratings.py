@@ -115,7 +115,7 @@ def _jester(paths: list[Path]) -> Ratings:
                     raise ConfigurationError(
                         f"{path}:{number}: {len(row)} columns, and {len(rows[0])} in the first row"
                     )
-    table = np.array(rows).reshape(len(rows), -1)[:, 1:]
+    table = np.array(rows)[:, 1:] if rows else np.empty((0, 0))
     u, i = np.nonzero(table != NO_RATING)
     values = table[u, i].astype(np.float32)
     if not len(values) or np.abs(values).max() > 10:
