@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from daruma_trainer.contract import Role, Rollback, Settings
+from daruma_trainer.contract import ExitCode, Role, Rollback, Settings, Source, SourceKind
 from local_cluster import LocalCluster, local_cluster, lose_and_replace, replace_worker
 
 pytestmark = pytest.mark.faults
@@ -62,3 +62,55 @@ def test_a_batch_may_hold_several_tables_or_nothing(tmp_path: Path, consistency:
             metrics = cluster.report(Role.WORKER, worker).metrics
             assert metrics == {"batch": 2.0, "sum": 7.0}
         cluster.finish()
+
+
+def restore_from_the_beginning(cluster: LocalCluster, index: int) -> None:
+    """Replace a server by one that takes the running checkpoint, which is older than it."""
+    gone = cluster.membership.member(Role.SERVER, index)
+    assert gone is not None
+    cluster.kill(gone.id)
+    cluster.replace_server(index, [Source(SourceKind.RUNNING_CHECKPOINT, cluster.slots(index))])
+    cluster.until(lambda: cluster.report(Role.SERVER, index).state == "Ready", "it is back")
+    cluster.tell(raise_epoch=True, recovery=None)
+
+
+@pytest.mark.parametrize(
+    "happens", ["one server", "it is lost again", "both", "a worker too", "a rollback after it"]
+)
+def test_sums_are_made_again_exactly_once(tmp_path: Path, happens: str) -> None:
+    """Restored as at the beginning, each row has ten additions of each worker in the end."""
+    cuts = happens == "a rollback after it"
+    config = Settings(
+        store=f"file://{tmp_path}/store", every=2 if cuts else 0, cuts=cuts, inexact=True
+    )
+    program = (PROGRAMS, "sums", str(tmp_path / "gate"))
+    with local_cluster(tmp_path, settings=config, program=program) as cluster:
+        cluster.until(
+            lambda: tuple(cluster.report(Role.WORKER, w).step for w in (0, 1)) == (6, 5),
+            "worker 0 stands in the barrier",
+        )
+        restore_from_the_beginning(cluster, 1)
+        if happens == "it is lost again":
+            restore_from_the_beginning(cluster, 1)
+        elif happens == "both":
+            restore_from_the_beginning(cluster, 0)
+        elif happens == "a worker too":
+            replace_worker(cluster, 0)
+        elif cuts:
+            roll_back(cluster, 0)
+        (tmp_path / "gate").touch()
+        cluster.finish()
+        result = cluster.result(tmp_path / "store")
+    np.testing.assert_array_equal(result["state"].ravel(), 10)
+    np.testing.assert_array_equal(result["sums"], 20)
+
+
+@pytest.mark.parametrize("consistency", ["Async", "Sync"])
+def test_a_sum_that_a_recovery_would_leave_wrong_is_refused(
+    tmp_path: Path, consistency: str
+) -> None:
+    config = Settings(consistency=consistency, inexact=True)
+    with local_cluster(tmp_path, settings=config, program=(PROGRAMS, "careless")) as cluster:
+        for worker in cluster.membership.of(Role.WORKER):
+            assert cluster.processes[worker.id].wait(60) == ExitCode.USAGE
+        assert "call table.on_restored(fn) before its first push" in cluster.logs()

@@ -14,6 +14,7 @@ def tables(_: str) -> None:
     """Two tables, one after the other, each with values of its own; rows pushed and pulled."""
     with daruma.join() as job:
         first = job.table("first", (6, 2), initial=np.full((6, 2), 1.0))
+        assert first.pull().tolist() == [[1.0, 1.0]] * 6
         second = job.table("second", (5,), rule="assign", initial=np.arange(5))
         assert first.pull([0, 5]).tolist() == [[1.0, 1.0]] * 2
         assert second.pull([4, 1]).tolist() == [4.0, 1.0]
@@ -111,6 +112,28 @@ def two_tables(_: str) -> None:
         job.report(batch=job.batch, sum=float(sums.values([1])[0]))
 
 
+def sums(gate: str) -> None:
+    """Each worker adds to all rows, and knows what it added; `gate` as in `gated`."""
+    with daruma.join() as job:
+        state = job.table("state", (job.workers,), rule="assign")
+        table = job.table("sums", (64, 2))
+        # What the tables keep of this worker: as many additions as phases that it ended.
+        table.on_restored(lambda rows: np.full((len(rows), 2), float(job.batch)))
+        for phase in job.phases(10):
+            deadline = time.monotonic() + 60
+            while job.index == 1 and phase == 5 and not Path(gate).exists():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("nobody opened the gate")
+                time.sleep(0.01)
+            job.push(state.change([job.index], [phase + 1]), table.change(None, np.ones((64, 2))))
+
+
+def careless(_: str) -> None:
+    """A sum that nobody can make again."""
+    with daruma.join() as job:
+        job.table("sums", (64, 2)).push([3], [[1.0, 1.0]])
+
+
 def stops(_: str) -> None:
     """Worker 0 ends the job for all."""
     with daruma.join() as job:
@@ -151,6 +174,8 @@ PROGRAMS: dict[str, Callable[[str], None]] = {
         lag,
         gated,
         two_tables,
+        sums,
+        careless,
         stops,
         mismatch,
         raises,

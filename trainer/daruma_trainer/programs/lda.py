@@ -97,7 +97,7 @@ def _draw(
     weight /= counts.totals + model.beta * len(counts.word_topic)
     ladder = weight.cumsum(axis=1)
     level = rng.random(len(d)) * ladder[:, -1]
-    new = np.minimum((ladder <= level[:, None]).sum(axis=1), model.topics - 1)
+    new: Ints = np.minimum((ladder <= level[:, None]).sum(axis=1), model.topics - 1)
     own[d, new] += 1
     np.add.at(counts.word_topic, (words, new), 1)
     np.add.at(counts.totals, new, 1)

@@ -13,6 +13,7 @@ from daruma_trainer.applied import Seen
 from daruma_trainer.contract import ContractError, Membership, Role, place, slots_from_hex
 from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
 from daruma_trainer.server.barrier import Barrier, TwoWritersError
+from daruma_trainer.server.rebuilding import Sums
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
 from daruma_trainer.wire import (
@@ -86,6 +87,7 @@ class DataPlane:
         self.incarnation = incarnation
         self.slots = Slots(ids, membership.workers, state)
         self.shard = Shard(membership.job_uid, ids)
+        self.sums = Sums(self.shard, self.slots)
         self.sync = membership.settings.consistency == "Sync"
         self.barrier = Barrier(self.shard, self.slots)
         self.workers = membership.workers
@@ -217,8 +219,9 @@ class DataPlane:
             self.counts.duplicate += int(not len(new) and not overlap.any() and bool(ready.any()))
             self.advance()
         else:
+            others = self.sums.add_from(push, k, ready)
             if len(new):
-                self.shard.apply(push.tables, k, new)
+                self.shard.apply(others, k, new)
                 self.slots.advance(k[new], push.worker, push.first, push.last)
                 self.counts.applied += 1
             elif ready.any() and not overlap.any():
@@ -256,7 +259,7 @@ class DataPlane:
         if not len(k) or not known or not all(self._given[t][k].all() for t in range(tables)):
             return refuse(Refusal.RESTORING, "no slot of these is Ready")
         waits = self.sync or flags & ALL_WORKERS
-        if waits and int(self.slot_steps(k).min()) < min_step:
+        if waits and (int(self.slot_steps(k).min()) < min_step or self.sums.lacks(k)):
             self.pulls.append(Waiting(identity, header, frames))
             return None
         body = encode_state(self.state(k, tables))
@@ -278,6 +281,7 @@ class DataPlane:
             worker, done = int(raw["worker"]), int(raw["done"])
             held = [int(b) for b in raw["held"]]
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
+            rebuilds = [int(t) for t in raw.get("rebuilds", [])]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MalformedError(f"not a resync: {error!r}") from error
         if worker != worker_of(identity.decode()) or not 0 <= done < 1 << 40:
@@ -291,8 +295,25 @@ class DataPlane:
         self.counts.lost += len(lost)
         self.refresh_step()
         self.advance()
-        first_missing = self.slots.complete_until(k, worker)
-        return Reply(Kind.OK, [encode_json({"lost": lost[-1000:], "complete": first_missing})])
+        self.sums.register(rebuilds)
+        answer = {
+            "lost": lost[-1000:],
+            "complete": self.slots.complete_until(k, worker),
+            "rebuild": self.sums.due(worker),
+        }
+        return Reply(Kind.OK, [encode_json(answer)])
+
+    def rebuild(self, identity: bytes, frames: Sequence[Frame]) -> Reply:
+        """REBUILD: a worker's whole part of a sum, for slots that were cleared and lack it."""
+        push = decode_push(frames)
+        k = self._owned(push.slots)
+        if push.worker != worker_of(identity.decode()) or k is None:
+            return refuse(Refusal.NOT_OWNER, "another worker's part, or slots of another server")
+        problem = self.shard.check(push.tables, k)
+        if problem:
+            return refuse(Refusal.MALFORMED, problem)
+        self.sums.rebuild(push, k)
+        return Reply(Kind.OK, [b"{}"])
 
     # Steps
 

@@ -59,7 +59,7 @@ SAVE_SECONDS = 5.0
 """How long a server that is told to end waits for saves that it began."""
 BATCH = 64
 """Requests handled before commands and timers get their turn."""
-DATA = frozenset({Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC})
+DATA = frozenset({Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC, Kind.REBUILD})
 
 
 class Server:
@@ -227,6 +227,7 @@ class Server:
                 Kind.PUSH: lambda: plane.push(identity, header, frames),
                 Kind.PULL: lambda: plane.pull(identity, header, frames),
                 Kind.RESYNC: lambda: plane.resync(identity, frames),
+                Kind.REBUILD: lambda: plane.rebuild(identity, frames),
             }
             reply = handlers[header.kind]()
         if reply is not None:

@@ -35,6 +35,7 @@ class Table:
     def __init__(self, job: "Job", spec: TableSpec) -> None:
         self._job = job
         self.spec = spec
+        self._adds = rule_from_json(spec.rule).name == "add"
 
     def pull(self, rows: Sequence[int] | Ints | None = None) -> Floats:
         """Fetch the newest values: of all rows, or of some; shape (rows, *shape[1:]), a copy."""
@@ -57,10 +58,26 @@ class Table:
         """End a phase: see `Job.barrier`. It is the same one for all tables."""
         self._job.barrier()
 
+    def on_restored(self, fn: Callable[[Ints], ArrayLike]) -> None:
+        """Make this table's sums again where they were lost; for rule `add`, by all workers.
+
+        An error in a sum stays for ever. So a server that was restored from a copy clears its
+        rows, and `fn(rows)` has to return what this worker's pushes so far, the one under way
+        included, have added to these rows; shape (rows, *shape[1:]). It is called on the
+        program's thread, while that waits for a server.
+        """
+        if not self._adds:
+            raise ConfigurationError(
+                f"table {self.spec.name!r} has no rule add: only sums have to be made again"
+            )
+        self._job.rebuild_with(self.spec, fn)
+
     def change(
         self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0
     ) -> Update:
         """Return what `push` would send, for `job.push` of several tables in one batch."""
+        if self._adds:
+            self._job.check_sum(self.spec)
         values = np.ascontiguousarray(delta, np.float32).reshape(-1, self.spec.cols)
         index: Ints | None = None
         if rows is not None:
@@ -85,6 +102,8 @@ class Job:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._specs: list[TableSpec] = []
+        self._begun = 0
+        """How many of them the servers have."""
         self._batches_open = False
         self._generation = 0
         """The one that this program's position belongs to; the client may know of a newer."""
@@ -92,6 +111,7 @@ class Job:
         """The same, when the batch at hand was taken from `batches`."""
         self._evaluation: tuple[Callable[[], float | Mapping[str, float]], int] | None = None
         self._writers: list[Callable[[], None]] = []
+        self._rebuilders: dict[int, Callable[[Ints], ArrayLike]] = {}
 
     # Who and where
 
@@ -108,7 +128,11 @@ class Job:
 
     @property
     def batch(self) -> int:
-        """The number of the last batch, over all lives of this worker; 0 before the first."""
+        """The number of the last batch, over all lives of this worker; 0 before the first.
+
+        Waits for tables that were declared and not used yet: with them comes the position.
+        """
+        self.begin()
         return self._client.batch
 
     @property
@@ -139,11 +163,13 @@ class Job:
         rule: str | Rule = "add",
         initial: ArrayLike | None = None,
     ) -> Table:
-        """Make a table; `initial` (default zeros) counts on the lowest worker alone."""
+        """Declare a table; `initial` (default zeros) counts on the lowest worker alone.
+
+        Declare all of them before the first is used: that waits until all servers have them, and
+        the job's first save has the tables that are there then.
+        """
         made = rule_from_json(f'{{"rule": "{rule}"}}') if isinstance(rule, str) else rule
-        spec = self.add_table(name, tuple(shape), made, initial)
-        self.begin()
-        return Table(self, spec)
+        return Table(self, self.add_table(name, tuple(shape), made, initial))
 
     def add_table(
         self, name: str, shape: tuple[int, ...], rule: Rule, initial: ArrayLike | None
@@ -167,7 +193,10 @@ class Job:
         return spec
 
     def begin(self) -> None:
-        """Wait until every table is there, and take their values."""
+        """Wait until every declared table is there, and take their values."""
+        if self._begun == len(self._specs):
+            return
+        self._begun = len(self._specs)
         self._client.announce()
         if self._client.resumed:
             self._pull_all(BEGIN_SECONDS)
@@ -177,10 +206,12 @@ class Job:
 
     def refresh(self) -> None:
         """Pull the newest values of every slot that can be reached."""
+        self.begin()
         self._settle(0)
 
     def values(self, table: int, rows: Sequence[int] | Ints | None = None) -> Floats:
         """Return a copy of a table's last pulled values."""
+        self.begin()
         client = self._client
         if client.copy is None:
             raise ConfigurationError("no table yet")
@@ -208,18 +239,61 @@ class Job:
         lost server or worker is waited for, up to progressSeconds. After a rollback, and when the
         job is stopped, it returns at once: look at `job.batch`, or use `phases`, which does.
         """
-        self._settle(self._client.batch, all_workers=True)
+        self._settle(self.batch, all_workers=True)
 
     def exchange(self, updates: tuple[Update, ...]) -> None:
         """Push one batch and pull what follows from it. A lost server makes this slow, no more."""
+        self.begin()
         client = self._client
         # A gradient of a batch before a rollback is dropped: that batch comes again.
         current = not self._batches_open or self._batch_generation == self._generation
         if current and (client.stopped is None or not self._batches_open):
             client.push(updates, self._generation)
-        sync = client.membership is not None and client.membership.settings.consistency == "Sync"
-        self._settle(client.batch if sync else 0)
+        self._settle(client.batch if self._sync else 0)
         self._evaluate()
+
+    def rebuild_with(self, spec: TableSpec, fn: Callable[[Ints], ArrayLike]) -> None:
+        """See Table.on_restored."""
+        self.begin()
+        self._rebuilders[spec.id] = fn
+        # Under Sync a worker keeps its push until it has pulled what came of it: copies are exact.
+        if not self._sync:
+            self._client.register(spec.id)
+
+    def check_sum(self, spec: TableSpec) -> None:
+        """Refuse a sum that a recovery would leave wrong for ever."""
+        membership = self._client.membership
+        if membership is None or not membership.settings.inexact:
+            return
+        if self._sync or spec.id not in self._rebuilders:
+            raise ConfigurationError(
+                f"table {spec.name!r} has rule add, and this job's strategy restores lost slots "
+                "from the running checkpoint, which lacks what was added since: call "
+                "table.on_restored(fn) before its first push (Async), or take a strategy with "
+                "other sources (Freshest, Stateless, FullCheckpoint)"
+            )
+
+    def wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
+        """Wait, and meanwhile make again what a restored server asks for."""
+        client = self._client
+        while True:
+            client.wait(lambda: ready() or bool(client.due), seconds, what)
+            due = client.take_due()
+            if not due:
+                return
+            for server, table, rows in due:
+                spec = self._specs[table]
+                part = np.ascontiguousarray(self._rebuilders[table](rows), np.float32)
+                if part.size != len(rows) * spec.cols:
+                    raise ConfigurationError(
+                        f"table {spec.name!r}: on_restored gave {part.shape} for {len(rows)} rows"
+                    )
+                client.rebuild(server, Update(table, 1.0, part.reshape(-1, spec.cols), rows))
+
+    @property
+    def _sync(self) -> bool:
+        membership = self._client.membership
+        return membership is not None and membership.settings.consistency == "Sync"
 
     def after_pull(self, write: Callable[[], None]) -> None:
         """Call `write` whenever new values have come (the optimizer copies them into torch)."""
@@ -235,7 +309,7 @@ class Job:
             # A phase ends with what every worker gave: no server may be left out of that.
             return bool((wanted.missing if all_workers else wanted.missing & ~client.away()).any())
 
-        client.wait(
+        self.wait(
             lambda: self._rolled_back or not missing() or client.stopped is not None,
             self._progress_seconds(),
             f"batch {min_step} of every worker" if all_workers else "an answer from every server",
@@ -347,7 +421,7 @@ class Job:
             client.state = "Finished"
             return client.finished == self._generation
 
-        client.wait(
+        self.wait(
             lambda: self._rolled_back or self.stopped is not None or over(),
             math.inf if waits else self._progress_seconds(),
             "the last batches' acknowledgement",
@@ -384,7 +458,8 @@ class Job:
         pushes = client.pushes
         if pushes is None or not self._specs:
             return
-        client.wait(
+        self.begin()
+        self.wait(
             lambda: pushes.acked >= client.batch or client.stopped is not None or self._rolled_back,
             self._progress_seconds(),
             "the last batches' acknowledgement",

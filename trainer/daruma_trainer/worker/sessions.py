@@ -202,6 +202,7 @@ class Sessions:
                 "done": self._worker.batch,
                 "held": self.pushes.unsent(server),
                 "slots": slots_to_hex(np.flatnonzero(copy.slots_of(server)).tolist()),
+                "rebuilds": sorted(self._worker.rebuilds),
             }
             session.awaited = 1
             answer = partial(self._on_resync, server)
@@ -249,7 +250,12 @@ class Sessions:
         self, server: int, session: Session, header: Header, frames: Sequence[Frame]
     ) -> None:
         del header
-        self.pushes.lost |= {int(b) for b in decode_json(frames[1]).get("lost", [])}
+        raw = decode_json(frames[1])
+        self.pushes.lost |= {int(b) for b in raw.get("lost", [])}
+        due = self._worker.rebuilds & {int(t) for t in raw.get("rebuild", [])}
+        self._worker.due.pop(server, None)
+        if due:
+            self._worker.due[server] = due
         session.stage = Stage.SYNCED
         if session.fresh:
             # Its predecessor's acknowledgements went with it: what is still held goes out again.
@@ -315,6 +321,26 @@ class Sessions:
             )  # fmt: skip
             answer = partial(self._on_sealed, server, done.first, done.last)
             self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
+
+    def send_rebuilt(self, server: int, parts: Sequence[Update], batch: int) -> None:
+        """Send this worker's part of sums that a server cleared, as of a batch.
+
+        It goes before all later batches. What breaks off is asked for again by the next resync.
+        """
+        session = self.by_server.get(server)
+        if session is None or session.stage is not Stage.SYNCED:
+            return
+        for group in self._groups(server):
+            tables = []
+            for part in parts:
+                rows = np.empty(0, np.int64) if part.rows is None else part.rows
+                mine = np.isin(rows, group.layout.tables[part.table].rows)
+                tables.append(TablePush(part.table, part.lr, part.values[mine], rows[mine]))
+            push = Push(
+                self._worker.me.index, batch + 1, batch + 1, 1, self.pushes.acked, group.mask,
+                tuple(tables),
+            )  # fmt: skip
+            self._ask(session, Kind.REBUILD, encode_push(push), lambda _s, _h, _f: None)
 
     def send_pulls(self, server: int) -> None:
         """Ask this server for what the training thread waits for."""
