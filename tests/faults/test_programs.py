@@ -31,17 +31,22 @@ spec:
     args: ARGUMENTS
   servers: {replicas: 2}
   workers: {replicas: 2}
-  checkpoint: {store: "file:///saves", every: 8, fraction: 0.5}
+  checkpoint: {store: "file:///saves", every: 5, fraction: 0.4}
+  consistency: {mode: MODE}
 """
 
 
-def run(folder: Path, kill: str, program: str, *arguments: str) -> dict[str, float]:
+def run(
+    folder: Path, kill: str, program: str, *arguments: str, mode: str = "Async",
+    strategy: str = "Freshest",
+) -> dict[str, float]:  # fmt: skip
     """Run a program with one failure to its end; returns its metrics."""
     text = MANIFEST.replace("PROGRAM", program).replace("ARGUMENTS", json.dumps(arguments))
+    text = text.replace("MODE", mode)
     (folder / "toy.yaml").write_text(text)
     command = [sys.executable, "-m", "daruma_operator.cli.main", "run", "toy.yaml"]
     done = subprocess.run(
-        [*command, "--out", "out", "--kill", kill],
+        [*command, "--out", "out", "--strategy", strategy, "--kill", kill],
         cwd=folder, capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert left_by(folder) == []
@@ -54,8 +59,19 @@ def run(folder: Path, kill: str, program: str, *arguments: str) -> dict[str, flo
     return metrics
 
 
-@pytest.mark.parametrize("kill", KILLS)
-def test_mf_ends_with_the_error_that_it_has_without_failures(tmp_path: Path, kill: str) -> None:
+@pytest.mark.parametrize(
+    ("kill", "mode", "strategy"),
+    [
+        (KILLS[0], "Async", "Freshest"),
+        (KILLS[1], "Async", "Freshest"),
+        (KILLS[0], "Async", "Partial"),
+        # Its last step is one of a periodic cut's: the result is another.
+        (KILLS[0], "Sync", "FullCheckpoint"),
+    ],
+)
+def test_mf_ends_with_the_error_that_it_has_without_failures(
+    tmp_path: Path, kill: str, mode: str, strategy: str
+) -> None:
     source = "synthetic:60,50,3,1500"
     train, test = ratings(source)
     mean = float(train.values.mean())
@@ -69,7 +85,7 @@ def test_mf_ends_with_the_error_that_it_has_without_failures(tmp_path: Path, kil
         items[part.rows] = mf.solve(part, users, 0.02)
     found = run(
         tmp_path, kill, "mf", "--data", source, "--iterations", "10", "--rank", "3",
-        "--think-ms", "60",
+        "--think-ms", "60", mode=mode, strategy=strategy,
     )  # fmt: skip
     # A push that one failure lost is made good by the iterations after it.
     assert found["train_rmse"] == pytest.approx(mf.rmse(train, users, items, mean), rel=0.01)
