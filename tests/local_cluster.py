@@ -32,9 +32,11 @@ from daruma_trainer.contract import (
     Role,
     Settings,
     Source,
+    SourceKind,
     View,
     agent_address,
     place,
+    slots_from_hex,
     slots_to_hex,
 )
 
@@ -257,3 +259,47 @@ def local_cluster(
         yield cluster
     finally:
         cluster.close()
+
+
+def freshest(cluster: LocalCluster, index: int) -> list[Source]:
+    """Plan as the operator does: each slot from the worker that has the newest version of it."""
+    best: dict[int, tuple[tuple[int, int], str]] = {}
+    lost = set(slots_from_hex(cluster.slots(index)))
+    for worker in cluster.membership.of(Role.WORKER):
+        for copy in cluster.report(Role.WORKER, worker.index).copies:
+            for slot in lost & set(slots_from_hex(copy.slots)):
+                offer = ((copy.lineage, copy.position), worker.id)
+                best[slot] = max(best.get(slot, ((0, 0), "")), offer)
+    return [
+        Source(
+            SourceKind.PEER, slots_to_hex([s for s, (_, w) in best.items() if w == member]), member
+        )
+        for member in sorted({w for _, w in best.values()})
+    ]
+
+
+def lose_and_replace(cluster: LocalCluster, index: int) -> Member:
+    """Kill a server, fence it, wait for the copies, and restore its successor from the freshest."""
+    gone = cluster.membership.member(Role.SERVER, index)
+    assert gone is not None
+    cluster.kill(gone.id)
+    members = tuple(m for m in cluster.membership.members if m is not gone)
+    epoch = cluster.membership.epoch + 1
+    cluster.tell(raise_epoch=True, members=members, initialised=True, recovery=epoch)
+    workers = cluster.membership.of(Role.WORKER)
+    cluster.until(
+        lambda: all(cluster.report(Role.WORKER, w.index).copies for w in workers), "copies"
+    )
+    return cluster.replace_server(index, freshest(cluster, index))
+
+
+def replace_worker(cluster: LocalCluster, index: int) -> None:
+    """Kill a worker and start its successor."""
+    gone = cluster.membership.member(Role.WORKER, index)
+    assert gone is not None
+    cluster.kill(gone.id)
+    members = tuple(m for m in cluster.membership.members if m is not gone)
+    epoch = cluster.membership.epoch + 1
+    cluster.tell(raise_epoch=True, members=members, initialised=True)
+    cluster.start(Role.WORKER, index, epoch)
+    cluster.tell(raise_epoch=True)

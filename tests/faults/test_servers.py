@@ -22,15 +22,14 @@ from daruma_trainer.contract import (
     Membership,
     Role,
     Settings,
-    Source,
-    SourceKind,
+    slots_from_hex,
     slots_to_hex,
 )
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import Add, rule_to_json
 from daruma_trainer.server.fencing import STILL_SECONDS
 from daruma_trainer.wire import Kind, Refusal, from_bitmap, mask_of
-from local_cluster import LocalCluster, local_cluster
+from local_cluster import LocalCluster, freshest, local_cluster, lose_and_replace
 from raw_member import RawMember
 
 pytestmark = pytest.mark.faults
@@ -38,43 +37,6 @@ MLR = ("-m", "daruma_trainer.programs.mlr", "--data", "synthetic:600,16,4", "--s
        "--think-ms", "8")  # fmt: skip
 ALL = mask_of(np.arange(SLOTS))
 SPEC = TableSpec(0, "t", (64, 4), 1, rule_to_json(Add()))
-
-
-def freshest(cluster: LocalCluster, index: int) -> list[Source]:
-    """Plan as the operator does: each slot from the worker that has the newest version of it."""
-    best: dict[int, tuple[tuple[int, int], str]] = {}
-    lost = set(_slots(cluster.slots(index)))
-    for worker in cluster.membership.of(Role.WORKER):
-        for copy in cluster.report(Role.WORKER, worker.index).copies:
-            for slot in lost & set(_slots(copy.slots)):
-                offer = ((copy.lineage, copy.position), worker.id)
-                best[slot] = max(best.get(slot, ((0, 0), "")), offer)
-    return [
-        Source(
-            SourceKind.PEER, slots_to_hex([s for s, (_, w) in best.items() if w == member]), member
-        )
-        for member in sorted({w for _, w in best.values()})
-    ]
-
-
-def _slots(text: str) -> list[int]:
-    bits = int(text, 16)
-    return [s for s in range(SLOTS) if bits >> s & 1]
-
-
-def lose_and_replace(cluster: LocalCluster, index: int) -> Member:
-    """Kill a server, fence it, wait for the copies, and restore its successor from the freshest."""
-    gone = cluster.membership.member(Role.SERVER, index)
-    assert gone is not None
-    cluster.kill(gone.id)
-    members = tuple(m for m in cluster.membership.members if m is not gone)
-    epoch = cluster.membership.epoch + 1
-    cluster.tell(raise_epoch=True, members=members, initialised=True, recovery=epoch)
-    workers = cluster.membership.of(Role.WORKER)
-    cluster.until(
-        lambda: all(cluster.report(Role.WORKER, w.index).copies for w in workers), "copies"
-    )
-    return cluster.replace_server(index, freshest(cluster, index))
 
 
 def trained(folder: Path, consistency: str, *, disturb: bool) -> dict[str, np.ndarray[Any, Any]]:
@@ -208,7 +170,7 @@ def test_a_frozen_and_replaced_server_accepts_nothing_that_counts(tmp_path: Path
         cluster.kill(frozen.id, signal.SIGCONT)
         # A push for the frozen incarnation, as an old message that was under way would be.
         with RawMember("worker-0-1", frozen) as late:
-            slots = mask_of(np.array(_slots(cluster.slots(1))))
+            slots = mask_of(np.array(slots_from_hex(cluster.slots(1))))
             late.send(Kind.PUSH, late.push_body(0, 500, slots, np.zeros((0, 0))))
             answers = iter(lambda: late.receive(1.0), None)
             kinds = {found[0].kind for found in answers if found is not None}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from daruma_trainer.contract import ExitCode, Role, Rollback, Settings
-from local_cluster import DEADLINE, LocalCluster, local_cluster
+from local_cluster import DEADLINE, LocalCluster, local_cluster, replace_worker
 
 pytestmark = pytest.mark.faults
 PROGRAMS = str(Path(__file__).with_name("worker_programs.py"))
@@ -48,18 +48,6 @@ def test_groups_schedules_and_clipping_are_those_of_torch(tmp_path: Path) -> Non
     with running(tmp_path, "optimizer", workers=1, consistency="Sync") as cluster:
         assert metrics(cluster, 0)["apart"] < 1e-6
         cluster.finish()
-
-
-def replace_worker(cluster: LocalCluster, index: int) -> None:
-    """Kill a worker and start its successor."""
-    gone = cluster.membership.member(Role.WORKER, index)
-    assert gone is not None
-    cluster.kill(gone.id)
-    members = tuple(m for m in cluster.membership.members if m is not gone)
-    epoch = cluster.membership.epoch + 1
-    cluster.tell(raise_epoch=True, members=members, initialised=True)
-    cluster.start(Role.WORKER, index, epoch)
-    cluster.tell(raise_epoch=True)
 
 
 @pytest.mark.parametrize("consistency", ["Async", "Sync"])

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +15,7 @@ def tables(_: str) -> None:
     """Two tables, one after the other, each with values of its own; rows pushed and pulled."""
     with daruma.join() as job:
         first = job.table("first", (6, 2), initial=np.full((6, 2), 1.0))
+        assert first.pull().tolist() == [[1.0, 1.0]] * 6
         second = job.table("second", (5,), rule="assign", initial=np.arange(5))
         assert first.pull([0, 5]).tolist() == [[1.0, 1.0]] * 2
         assert second.pull([4, 1]).tolist() == [4.0, 1.0]
@@ -73,6 +75,66 @@ def lag(steps: str) -> None:
     count(steps, 0.1)
 
 
+def gated(gate: str) -> None:
+    """Phases in which each worker writes its row; worker 1 waits for a file in the sixth.
+
+    When a phase begins, everybody's row is of the one before; those ahead may be in it already.
+    """
+    with daruma.join() as job:
+        table = job.table("seen", (job.workers,), rule="assign")
+        for phase in job.phases(10):
+            found = table.values()
+            if (found < phase).any() or (found > phase + 1).any():
+                raise RuntimeError(f"phase {phase} begins with {found}")
+            deadline = time.monotonic() + 60
+            while job.index == 1 and phase == 5 and not Path(gate).exists():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("nobody opened the gate")
+                time.sleep(0.01)
+            table.push([job.index], [phase + 1])
+
+
+def two_tables(_: str) -> None:
+    """One batch for two tables, an empty one, and a barrier between workers."""
+    with daruma.join() as job:
+        rows = job.table("rows", (job.workers, 2), rule="assign")
+        sums = job.table("sums", (3,))
+        job.push(rows.change([job.index], [[1.0, 2.0]]), sums.change(None, np.ones(3)))
+        rows.barrier()
+        if rows.values().tolist() != [[1.0, 2.0]] * job.workers:
+            raise RuntimeError(f"after the barrier: {rows.values()}")
+        if sums.values().tolist() != [job.workers] * 3:
+            raise RuntimeError(f"after the barrier: {sums.values()}")
+        if job.index == 0:
+            sums.push([1], [5.0])
+        else:
+            sums.push([], [])
+        job.barrier()
+        job.report(batch=job.batch, sum=float(sums.values([1])[0]))
+
+
+def sums(gate: str) -> None:
+    """Each worker adds to all rows, and knows what it added; `gate` as in `gated`."""
+    with daruma.join() as job:
+        state = job.table("state", (job.workers,), rule="assign")
+        table = job.table("sums", (64, 2))
+        # What the tables keep of this worker: as many additions as phases that it ended.
+        table.on_restored(lambda rows: np.full((len(rows), 2), float(job.batch)))
+        for phase in job.phases(10):
+            deadline = time.monotonic() + 60
+            while job.index == 1 and phase == 5 and not Path(gate).exists():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("nobody opened the gate")
+                time.sleep(0.01)
+            job.push(state.change([job.index], [phase + 1]), table.change(None, np.ones((64, 2))))
+
+
+def careless(_: str) -> None:
+    """A sum that nobody can make again."""
+    with daruma.join() as job:
+        job.table("sums", (64, 2)).push([3], [[1.0, 1.0]])
+
+
 def stops(_: str) -> None:
     """Worker 0 ends the job for all."""
     with daruma.join() as job:
@@ -128,7 +190,21 @@ def pushes_nothing(_: str) -> None:
 
 PROGRAMS: dict[str, Callable[[str], None]] = {
     f.__name__: f
-    for f in (tables, optimizer, count, lag, stops, softmax, mismatch, raises, pushes_nothing)
+    for f in (
+        tables,
+        optimizer,
+        count,
+        lag,
+        gated,
+        two_tables,
+        sums,
+        careless,
+        stops,
+        softmax,
+        mismatch,
+        raises,
+        pushes_nothing,
+    )
 }
 
 if __name__ == "__main__":

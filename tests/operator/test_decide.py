@@ -31,7 +31,7 @@ def test_a_job_starts_runs_and_ends() -> None:
     world.until_phase("Succeeded")
     assert [p for p in world.pods.values() if p.state == "Running"] == []
     assert world.status.result is not None
-    assert world.status.result.uri == "file:///s/n/j/u/cuts/00000003-0000000030.json"
+    assert world.status.result.uri == "file:///s/n/j/u/cuts/00000003-0000000030_final.json"
     assert world.status.workers.succeeded_indexes == "0-1"
     assert world.status.recoveries == ()
     assert len(world.created) == 5

@@ -41,6 +41,18 @@ def test_a_batch_is_acknowledged_when_all_slots_have_it() -> None:
     assert not pushes.held
 
 
+def test_what_is_held_goes_out_again_to_the_successor_of_a_lost_server() -> None:
+    pushes = Pushes(Replay())
+    first = held(pushes, 1, update(1))
+    pushes.note_applied(1, slots_of(0) | slots_of(1))
+    second = held(pushes, 2, update(2))
+    pushes.accumulate(second, 0, slots_of(0), 0.0, ["sgd"])
+    pushes.hold_again(0, slots_of(0))
+    np.testing.assert_array_equal(first.unacked, slots_of(0) | slots_of(2))
+    # Its part is in the accumulation: sent twice it would be refused as an overlap.
+    assert not second.unacked[slots_of(0)].any()
+
+
 def test_a_later_batch_does_not_overtake_an_earlier_one() -> None:
     pushes = Pushes(Replay())
     everything = np.ones(SLOTS, np.bool_)

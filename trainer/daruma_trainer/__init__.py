@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from daruma_trainer.rules import SGD, Adagrad, Adam, Add, Assign
-    from daruma_trainer.worker.job import Job, Table
+    from daruma_trainer.worker.job import Job
     from daruma_trainer.worker.join import join
+    from daruma_trainer.worker.table import Table
 
 __all__ = ["SGD", "Adagrad", "Adam", "Add", "Assign", "Job", "Table", "join"]
 
 _HOMES = {
     **dict.fromkeys(("SGD", "Adagrad", "Adam", "Add", "Assign"), "daruma_trainer.rules"),
-    **dict.fromkeys(("Job", "Table"), "daruma_trainer.worker.job"),
+    "Job": "daruma_trainer.worker.job",
+    "Table": "daruma_trainer.worker.table",
     "join": "daruma_trainer.worker.join",
 }
 

@@ -145,6 +145,8 @@ class Settings:
     restore_from: str | None = None
     block_bytes: int | None = None
     meanwhile: WorkersMeanwhile = WorkersMeanwhile.REPLAY
+    inexact: bool = False
+    """Lost slots come from the running checkpoint alone: what was added since is not in it."""
     replay: Replay = field(default_factory=Replay)
     suspect_seconds: float = 1.0
     """An unanswered request this old makes its server a suspect."""

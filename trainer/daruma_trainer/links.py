@@ -138,10 +138,14 @@ class Link:
                 unasked(self, header, parts)
         return self._events()
 
-    def expire(self, seconds: float) -> None:
-        """Forget requests that were unanswered for so long; their owner has sent them again."""
-        limit = time.monotonic() - seconds
-        self._pending = {i: p for i, p in self._pending.items() if p.sent_at > limit}
+    def expire(self, seconds: float, patience: float = 0.0) -> None:
+        """Forget requests that were unanswered for so long; their owner has sent them again.
+
+        `patience`: how long a patient one may stay, where that is longer.
+        """
+        now = time.monotonic()
+        limits = {False: now - seconds, True: now - max(seconds, patience)}
+        self._pending = {i: p for i, p in self._pending.items() if p.sent_at > limits[p.patient]}
 
     def suspect(self, seconds: float) -> Suspect | None:
         """Say why this peer seems to be away, if it does.

@@ -53,6 +53,8 @@ class Kind(IntEnum):
     EPOCH = 9
     """What is your newest membership? The answer is a MEMBERSHIP."""
     CUT = 10
+    REBUILD = 11
+    """A worker's whole part of a sum, for slots that were cleared; a push without a number."""
     OK = 16
     ACK = 17
     STATE = 18
@@ -231,7 +233,9 @@ def decode_push(frames: Sequence[Frame]) -> Push:
 
 
 PULL = struct.Struct("<qII")
-"""A pull's meta: min_step, tables (how many the worker knows), reserved; then the slots' bitmap."""
+"""A pull's meta: min_step, tables (how many the worker knows), flags; then the slots' bitmap."""
+ALL_WORKERS = 1
+"""A pull's flag: `min_step` is a batch that every worker that goes on must have reached."""
 
 
 # State: the answer to a pull, and a worker's copy for a restoring server ------------------------

@@ -75,7 +75,9 @@ def _restores(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[Act
 def _saves(seen: Seen, status: TrainingJobStatus) -> list[Act]:
     if status.reason not in ("SavingResult", "WorkersLeaving"):
         return []
-    number = cut_number(status.epoch, 0 if status.progress is None else status.progress.step)
+    step = 0 if status.progress is None else status.progress.step
+    # A periodic cut of the same step has been taken already, and may be of a moment before the end.
+    number = f"{cut_number(status.epoch, step)}_final"
     return [
         PostCheckpoint(name_of(m), agent, number)
         for m in status.members

@@ -6,7 +6,7 @@ from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.spec import StrategyName, TrainingJobSpec
 from daruma_operator.api.status import MemberStatus, TrainingJobStatus
 from daruma_operator.recovery.strategies import PRESETS, keeps_running, rolls_back
-from daruma_trainer.contract import Member, Membership, Replay, Rollback, Settings
+from daruma_trainer.contract import Member, Membership, Replay, Rollback, Settings, SourceKind
 
 
 def ladder_of(spec: TrainingJobSpec) -> tuple[StrategyName, ...]:
@@ -54,6 +54,7 @@ def settings_of(spec: TrainingJobSpec, store: str | None) -> Settings:
         restore_from=checkpoint.restore_from,
         block_bytes=spec.block_bytes,
         meanwhile=PRESETS[spec.recovery.strategy].meanwhile,
+        inexact=PRESETS[spec.recovery.strategy].sources == {SourceKind.RUNNING_CHECKPOINT},
         replay=Replay(
             replay.max_pending, float(replay.max_age_seconds), str(replay.combine), replay.trust
         ),

@@ -13,9 +13,11 @@ from daruma_trainer.applied import Seen
 from daruma_trainer.contract import ContractError, Membership, Role, place, slots_from_hex
 from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
 from daruma_trainer.server.barrier import Barrier, TwoWritersError
+from daruma_trainer.server.rebuilding import Sums
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
 from daruma_trainer.wire import (
+    ALL_WORKERS,
     BITMAP,
     PULL,
     Frame,
@@ -51,7 +53,7 @@ class Reply:
 
 @dataclass(slots=True)
 class Waiting:
-    """A request that is answered when its time comes: a pull of a later step, a held push."""
+    """A request that is answered when its time comes: a pull of a later batch, a held push."""
 
     identity: bytes
     header: Header
@@ -85,6 +87,7 @@ class DataPlane:
         self.incarnation = incarnation
         self.slots = Slots(ids, membership.workers, state)
         self.shard = Shard(membership.job_uid, ids)
+        self.sums = Sums(self.shard, self.slots)
         self.sync = membership.settings.consistency == "Sync"
         self.barrier = Barrier(self.shard, self.slots)
         self.workers = membership.workers
@@ -95,6 +98,9 @@ class DataPlane:
         self.counts = Counts()
         self.step = 0
         self.waiting: list[Waiting] = []
+        """Pushes that a cut in the making holds back."""
+        self.pulls: list[Waiting] = []
+        """Pulls of a step, or of a phase's end, that is to come."""
         self.hold: tuple[int, ...] | None = None
         """A cut in the making: the last batch of each worker that may still be applied."""
         self.warm: dict[str, Floats] | str | None = None
@@ -213,8 +219,9 @@ class DataPlane:
             self.counts.duplicate += int(not len(new) and not overlap.any() and bool(ready.any()))
             self.advance()
         else:
+            others = self.sums.add_from(push, k, ready)
             if len(new):
-                self.shard.apply(push.tables, k, new)
+                self.shard.apply(others, k, new)
                 self.slots.advance(k[new], push.worker, push.first, push.last)
                 self.counts.applied += 1
             elif ready.any() and not overlap.any():
@@ -243,7 +250,7 @@ class DataPlane:
         meta = memoryview(frames[1])
         if len(meta) != PULL.size + BITMAP:
             raise MalformedError(f"a pull's meta of {len(meta)} bytes")
-        min_step, tables, _ = PULL.unpack_from(meta)
+        min_step, tables, flags = PULL.unpack_from(meta)
         k = self._owned(from_bitmap(meta[PULL.size :]))
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
@@ -251,8 +258,9 @@ class DataPlane:
         known = tables <= len(self.shard.tables)
         if not len(k) or not known or not all(self._given[t][k].all() for t in range(tables)):
             return refuse(Refusal.RESTORING, "no slot of these is Ready")
-        if self.sync and int(self.slot_steps(k).min()) < min_step:
-            self.waiting.append(Waiting(identity, header, frames))
+        waits = self.sync or flags & ALL_WORKERS
+        if waits and (int(self.slot_steps(k).min()) < min_step or self.sums.lacks(k)):
+            self.pulls.append(Waiting(identity, header, frames))
             return None
         body = encode_state(self.state(k, tables))
         self.counts.pulled_bytes += sum(len(f) for f in body)
@@ -273,6 +281,7 @@ class DataPlane:
             worker, done = int(raw["worker"]), int(raw["done"])
             held = [int(b) for b in raw["held"]]
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
+            rebuilds = [int(t) for t in raw.get("rebuilds", [])]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MalformedError(f"not a resync: {error!r}") from error
         if worker != worker_of(identity.decode()) or not 0 <= done < 1 << 40:
@@ -286,16 +295,36 @@ class DataPlane:
         self.counts.lost += len(lost)
         self.refresh_step()
         self.advance()
-        first_missing = self.slots.complete_until(k, worker)
-        return Reply(Kind.OK, [encode_json({"lost": lost[-1000:], "complete": first_missing})])
+        self.sums.register(rebuilds)
+        answer = {
+            "lost": lost[-1000:],
+            "complete": self.slots.complete_until(k, worker),
+            "rebuild": self.sums.due(worker),
+        }
+        return Reply(Kind.OK, [encode_json(answer)])
+
+    def rebuild(self, identity: bytes, frames: Sequence[Frame]) -> Reply:
+        """REBUILD: a worker's whole part of a sum, for slots that were cleared and lack it."""
+        push = decode_push(frames)
+        k = self._owned(push.slots)
+        if push.worker != worker_of(identity.decode()) or k is None:
+            return refuse(Refusal.NOT_OWNER, "another worker's part, or slots of another server")
+        problem = self.shard.check(push.tables, k)
+        if problem:
+            return refuse(Refusal.MALFORMED, problem)
+        self.sums.rebuild(push, k)
+        return Reply(Kind.OK, [b"{}"])
 
     # Steps
 
     def slot_steps(self, k: Ints) -> Ints:
-        """Return the step each of the slots `k` has completed (Sync)."""
-        workers = [w for w in range(self.workers) if w not in self.left] or list(
-            range(self.workers)
-        )
+        """Return for each of the slots `k` the batch that all workers that go on have reached.
+
+        Under `Sync` that is its step. Under `Async`, where it ends a phase, nobody waits for a
+        worker at the end of its batches either: only a rollback could bring it back.
+        """
+        gone = self.left if self.sync else self.ended
+        workers = [w for w in range(self.workers) if w not in gone] or list(range(self.workers))
         return np.asarray(self.slots.last[k][:, workers].min(axis=1), np.int64)
 
     def refresh_step(self) -> None:
@@ -321,8 +350,10 @@ class DataPlane:
 
     def take_waiting(self) -> list[Waiting]:
         """Return what may be answerable now, to be handled again."""
-        waiting, self.waiting = self.waiting, []
-        return waiting
+        again, self.pulls = self.pulls, []
+        if self.hold is None:
+            again, self.waiting = self.waiting + again, []
+        return again
 
     def _owned(self, mask: SlotMask) -> Ints | None:
         k = self.slots.index_of(np.flatnonzero(mask))

@@ -234,6 +234,7 @@ class Lifecycle:
         def serve(_written: Written | None = None, error: str | None = None) -> None:
             if error is not None:
                 LOG.error("the first save after the restore failed: %s", error)
+            plane.sums.inexact = True
             plane.restored(lost)
             self.initialised = True
             self._around.tell_workers(Kind.READY, {})
@@ -257,6 +258,8 @@ class Lifecycle:
         plane.waiting.clear()
         if self._motion is not None:
             self._motion.forget()
+        plane.pulls.clear()
+        plane.sums.rolled_back()
         if restorer is None or membership.rollback.cut is None:
             # A newcomer after a rollback that is over: it waits for its restore.
             return

@@ -60,7 +60,7 @@ SAVE_SECONDS = 5.0
 """How long a server that is told to end waits for saves that it began."""
 BATCH = 64
 """Requests handled before commands and timers get their turn."""
-DATA = frozenset({Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC})
+DATA = frozenset({Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC, Kind.REBUILD})
 
 
 class Server:
@@ -170,7 +170,7 @@ class Server:
         self.guests.tick()
         self.life.tick()
         plane = self.life.plane
-        if plane is not None and plane.waiting and plane.hold is None:
+        if plane is not None:
             for waiting in plane.take_waiting():
                 self._dispatch_data(waiting.identity, waiting.header, waiting.frames)
         self._show()
@@ -232,6 +232,7 @@ class Server:
                 Kind.PUSH: lambda: plane.push(identity, header, frames),
                 Kind.PULL: lambda: plane.pull(identity, header, frames),
                 Kind.RESYNC: lambda: plane.resync(identity, frames),
+                Kind.REBUILD: lambda: plane.rebuild(identity, frames),
             }
             reply = handlers[header.kind]()
         if reply is not None:

@@ -32,7 +32,7 @@ from daruma_trainer.errors import (
     ReplacedError,
 )
 from daruma_trainer.identity import Identity
-from daruma_trainer.layout import Floats, TableSpec
+from daruma_trainer.layout import Floats, Ints, TableSpec
 from daruma_trainer.links import Answer, Link
 from daruma_trainer.wire import (
     Frame,
@@ -77,6 +77,10 @@ class Client:
         self.failure: DarumaError | None = None
         self.blocked_seconds = 0.0
         self.wanted: Wanted | None = None
+        self.rebuilds: set[int] = set()
+        """Tables whose sums the program can make again."""
+        self.due: dict[int, set[int]] = {}
+        """By server: tables that it cleared, and that lack this worker's part."""
         self.resumed = False
         self._acked_epoch_at: tuple[int, float] = (0, 0.0)
         self._sessions: Sessions | None = None
@@ -136,11 +140,14 @@ class Client:
             sessions.begin_all()
         self.wake()
 
-    def pull(self, min_step: int) -> Wanted:
-        """Ask for every slot; wait for `missing` to be empty."""
+    def pull(self, min_step: int, *, all_workers: bool = False) -> Wanted:
+        """Ask for every slot; wait for `missing` to be empty.
+
+        `all_workers`: no slot answers before every worker's batch `min_step` has reached it.
+        """
         with self.lock:
             sessions = self._live
-            wanted = self.wanted = Wanted(min_step)
+            wanted = self.wanted = Wanted(min_step, all_workers)
             self._todo += [partial(sessions.send_pulls, server) for server in sessions.by_server]
         self.wake()
         return wanted
@@ -166,6 +173,32 @@ class Client:
                 elif replay and pushes.may_accumulate(server, now):
                     mask = sessions.copy.slots_of(server)
                     pushes.accumulate(held, server, mask, now, sessions.rules)
+        self.wake()
+
+    def register(self, table: int) -> None:
+        """Tell all servers that this worker can make its part of a sum again."""
+        with self.lock:
+            self.rebuilds.add(table)
+            self._live.begin_all()
+        self.wake()
+
+    def take_due(self) -> list[tuple[int, int, Ints]]:
+        """Return (server, table, rows) of what has to be made again, and forget it."""
+        with self.lock:
+            due, self.due = self.due, {}
+            found = []
+            for server, tables in due.items():
+                layouts = [g.layout for g in self._live.copy.groups if g.server == server]
+                for t in sorted(tables):
+                    rows = [layout.tables[t].rows for layout in layouts]
+                    found.append((server, t, np.sort(np.concatenate(rows))))
+            return found
+
+    def rebuild(self, server: int, part: Update) -> None:
+        """Send a part of a sum, as of the last batch."""
+        with self.lock:
+            send = partial(self._live.send_rebuilt, server, (part,), self.batch)
+            self._todo.append(send)
         self.wake()
 
     def resume(self, generation: int) -> bool:
@@ -352,6 +385,7 @@ class Client:
         """Drop all that is under way; the batch number follows from the next complete pull."""
         self.generation = generation
         self.resumed = False
+        self.due.clear()
         self._live.pushes.drop_all(0)
         if self.wanted is not None:
             # What was pulled before is of a lineage that is no more.

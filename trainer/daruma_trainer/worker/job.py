@@ -16,6 +16,7 @@ from daruma_trainer.rules import Rule, rule_from_json, rule_to_json
 from daruma_trainer.worker.batches import batch_indices, batches_in
 from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.pushes import Update
+from daruma_trainer.worker.table import Table
 
 if TYPE_CHECKING:
     import torch
@@ -29,43 +30,14 @@ RESULT_SECONDS = 30.0
 """How long worker 0 waits for the parameters that were saved, to evaluate them."""
 
 
-class Table:
-    """One named array on the servers, for algorithms without gradients."""
-
-    def __init__(self, job: "Job", spec: TableSpec) -> None:
-        self._job = job
-        self.spec = spec
-
-    def pull(self, rows: Sequence[int] | Ints | None = None) -> Floats:
-        """Fetch the newest values: of all rows, or of some; shape (rows, *shape[1:]), a copy."""
-        self._job.refresh()
-        return self._job.values(self.spec.id, rows)
-
-    def push(self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0) -> None:
-        """Send one batch for this table, of all rows (None) or of some (rules add and assign).
-
-        `delta` has the shape of what `pull` gives for the same rows; each row at most once.
-        """
-        values = np.ascontiguousarray(delta, np.float32).reshape(-1, self.spec.cols)
-        index: Ints | None = None
-        if rows is not None:
-            given = np.asarray(rows, np.int64)
-            order = np.argsort(given)
-            index, values = given[order], values[order]
-            if len(index) != len(values) or (np.diff(index) <= 0).any():
-                raise ConfigurationError(
-                    f"table {self.spec.name!r}: {len(values)} values for {len(index)} rows, "
-                    "each row at most once"
-                )
-        self._job.exchange((Update(self.spec.id, lr, values, index),))
-
-
 class Job:
     """What `daruma.join()` gives. Not thread-safe: it belongs to the program's thread."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._specs: list[TableSpec] = []
+        self._begun = 0
+        """How many of them the servers have."""
         self._batches_open = False
         self._generation = 0
         """The one that this program's position belongs to; the client may know of a newer."""
@@ -73,6 +45,7 @@ class Job:
         """The same, when the batch at hand was taken from `batches`."""
         self._evaluation: tuple[Callable[[], float | Mapping[str, float]], int] | None = None
         self._writers: list[Callable[[], None]] = []
+        self._rebuilders: dict[int, Callable[[Ints], ArrayLike]] = {}
 
     # Who and where
 
@@ -89,7 +62,11 @@ class Job:
 
     @property
     def batch(self) -> int:
-        """The number of the last batch, over all lives of this worker; 0 before the first."""
+        """The number of the last batch, over all lives of this worker; 0 before the first.
+
+        Waits for tables that were declared and not used yet: with them comes the position.
+        """
+        self.begin()
         return self._client.batch
 
     @property
@@ -120,11 +97,13 @@ class Job:
         rule: str | Rule = "add",
         initial: ArrayLike | None = None,
     ) -> Table:
-        """Make a table; `initial` (default zeros) counts on the lowest worker alone."""
+        """Declare a table; `initial` (default zeros) counts on the lowest worker alone.
+
+        Declare all of them before the first is used: that waits until all servers have them, and
+        the job's first save has the tables that are there then.
+        """
         made = rule_from_json(f'{{"rule": "{rule}"}}') if isinstance(rule, str) else rule
-        spec = self.add_table(name, tuple(shape), made, initial)
-        self.begin()
-        return Table(self, spec)
+        return Table(self, self.add_table(name, tuple(shape), made, initial))
 
     def add_table(
         self, name: str, shape: tuple[int, ...], rule: Rule, initial: ArrayLike | None
@@ -148,7 +127,10 @@ class Job:
         return spec
 
     def begin(self) -> None:
-        """Wait until every table is there, and take their values."""
+        """Wait until every declared table is there, and take their values."""
+        if self._begun == len(self._specs):
+            return
+        self._begun = len(self._specs)
         self._client.announce()
         if self._client.resumed:
             self._pull_all(BEGIN_SECONDS)
@@ -158,10 +140,12 @@ class Job:
 
     def refresh(self) -> None:
         """Pull the newest values of every slot that can be reached."""
+        self.begin()
         self._settle(0)
 
     def values(self, table: int, rows: Sequence[int] | Ints | None = None) -> Floats:
         """Return a copy of a table's last pulled values."""
+        self.begin()
         client = self._client
         if client.copy is None:
             raise ConfigurationError("no table yet")
@@ -178,34 +162,91 @@ class Job:
 
     # Steps
 
+    def push(self, *changes: Update) -> None:
+        """Send changes of several tables (`table.change`) as one batch: all of them, or none."""
+        self.exchange(changes)
+
+    def barrier(self) -> None:
+        """Wait until every worker has pushed as many batches as this one, and pull them all.
+
+        All of it is applied by all slots then. Nobody waits for a worker that is at its end; a
+        lost server or worker is waited for, up to progressSeconds. After a rollback, and when the
+        job is stopped, it returns at once: look at `job.batch`, or use `phases`, which does.
+        """
+        self._settle(self.batch, all_workers=True)
+
     def exchange(self, updates: tuple[Update, ...]) -> None:
         """Push one batch and pull what follows from it. A lost server makes this slow, no more."""
+        self.begin()
         client = self._client
         # A gradient of a batch before a rollback is dropped: that batch comes again.
         current = not self._batches_open or self._batch_generation == self._generation
         if current and (client.stopped is None or not self._batches_open):
             client.push(updates, self._generation)
-        sync = client.membership is not None and client.membership.settings.consistency == "Sync"
-        self._settle(client.batch if sync else 0)
+        self._settle(client.batch if self._sync else 0)
         self._evaluate()
+
+    def rebuild_with(self, spec: TableSpec, fn: Callable[[Ints], ArrayLike]) -> None:
+        """See Table.on_restored."""
+        self.begin()
+        self._rebuilders[spec.id] = fn
+        # Under Sync a worker keeps its push until it has pulled what came of it: copies are exact.
+        if not self._sync:
+            self._client.register(spec.id)
+
+    def check_sum(self, spec: TableSpec) -> None:
+        """Refuse a sum that a recovery would leave wrong for ever."""
+        membership = self._client.membership
+        if membership is None or not membership.settings.inexact:
+            return
+        if self._sync or spec.id not in self._rebuilders:
+            raise ConfigurationError(
+                f"table {spec.name!r} has rule add, and this job's strategy restores lost slots "
+                "from the running checkpoint, which lacks what was added since: call "
+                "table.on_restored(fn) before its first push (Async), or take a strategy with "
+                "other sources (Freshest, Stateless, FullCheckpoint)"
+            )
+
+    def wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
+        """Wait, and meanwhile make again what a restored server asks for."""
+        client = self._client
+        while True:
+            client.wait(lambda: ready() or bool(client.due), seconds, what)
+            due = client.take_due()
+            if not due:
+                return
+            for server, table, rows in due:
+                spec = self._specs[table]
+                part = np.ascontiguousarray(self._rebuilders[table](rows), np.float32)
+                if part.size != len(rows) * spec.cols:
+                    raise ConfigurationError(
+                        f"table {spec.name!r}: on_restored gave {part.shape} for {len(rows)} rows"
+                    )
+                client.rebuild(server, Update(table, 1.0, part.reshape(-1, spec.cols), rows))
+
+    @property
+    def _sync(self) -> bool:
+        membership = self._client.membership
+        return membership is not None and membership.settings.consistency == "Sync"
 
     def after_pull(self, write: Callable[[], None]) -> None:
         """Call `write` whenever new values have come (the optimizer copies them into torch)."""
         self._writers.append(write)
 
-    def _settle(self, min_step: int) -> None:
+    def _settle(self, min_step: int, *, all_workers: bool = False) -> None:
         """Pull; where a rollback came meanwhile, go on from where it leads."""
         client = self._client
         started = time.monotonic()
-        wanted = client.pull(min_step)
-        client.wait(
-            lambda: (
-                self._rolled_back
-                or not (wanted.missing & ~client.away()).any()
-                or client.stopped is not None
-            ),
+        wanted = client.pull(min_step, all_workers=all_workers)
+
+        def missing() -> bool:
+            # A phase ends with what every worker gave: no server may be left out of that.
+            return bool((wanted.missing if all_workers else wanted.missing & ~client.away()).any())
+
+        self.wait(
+            lambda: self._rolled_back or not missing() or client.stopped is not None,
             self._progress_seconds(),
-            "an answer from every server",
+            f"batch {min_step} of every worker" if all_workers else "an answer from every server",
         )
         if self._rolled_back:
             LOG.info("rolled back: going on from the cut")
@@ -253,22 +294,43 @@ class Job:
         `__getitem__` (its items are handed to the program as a list). `steps` batches, or
         `epochs` of the worker's part (default one). May be opened once a program.
         """
-        if self._batches_open:
-            raise ConfigurationError("job.batches may be opened once: its position is the worker's")
-        self._batches_open = True
         who = (self.index, self.workers)
         samples = len(dataset[0]) if isinstance(dataset, tuple) else len(dataset)
         total = steps if steps is not None else batches_in(samples, batch_size, epochs or 1, who)
+        for batch in self._positions(total, in_phases=False):
+            index = batch_indices(samples, batch_size, batch, seed, who)
+            if isinstance(dataset, tuple):
+                yield tuple(part[index] for part in dataset)
+            else:
+                yield [dataset[i] for i in index.tolist()]
+
+    def phases(self, total: int) -> Iterator[int]:
+        """Count phases from 0, from where this worker's last life left off; one push in each.
+
+        A phase begins when every worker's push of the one before is applied and pulled
+        (`barrier`), so `table.values()` has it. A program that keeps nothing from one phase to
+        the next but what is in its tables goes on after any failure. Instead of `batches`.
+        """
+        for batch in self._positions(total, in_phases=True):
+            yield batch - 1
+
+    def _positions(self, total: int, *, in_phases: bool) -> Iterator[int]:
+        """Go through this worker's batch numbers, the next one being what it makes of it."""
+        if self._batches_open:
+            raise ConfigurationError(
+                "job.batches or job.phases may be opened once: its position is the worker's"
+            )
+        self._batches_open = True
         self._client.total_steps = total
         while self.batch < total or self._come_back():
             if self.stopped is not None:
                 return
             before, self._batch_generation = self.batch, self._generation
-            index = batch_indices(samples, batch_size, self.batch + 1, seed, who)
-            if isinstance(dataset, tuple):
-                yield tuple(part[index] for part in dataset)
-            else:
-                yield [dataset[i] for i in index.tolist()]
+            if in_phases:
+                self.barrier()
+                if self._generation != self._batch_generation or self.stopped is not None:
+                    continue
+            yield before + 1
             if self.batch == before and self.stopped is None and self._client.generation == 0:
                 raise ConfigurationError(
                     "a batch was taken and nothing was pushed: call optimizer.step() or "
@@ -293,7 +355,7 @@ class Job:
             client.state = "Finished"
             return client.finished == self._generation
 
-        client.wait(
+        self.wait(
             lambda: self._rolled_back or self.stopped is not None or over(),
             math.inf if waits else self._progress_seconds(),
             "the last batches' acknowledgement",
@@ -330,7 +392,8 @@ class Job:
         pushes = client.pushes
         if pushes is None or not self._specs:
             return
-        client.wait(
+        self.begin()
+        self.wait(
             lambda: pushes.acked >= client.batch or client.stopped is not None or self._rolled_back,
             self._progress_seconds(),
             "the last batches' acknowledgement",

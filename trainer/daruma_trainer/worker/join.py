@@ -37,7 +37,7 @@ def join() -> Iterator[Job]:
         client.wait(lambda: client.membership is not None, JOIN_SECONDS, "a membership")
         yield job
         job.flush()
-        _leave(client)
+        _leave(client, job)
         job.evaluate_result()
     except ReplacedError as error:
         _end(ExitCode.STALE, error)
@@ -51,7 +51,7 @@ def join() -> Iterator[Job]:
         client.close()
 
 
-def _leave(client: Client) -> None:
+def _leave(client: Client, job: Job) -> None:
     """Stay as a peer until the result is durable: a server may still need this worker's copy."""
     with client.lock:
         client.state = "Left"
@@ -61,7 +61,7 @@ def _leave(client: Client) -> None:
         seconds = client.membership.settings.progress_seconds
     started = time.monotonic()
     try:
-        client.wait(lambda: client.released, seconds, "the job's end")
+        job.wait(lambda: client.released, seconds, "the job's end")
     except GaveUpError:
         LOG.warning("nobody released this worker in %.0f s: leaving", time.monotonic() - started)
 

@@ -110,6 +110,16 @@ class Pushes:
             self.replayed += into.count
         self.sealed.setdefault(server, []).append(into)
 
+    def hold_again(self, server: int, slots: Slots) -> None:
+        """A server was replaced: it may lack what its predecessor had acknowledged.
+
+        Its slots drop what they have already. What was accumulated for it goes out by itself.
+        """
+        mine = [*self.sealed.get(server, []), *filter(None, [self.open.get(server)])]
+        for held in self.held.values():
+            if not any(a.first <= held.batch <= a.last for a in mine):
+                held.unacked |= slots
+
     def note_applied(self, batch: int, slots: Slots) -> None:
         """These slots have this batch."""
         held = self.held.get(batch)

@@ -18,6 +18,7 @@ from daruma_trainer.contract import SLOTS, Member, Membership, Role, Suspect, sl
 from daruma_trainer.errors import ConfigurationError, TableMismatchError
 from daruma_trainer.links import Answer, Link
 from daruma_trainer.wire import (
+    ALL_WORKERS,
     PULL,
     Frame,
     Header,
@@ -67,6 +68,8 @@ class Session:
     """Tables whose initial values this server still wants."""
     token: int = 0
     """Raised at each new beginning, so that answers to the old one are passed over."""
+    fresh: bool = True
+    """Whether this incarnation has taken no push of ours yet."""
 
 
 @dataclass(slots=True)
@@ -74,6 +77,8 @@ class Wanted:
     """A pull that the training thread waits for."""
 
     min_step: int
+    all_workers: bool = False
+    """Whether `min_step` is a batch that every worker has to have reached (`Async` as well)."""
     missing: Slots = field(default_factory=lambda: np.ones(SLOTS, np.bool_))
 
 
@@ -121,7 +126,7 @@ class Sessions:
     def report(self, body: Sequence[Frame], answer: Answer) -> None:
         """Send this worker's report to all servers."""
         for session in self.by_server.values():
-            session.link.expire(FORGOTTEN_SECONDS)
+            session.link.expire(FORGOTTEN_SECONDS, self.membership.settings.progress_seconds)
             session.link.request(self._worker.header(Kind.REPORT), body, answer)
 
     def suspects(self) -> tuple[Suspect, ...]:
@@ -197,6 +202,7 @@ class Sessions:
                 "done": self._worker.batch,
                 "held": self.pushes.unsent(server),
                 "slots": slots_to_hex(np.flatnonzero(copy.slots_of(server)).tolist()),
+                "rebuilds": sorted(self._worker.rebuilds),
             }
             session.awaited = 1
             answer = partial(self._on_resync, server)
@@ -244,8 +250,17 @@ class Sessions:
         self, server: int, session: Session, header: Header, frames: Sequence[Frame]
     ) -> None:
         del header
-        self.pushes.lost |= {int(b) for b in decode_json(frames[1]).get("lost", [])}
+        raw = decode_json(frames[1])
+        self.pushes.lost |= {int(b) for b in raw.get("lost", [])}
+        due = self._worker.rebuilds & {int(t) for t in raw.get("rebuild", [])}
+        self._worker.due.pop(server, None)
+        if due:
+            self._worker.due[server] = due
         session.stage = Stage.SYNCED
+        if session.fresh:
+            # Its predecessor's acknowledgements went with it: what is still held goes out again.
+            self.pushes.hold_again(server, self.copy.slots_of(server))
+            session.fresh = False
         self.pushes.seal(server, self.copy.moved, self.rules)
         # In the order of their batches: a slot takes what is older than its window for applied.
         under_way: list[tuple[int, Callable[[], None]]] = [
@@ -307,6 +322,26 @@ class Sessions:
             answer = partial(self._on_sealed, server, done.first, done.last)
             self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
 
+    def send_rebuilt(self, server: int, parts: Sequence[Update], batch: int) -> None:
+        """Send this worker's part of sums that a server cleared, as of a batch.
+
+        It goes before all later batches. What breaks off is asked for again by the next resync.
+        """
+        session = self.by_server.get(server)
+        if session is None or session.stage is not Stage.SYNCED:
+            return
+        for group in self._groups(server):
+            tables = []
+            for part in parts:
+                rows = np.empty(0, np.int64) if part.rows is None else part.rows
+                mine = np.isin(rows, group.layout.tables[part.table].rows)
+                tables.append(TablePush(part.table, part.lr, part.values[mine], rows[mine]))
+            push = Push(
+                self._worker.me.index, batch + 1, batch + 1, 1, self.pushes.acked, group.mask,
+                tuple(tables),
+            )  # fmt: skip
+            self._ask(session, Kind.REBUILD, encode_push(push), lambda _s, _h, _f: None)
+
     def send_pulls(self, server: int) -> None:
         """Ask this server for what the training thread waits for."""
         wanted, session = self._worker.wanted, self.by_server.get(server)
@@ -314,7 +349,9 @@ class Sessions:
             return
         for group in self._groups(server):
             if wanted.missing[group.mask].any():
-                meta = PULL.pack(wanted.min_step, len(self.copy.specs), 0) + bitmap(group.mask)
+                flags = ALL_WORKERS if wanted.all_workers else 0
+                meta = PULL.pack(wanted.min_step, len(self.copy.specs), flags)
+                meta += bitmap(group.mask)
                 answer = partial(self._on_state, wanted)
                 self._ask(session, Kind.PULL, [meta], answer, patient=True)
 

@@ -1,0 +1,82 @@
+"""A table as a program sees it: arrays on the servers, for algorithms without gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from daruma_trainer.errors import ConfigurationError
+from daruma_trainer.layout import Floats, Ints, TableSpec
+from daruma_trainer.rules import rule_from_json
+from daruma_trainer.worker.pushes import Update
+
+if TYPE_CHECKING:
+    from daruma_trainer.worker.job import Job
+
+
+class Table:
+    """One named array on the servers, for algorithms without gradients."""
+
+    def __init__(self, job: "Job", spec: TableSpec) -> None:
+        self._job = job
+        self.spec = spec
+        self._adds = rule_from_json(spec.rule).name == "add"
+
+    def pull(self, rows: Sequence[int] | Ints | None = None) -> Floats:
+        """Fetch the newest values: of all rows, or of some; shape (rows, *shape[1:]), a copy."""
+        self._job.refresh()
+        return self._job.values(self.spec.id, rows)
+
+    def values(self, rows: Sequence[int] | Ints | None = None) -> Floats:
+        """Return what was last pulled, as `pull` does, without asking for anything newer."""
+        return self._job.values(self.spec.id, rows)
+
+    def push(self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0) -> None:
+        """Send one batch for this table, of all rows (None) or of some (rules add and assign).
+
+        `delta` has the shape of what `pull` gives for the same rows; each row at most once. No
+        rows at all is a batch too: `push([], [])` keeps in step a worker that has nothing to say.
+        """
+        self._job.push(self.change(rows, delta, lr))
+
+    def barrier(self) -> None:
+        """End a phase: see `Job.barrier`. It is the same one for all tables."""
+        self._job.barrier()
+
+    def on_restored(self, fn: Callable[[Ints], ArrayLike]) -> None:
+        """Make this table's sums again where they were lost; for rule `add`, by all workers.
+
+        An error in a sum stays for ever. So a server that was restored from a copy clears its
+        rows, and `fn(rows)` has to return what this worker's pushes so far, the one under way
+        included, have added to these rows; shape (rows, *shape[1:]). It is called on the
+        program's thread, while that waits for a server.
+        """
+        if not self._adds:
+            raise ConfigurationError(
+                f"table {self.spec.name!r} has no rule add: only sums have to be made again"
+            )
+        self._job.rebuild_with(self.spec, fn)
+
+    def change(
+        self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0
+    ) -> Update:
+        """Return what `push` would send, for `job.push` of several tables in one batch."""
+        if self._adds:
+            self._job.check_sum(self.spec)
+        values = np.ascontiguousarray(delta, np.float32).reshape(-1, self.spec.cols)
+        index: Ints | None = None
+        if rows is not None:
+            given = np.asarray(rows, np.int64)
+            order = np.argsort(given)
+            index, values = given[order], values[order]
+            if len(index) != len(values) or (np.diff(index) <= 0).any():
+                raise ConfigurationError(
+                    f"table {self.spec.name!r}: {len(values)} values for {len(index)} rows, "
+                    "each row at most once"
+                )
+        elif len(values) != self.spec.rows:
+            raise ConfigurationError(
+                f"table {self.spec.name!r}: {len(values)} rows for all {self.spec.rows} of them"
+            )
+        return Update(self.spec.id, lr, values, index)
