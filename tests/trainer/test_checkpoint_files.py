@@ -5,7 +5,6 @@ import resource
 import signal
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +13,17 @@ import pytest
 from daruma_trainer.checkpoint.manifest import (
     Cut,
     Manifest,
-    Place,
     SlotStates,
     cut_name,
     cut_number,
     newest_cut,
     newest_manifest,
-    read_blocks,
     shard_folder,
 )
+from daruma_trainer.checkpoint.places import Place, Places
+from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.segment import BlockState, read_block, write_segment
-from daruma_trainer.checkpoint.selection import Selection, select, squared_distances
+from daruma_trainer.checkpoint.selection import Selection, select
 from daruma_trainer.checkpoint.store import DirectoryStore, open_store
 from daruma_trainer.errors import ConfigurationError, DamagedError, StoreError, StoreFullError
 from daruma_trainer.layout import TableSpec
@@ -53,7 +52,7 @@ def save(
     named |= {(0, b.block): Place(segment, *p) for b, p in zip(blocks, places, strict=True)}
     ids = np.array([5])
     slots = SlotStates(ids, ids, ids, np.array([[number]]), np.array([[1]], np.uint64))
-    manifest = Manifest("uid", 0, 1, number, int(value), (SPEC,), named, slots)
+    manifest = Manifest("uid", 0, 1, number, int(value), (SPEC,), Places.of(named), slots)
     store.write(segment, data)
     store.write(f"{folder}/manifest-{number:010d}.json", manifest.encode())
     return manifest
@@ -221,13 +220,3 @@ def test_priority_takes_the_farthest_and_all_in_turn() -> None:
     assert (chosen.tolist(), cursor) == ([0, 1, 4], 2)
     chosen, _ = select(Selection.RANDOM, distances, 3, 0, rng)
     assert len(set(chosen.tolist())) == 3
-
-
-def test_distances_are_those_of_numpy() -> None:
-    rng = np.random.default_rng(0)
-    live, saved = rng.normal(size=(2, 50_000)).astype(np.float32)
-    starts = np.array([0, 10, 20_000, 50_000])
-    out = np.zeros(3, np.float32)
-    squared_distances(live, saved, starts, out)
-    expected = [np.sum((live[a:b] - saved[a:b]) ** 2) for a, b in pairwise(starts)]
-    np.testing.assert_allclose(out, expected, rtol=1e-4)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from daruma_trainer.checkpoint.manifest import Manifest, newest_manifest, read_blocks
+from daruma_trainer.checkpoint.manifest import Manifest, newest_manifest
+from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import DirectoryStore
 from daruma_trainer.contract import Member, Membership, Role, Settings
 from daruma_trainer.errors import StoreError, StoreFullError
@@ -31,6 +32,9 @@ class ByHand(Background):
 
     def submit(self, job: Job, done: Done) -> None:
         self.jobs.append((job, done))
+
+    def post(self, call: Callable[[], None]) -> None:
+        call()
 
     def run(self) -> None:
         while self.jobs:
@@ -84,8 +88,16 @@ class World:
             k = np.arange(len(self.plane.slots.ids))
             batch = int(self.plane.slots.last.max()) + 1
             self.plane.shard.tables[0].data += np.float32(change)
+            self.plane.shard.tables[0].changed[:] = True
             self.plane.slots.advance(k, 0, batch, batch)
             self.plane.refresh_step()
+
+    def save(self) -> None:
+        """Begin the partial save that is due, measure, copy and write it."""
+        self.saver.tick()
+        while self.saver.pending:
+            self.saver.work(idle=True)
+        self.background.run()
 
     def newest(self) -> Manifest:
         """Return the newest running manifest, every block of it read and whole."""
@@ -105,8 +117,7 @@ def step_until(world: World, condition: Callable[[], bool], limit: int = 200) ->
     """Train and save until the condition holds."""
     for _ in range(limit):
         world.train(1)
-        world.saver.tick()
-        world.background.run()
+        world.save()
         if condition():
             return
     raise AssertionError(f"not within {limit} steps")
@@ -116,8 +127,7 @@ def test_training_may_outrun_the_first_save(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.begin()
     world.train(4)
-    world.saver.tick()
-    world.background.run()
+    world.save()
     world.newest()
     step_until(world, lambda: world.newest().step > 8)
 
@@ -128,8 +138,7 @@ def test_every_block_can_be_read_after_every_save_and_old_files_go(tmp_path: Pat
     world.background.run()
     for _ in range(100):
         world.train(1)
-        world.saver.tick()
-        world.background.run()
+        world.save()
         world.newest()
     files = [p.name for p in tmp_path.rglob("*") if p.is_file()]
     assert sum(n.startswith("manifest-") for n in files) == world.membership.settings.keep
@@ -160,13 +169,11 @@ def test_a_failed_save_does_not_claim_what_it_did_not_write(tmp_path: Path) -> N
     world.background.run()
     world.train(4)
     world.store.full = True
-    world.saver.tick()
-    world.background.run()
+    world.save()
     assert world.saver.error is not None
     world.store.full = False
     world.train(4)
-    world.saver.tick()
-    world.background.run()
+    world.save()
     assert world.saver.error is None
     manifest = world.newest()
     blocks, _ = read_blocks(world.store, manifest, manifest.blocks)
@@ -189,6 +196,7 @@ def test_after_a_rollback_nothing_of_the_abandoned_lineage_is_the_newest(tmp_pat
     world.background.run()
     step_until(world, lambda: world.newest().step >= 20)
     world.plane.shard.tables[0].data[:] = 4.0
+    world.plane.shard.tables[0].changed[:] = True
     world.plane.slots.last[:] = 4
     world.plane.step = 4
     ended: list[bool] = []

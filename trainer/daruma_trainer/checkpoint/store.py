@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -14,6 +15,9 @@ class Store(Protocol):
 
     def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
         """Return bytes of an object; StoreError if it is not there or shorter."""
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of each (offset, length) of an object; StoreError as for `read`."""
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """Make an object durable: afterwards it is there whole, before it is not there at all."""
@@ -53,6 +57,26 @@ class DirectoryStore:
         if 0 <= length != len(data):
             raise StoreError(f"{name} ends at {offset + len(data)}, {length} bytes were expected")
         return data
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See Store.read_ranges."""
+        found: list[bytes] = []
+        try:
+            with self._path(name).open("rb", buffering=0) as file:
+                for offset, length in ranges:
+                    data = os.pread(file.fileno(), length, offset)
+                    while 0 < len(data) < length and (
+                        more := os.pread(file.fileno(), length - len(data), offset + len(data))
+                    ):
+                        data += more
+                    if len(data) != length:
+                        raise StoreError(
+                            f"{name} ends at {offset + len(data)}, {length} bytes were expected"
+                        )
+                    found.append(data)
+        except OSError as error:
+            raise StoreError(f"cannot read {name}: {error.strerror}") from error
+        return found
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """See Store.write."""
