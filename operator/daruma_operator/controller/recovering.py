@@ -124,6 +124,7 @@ def _planned(d: Draft) -> bool:
         return False
     broken = _broken(d)
     if broken is not None:
+        _tell_damage(d)
         climb(d, record.rung + 1, broken)
         return False
     if preset_of(record.strategy).rollback or record.planned_epoch == d.status.epoch:
@@ -284,6 +285,20 @@ def _correct(d: Draft, sources: dict[str, int]) -> None:
         d.set_record(reason="PeerCopiesFailed")
 
 
+def _tell_damage(d: Draft) -> bool:
+    """Tell of stored blocks that were not whole; True if there were any."""
+    found = False
+    for member in restoring(d.status):
+        report = d.seen.report(name_of(member))
+        restore = None if report is None else report.restore
+        if restore is not None and restore.damaged and restore.recovery == d.record.id:
+            found = True
+            seat = f"{member.role.lower()}-{member.index}"
+            text = f"{len(restore.damaged)} in the store of {seat}: " + "; ".join(restore.damaged)
+            d.tell("SourceDamaged", text, warning=True, member=seat)
+    return found
+
+
 def _finish(d: Draft) -> None:
     """Price the recovery, and tell everybody that it is over (a last epoch)."""
     record = d.record
@@ -302,6 +317,10 @@ def _finish(d: Draft) -> None:
         _correct(d, sources)
     if record.role is Role.WORKER:
         d.set_record(delta_norm=DeltaNorm(value=0.0, kind="Exact"), reason="WorkerReplaced")
+    damaged = _tell_damage(d)
+    if damaged and sources.get(SourceKind.RUNNING_CHECKPOINT.value):
+        # What the older copies of those blocks lack, nobody measured.
+        d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"))
     reports = {i: heard.report for i, heard in d.seen.heard.items()}
     lost, replayed = counters(reports, [name_of(m) for m in d.status.members])
     base = record.base
@@ -314,5 +333,6 @@ def _finish(d: Draft) -> None:
         # Who comes later restores from the survivors; nobody goes back to this cut again.
         d.set(rollback=RollbackStatus(generation=d.status.rollback.generation))
     text = f"recovered by {closed.strategy} in {closed.seconds:.2f} s ({closed.reason})"
+    text += "; what the store had was damaged in places, see SourceDamaged" if damaged else ""
     d.phase(Phase.RUNNING, "Recovered", text)
     d.tell("RecoverySucceeded", text)

@@ -14,7 +14,7 @@ from daruma_trainer.layout import Floats, Ints, Stretch
 from daruma_trainer.server.shard import TableArrays
 from daruma_trainer.server.slots import Slots
 
-TOGETHER = 64 << 10
+TOGETHER = 16 << 10
 """Elements of small blocks that are gathered at once before they are spaced out into records."""
 ALONE = 4 << 10
 """Blocks of as many elements are copied one by one: that is no slower, and straight."""

@@ -115,7 +115,7 @@ class Lifecycle:
         return self.saver is not None and self.saver.pending
 
     def work(self, *, idle: bool) -> None:
-        """Do a millisecond of it. `idle`: there is nothing to serve first."""
+        """Do a slice of it. `idle`: there is nothing to serve first."""
         if self.saver is not None:
             self.saver.work(idle=idle)
 

@@ -223,14 +223,10 @@ class Restorer:
             return
         if found is None or problem:
             LOG.warning("the running checkpoint gave nothing: %s", problem)
-            damaged = (*self.report.damaged, problem or "")[:MAX_DAMAGED]
-            self.report = replace(self.report, damaged=damaged)
+            self._damaged((problem or "",))
             self._next(ask.k, now)
             return
-        for sentence in found.damaged:
-            LOG.warning("damaged: %s", sentence)
-        damaged = (*self.report.damaged, *found.damaged)[:MAX_DAMAGED]
-        self.report = replace(self.report, damaged=damaged)
+        self._damaged(found.damaged)
         whole = ask.k[intake.whole(ask.k)]
         self._set_slots(found.manifest, whole)
         self._taken(self._source(ask).kind, whole, intake.size)
@@ -260,6 +256,8 @@ class Restorer:
                 return
             if found is None:
                 LOG.warning("the moments start at zero: %s", error)
+            else:
+                self._damaged(found.damaged)
             self._taken(kind, k, size)
 
         self._reading += 1
@@ -283,6 +281,12 @@ class Restorer:
         workers = min(slots.last.shape[1], saved.last.shape[1])
         slots.last[k, :workers] = saved.last[where, :workers]
         slots.window[k, :workers] = saved.window[where, :workers]
+
+    def _damaged(self, sentences: Sequence[str]) -> None:
+        if self.report is not None:
+            # A newer plan of the same recovery reads the same damage again.
+            known = dict.fromkeys((*self.report.damaged, *sentences))
+            self.report = replace(self.report, damaged=tuple(known)[:MAX_DAMAGED])
 
     def _taken(self, kind: SourceKind, k: Ints, size: int) -> None:
         if self.report is None or not len(k):

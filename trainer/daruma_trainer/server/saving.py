@@ -32,8 +32,11 @@ from daruma_trainer.server.shard import TableArrays
 LOG = logging.getLogger("daruma.server")
 SLICE_SECONDS = 0.001
 """The distance pass works so long, then looks whether there is something to serve."""
-PATIENCE_SECONDS = 0.25
-"""So long a pass gives way to every request; then it gets a slice between any two turns."""
+PATIENCE_SECONDS = 0.05
+"""So long a pass gives way to every request. Then it gets a slice between any two turns, and if
+those are long, as those of large pushes are, a longer one:"""
+SHARE = 1 / 8
+"""of the time that was spent on serving since the last slice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class Saver:
         self._distances = Distances()
         self._measuring: Iterator[None] | None = None
         self._due_at = 0.0
+        self._worked_at = 0.0
         self._buffers = Buffers()
         self._log = Log()
         self._slots: SlotStates | None = None
@@ -104,6 +108,7 @@ class Saver:
         """What may lie in the store of this incarnation's running checkpoints."""
         self.newest: SavedState | None = None
         self.newest_at = 0.0
+        self.saves = 0
         self.bytes_total = 0
         self.seconds = 0.0
         """Spent on writing."""
@@ -131,18 +136,20 @@ class Saver:
             return
         self._turn = turn
         self._measuring = self._distances.measure(self._tables())
-        self._due_at = time.monotonic()
+        self._due_at = self._worked_at = time.monotonic()
 
     def work(self, *, idle: bool) -> None:
-        """Go on with the distance pass for a millisecond; at its end copy what it chose."""
+        """Go on with the distance pass for a slice; at its end copy what it chose."""
         now = time.monotonic()
         if self._measuring is None or not (idle or now - self._due_at > PATIENCE_SECONDS):
             return
         if not self._plane.slots.ready.all():
             self._measuring = None
             return
+        until = now + max(SLICE_SECONDS, 0.0 if idle else SHARE * (now - self._worked_at))
         for _ in self._measuring:
-            if time.monotonic() - now > SLICE_SECONDS:
+            self._worked_at = time.monotonic()
+            if self._worked_at > until:
                 return
         self._measuring = None
         chosen = self._select()
@@ -340,6 +347,7 @@ class Saver:
             self._forget_predecessors()
         self._recycle(snapshot.buffer)
         self._kept.append((written.name, frozenset(written.log.segments)))
+        self.saves += 1
         self.bytes_total += written.size + written.moved
         self.seconds += written.seconds
         self.newest_at = time.monotonic()
