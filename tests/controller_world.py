@@ -237,9 +237,7 @@ class World:
         offered = {s for source in restore.sources for s in slots_from_hex(source.slots)}
         assert offered.issuperset(mine), "a plan that leaves slots out"
         if self.dead_sources:
-            sim.restore = RestoreReport(
-                restore.recovery, missing=len(mine), damaged=self.damaged
-            )
+            sim.restore = RestoreReport(restore.recovery, missing=len(mine), damaged=self.damaged)
             return
         kind = restore.sources[0].kind.value
         sim.restore = RestoreReport(

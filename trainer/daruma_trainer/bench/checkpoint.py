@@ -6,9 +6,9 @@ One shard in one process, with a server's own classes: the loop on the main thre
 thread beside it. A push is a full SGD update of the shard. Without `--store` all is saved to a
 directory below TMPDIR. `OMP_NUM_THREADS=1`, as servers have it.
 
-*Blocked* is what a request may wait for: the copy of the chosen blocks. Beside it stands a memcpy of
-as many bytes of the same array, after a push as the save was, in turn with it; the bar is two of
-those and one millisecond. *Durable* is the background's time from the copy to the manifest.
+*Blocked* is what a request may wait for: the copy of the chosen blocks. Beside it stands a memcpy
+of as many bytes of the same array, after a push as the save was, in turn with it; the bar is two
+of those and one millisecond. *Durable* is the background's time from the copy to the manifest.
 *CPU* is the process's CPU time from the push to the manifest: the distance pass, copy, checksums
 and write.
 

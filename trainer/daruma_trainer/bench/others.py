@@ -5,7 +5,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,10 +58,11 @@ class AsyncSave:
         import torch
         from torch.distributed import checkpoint
 
-        self._checkpoint, self._folder = checkpoint, folder
+        self._save: Any = getattr(checkpoint, "async_save", None)
+        self._folder = folder
         self._tensor = torch.from_numpy(data)
         self._number = 0
-        self._last: Future[Any] | None = None
+        self._last: Any = None
 
     def save(self) -> float:
         """See Other."""
@@ -70,7 +70,7 @@ class AsyncSave:
         self.settle()
         shutil.rmtree(self._folder / f"async-{self._number - 1}", ignore_errors=True)
         path = str(self._folder / f"async-{self._number}")
-        self._last = self._checkpoint.async_save({"t": self._tensor}, checkpoint_id=path)
+        self._last = self._save({"t": self._tensor}, checkpoint_id=path)
         self._number += 1
         return time.monotonic() - started
 
@@ -87,17 +87,17 @@ def others(data: Floats, folder: Path) -> Iterator[tuple[list[Other], list[str]]
     try:
         import torch
         import torch.distributed as dist
+        from torch.distributed import checkpoint as dist_checkpoint
     except ImportError:
         yield [], ["torch is not installed: nothing to compare with"]
         return
     torch.set_num_threads(1)
     found: list[Other] = [TorchSave(data, folder)]
-    try:
-        from torch.distributed.checkpoint import async_save  # noqa: F401
-    except ImportError:
+    if not hasattr(dist_checkpoint, "async_save"):
         yield found, [f"torch {torch.__version__} has no torch.distributed.checkpoint.async_save"]
         return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    meeting = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     try:
         found.append(AsyncSave(data, folder))
         yield found, []

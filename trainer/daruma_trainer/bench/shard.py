@@ -1,5 +1,6 @@
 """One shard in this process, with the loop and the store's thread that a server has."""
 
+import contextlib
 import os
 import queue
 import time
@@ -23,6 +24,7 @@ from daruma_trainer.contract import (
     SourceKind,
     slots_to_hex,
 )
+from daruma_trainer.errors import StoreError
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import SGD, rule_to_json
 from daruma_trainer.server.background import Background
@@ -135,8 +137,9 @@ class Shard:
         """End the store's thread, and remove what was saved."""
         self._background.close(DEADLINE)
         folder = shard_folder(self.membership.prefix, 0, 1)
-        for name in self._store.list(folder):
-            self._store.delete(f"{folder}/{name}")
+        with contextlib.suppress(StoreError):  # what went wrong with it was said before
+            for name in self._store.list(folder):
+                self._store.delete(f"{folder}/{name}")
 
     def _call(self, wait: float) -> None:
         try:

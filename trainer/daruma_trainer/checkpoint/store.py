@@ -1,5 +1,6 @@
 """Where saves lie. A directory for now; the Protocol is what an object store will have to do."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
@@ -136,7 +137,8 @@ class DirectoryStore:
                     view = view[file.write(view) or 0 :]
                 os.fsync(file.fileno())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             kind = StoreFullError if full else StoreError
             raise kind(f"cannot write {path}: {error.strerror}") from error

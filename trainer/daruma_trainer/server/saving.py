@@ -110,6 +110,8 @@ class Saver:
         self.newest_at = 0.0
         self.saves = 0
         self.bytes_total = 0
+        self.moved_total = 0
+        """Bytes that compaction wrote; part of `bytes_total`."""
         self.seconds = 0.0
         """Spent on writing."""
         self.copied_seconds = 0.0
@@ -135,7 +137,10 @@ class Saver:
         if turn <= self._turn or self._measuring is not None:
             return
         self._turn = turn
-        self._measuring = self._distances.measure(self._tables())
+        tables = self._tables()
+        # Where everything is saved there is nothing to choose.
+        all_of_it = self._count() >= sum(len(t.layout.blocks) for t in tables)
+        self._measuring = iter(()) if all_of_it else self._distances.measure(tables)
         self._due_at = self._worked_at = time.monotonic()
 
     def work(self, *, idle: bool) -> None:
@@ -348,6 +353,7 @@ class Saver:
         self._recycle(snapshot.buffer)
         self._kept.append((written.name, frozenset(written.log.segments)))
         self.saves += 1
+        self.moved_total += written.moved
         self.bytes_total += written.size + written.moved
         self.seconds += written.seconds
         self.newest_at = time.monotonic()
