@@ -32,7 +32,7 @@ Take = Callable[[list[BlockState]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class Chunk:
     """Rows of one segment, by offset."""
 
     segment: str
@@ -47,16 +47,17 @@ class _Chunk:
         return list(zip(starts[first].tolist(), (ends[last] - starts[first]).tolist(), strict=True))
 
 
-def _chunks(places: Places, rows: Rows) -> Iterator[_Chunk]:
+def chunks_of(places: Places, rows: Rows) -> Iterator[Chunk]:
+    """Divide rows by segment, and into what is read at once."""
     for number in np.unique(rows["segment"]).tolist():
         mine = rows[rows["segment"] == number]
         mine = mine[np.argsort(mine["offset"], kind="stable")]
         part = (np.cumsum(mine["length"].astype(np.int64)) - 1) // CHUNK
         for piece in np.split(mine, np.flatnonzero(np.diff(part)) + 1):
-            yield _Chunk(places.segments[number], piece)
+            yield Chunk(places.segments[number], piece)
 
 
-def _records(store: Store, chunk: _Chunk) -> Iterator[memoryview]:
+def _records(store: Store, chunk: Chunk) -> Iterator[memoryview]:
     """Return the bytes of each row. StoreError: not all of them can be read."""
     ranges = chunk.ranges()
     data = iter(zip(ranges, store.read_ranges(chunk.segment, ranges), strict=True))
@@ -70,7 +71,7 @@ def _records(store: Store, chunk: _Chunk) -> Iterator[memoryview]:
         yield view[offset - begin : offset - begin + length]
 
 
-def _read_chunk(store: Store, chunk: _Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
+def _read_chunk(store: Store, chunk: Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
     """Read what can be read; what cannot is noted."""
     try:
         views = list(_records(store, chunk))
@@ -93,12 +94,12 @@ def _read_chunk(store: Store, chunk: _Chunk, damaged: dict[BlockKey, str]) -> li
     return found
 
 
-def _read_singly(store: Store, chunk: _Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
+def _read_singly(store: Store, chunk: Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
     """Read what lies before a segment's end, or around what the disk lost."""
     found: list[BlockState] = []
     failed = 0
     for i in range(len(chunk.rows)):
-        blocks = _read_chunk(store, _Chunk(chunk.segment, chunk.rows[i : i + 1]), damaged)
+        blocks = _read_chunk(store, Chunk(chunk.segment, chunk.rows[i : i + 1]), damaged)
         failed = 0 if blocks else failed + 1
         found += blocks
         if failed == GIVE_UP:
@@ -109,7 +110,7 @@ def _read_singly(store: Store, chunk: _Chunk, damaged: dict[BlockKey, str]) -> l
     return found
 
 
-def _note(damaged: dict[BlockKey, str], chunk: _Chunk, row: np.void, error: StoreError) -> None:
+def _note(damaged: dict[BlockKey, str], chunk: Chunk, row: np.void, error: StoreError) -> None:
     key = int(row["table"]), int(row["block"])
     where = f"{chunk.segment} at {int(row['offset'])}"
     damaged[key] = f"block {key[1]} of table {key[0]} in {where}: {error}"
@@ -118,9 +119,9 @@ def _note(damaged: dict[BlockKey, str], chunk: _Chunk, row: np.void, error: Stor
 def read_rows(store: Store, places: Places, rows: Rows, take: Take) -> dict[BlockKey, str]:
     """Hand blocks to `take`, a chunk at a time; returns a sentence for each that is damaged."""
     damaged: dict[BlockKey, str] = {}
-    chunks = list(_chunks(places, rows))
+    chunks = list(chunks_of(places, rows))
 
-    def one(chunk: _Chunk) -> None:
+    def one(chunk: Chunk) -> None:
         if blocks := _read_chunk(store, chunk, damaged):
             take(blocks)
 
