@@ -91,6 +91,7 @@ class World:
     """Steps after which workers leave."""
     cut: SavedState | None = None
     dead_sources: bool = False
+    damaged: tuple[str, ...] = ()
     """Restores find none of their sources."""
     unsaved: bool = False
     """The final cut never becomes durable."""
@@ -273,11 +274,11 @@ class World:
         offered = {s for source in restore.sources for s in slots_from_hex(source.slots)}
         assert offered.issuperset(mine), "a plan that leaves slots out"
         if self.dead_sources:
-            sim.restore = RestoreReport(restore.recovery, missing=len(mine))
+            sim.restore = RestoreReport(restore.recovery, missing=len(mine), damaged=self.damaged)
             return
         kind = restore.sources[0].kind.value
         sim.restore = RestoreReport(
-            restore.recovery, {kind: len(mine)}, 100, 0.01, done=True
+            restore.recovery, {kind: len(mine)}, 100, 0.01, damaged=self.damaged, done=True
         )  # fmt: skip
         sim.state, sim.initialised = "Ready", True
 

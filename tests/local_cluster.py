@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from daruma_operator.substrate.ports import Ports
-from daruma_trainer.checkpoint.manifest import newest_cut, read_blocks, read_manifest
+from daruma_trainer.checkpoint.manifest import newest_cut, read_manifest
+from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import open_store
 from daruma_trainer.contract import (
     Member,

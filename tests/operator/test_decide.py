@@ -163,6 +163,20 @@ def test_all_pods_gone_is_a_disruption_restored_from_the_store() -> None:
     assert world.status.restarts.disruptions == 5
 
 
+def test_damage_in_the_store_is_told_and_makes_the_delta_unknown() -> None:
+    world = World(total=FOREVER).running()
+    world.damaged = ("block 3 of table 0 in s at 64: the checksum does not fit; taken from m",)
+    for name in list(world.pods):
+        world.remove(name)
+    world.running()
+    told = [e for d in world.decisions for e in d.events if e.reason == "SourceDamaged"]
+    assert {e.member for e in told} == {f"server-{i}" for i in range(len(told))}
+    assert len(told) == world.spec.servers.replicas
+    assert all(e.warning and "block 3 of table 0" in e.message for e in told)
+    assert world.status.recoveries[-1].delta_norm.kind == "Unknown"
+    assert "SourceDamaged" in world.status.message
+
+
 def test_without_any_source_the_job_fails_and_says_what_to_do() -> None:
     spec = spec_of(checkpoint={})
     world = World(spec=spec, store=None, total=FOREVER).running()
@@ -206,7 +220,7 @@ def test_full_checkpoint_rolls_everybody_back_once() -> None:
 def test_a_rung_that_cannot_work_is_climbed_over() -> None:
     spec = spec_of(recovery=ladder("Freshest", "FullCheckpoint"))
     world = World(spec=spec, total=FOREVER, cut=CUT).running()
-    world.dead_sources = True
+    world.dead_sources, world.damaged = True, ("no manifest can be read",)
     world.kill("server-1")
     world.tick()
     world.until(lambda w: w.status.recovery is None)
@@ -216,6 +230,7 @@ def test_a_rung_that_cannot_work_is_climbed_over() -> None:
     )  # fmt: skip
     reasons = [e.reason for d in world.decisions for e in d.events]
     assert reasons.count("RecoveryEscalated") == 1
+    assert reasons.count("SourceDamaged") == 1
 
 
 def test_no_source_left_ends_in_state_lost() -> None:

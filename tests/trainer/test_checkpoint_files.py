@@ -1,11 +1,9 @@
 """Checkpoints survive their writer: killed, truncated, damaged, on a full disk."""
 
-import os
 import resource
 import signal
-import subprocess
-import sys
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +12,17 @@ import pytest
 from daruma_trainer.checkpoint.manifest import (
     Cut,
     Manifest,
-    Place,
     SlotStates,
     cut_name,
     cut_number,
     newest_cut,
     newest_manifest,
-    read_blocks,
     shard_folder,
 )
+from daruma_trainer.checkpoint.places import Place, Places
+from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.segment import BlockState, read_block, write_segment
-from daruma_trainer.checkpoint.selection import Selection, select, squared_distances
+from daruma_trainer.checkpoint.selection import Selection, select
 from daruma_trainer.checkpoint.store import DirectoryStore, open_store
 from daruma_trainer.errors import ConfigurationError, DamagedError, StoreError, StoreFullError
 from daruma_trainer.layout import TableSpec
@@ -53,7 +51,7 @@ def save(
     named |= {(0, b.block): Place(segment, *p) for b, p in zip(blocks, places, strict=True)}
     ids = np.array([5])
     slots = SlotStates(ids, ids, ids, np.array([[number]]), np.array([[1]], np.uint64))
-    manifest = Manifest("uid", 0, 1, number, int(value), (SPEC,), named, slots)
+    manifest = Manifest("uid", 0, 1, number, int(value), (SPEC,), Places.of(named), slots)
     store.write(segment, data)
     store.write(f"{folder}/manifest-{number:010d}.json", manifest.encode())
     return manifest
@@ -113,45 +111,57 @@ def test_truncation_anywhere_leaves_a_complete_state(tmp_path: Path, kind: str) 
             assert {b.block for b in blocks} >= {2, 3}, "what lies elsewhere is whole"
 
 
-WRITER = """
-import sys
-from itertools import pairwise
-sys.path[:0] = [{tests!r}]
-from pathlib import Path
-from test_checkpoint_files import save
-from daruma_trainer.checkpoint.store import DirectoryStore
-store = DirectoryStore(Path({folder!r}))
-print("go", flush=True)
-number, manifest = 0, None
-while True:
-    number += 1
-    manifest = save(store, number, float(number), dict(manifest.blocks) if manifest else None)
-    print(number, flush=True)
-"""
+def test_a_manifest_that_was_cut_or_changed_anywhere_is_damaged(tmp_path: Path) -> None:
+    good = save(DirectoryStore(tmp_path), 1, 1.0).encode()
+    assert Manifest.decode(good).blocks[0, 3].length > 0
+    for at in range(len(good)):
+        bad = bytearray(good)
+        bad[at] ^= 0x41
+        for data in (good[:at], bytes(bad)):
+            with pytest.raises(DamagedError):
+                Manifest.decode(data)
 
 
-@pytest.mark.parametrize("seed", range(200 if os.environ.get("DARUMA_SOAK") else 20))
-def test_kill_9_while_saving_leaves_the_newest_complete_save(tmp_path: Path, seed: int) -> None:
-    code = WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    saves = np.random.default_rng(seed).integers(1, 30)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
-    ) as writer:
-        assert writer.stdout is not None
-        durable = 0
-        for line in writer.stdout:
-            durable = int(line) if line.strip().isdigit() else 0
-            if durable >= saves:
-                break
-        writer.send_signal(signal.SIGKILL)
-        # What it still told before it died is durable too.
-        durable = max([durable, *(int(line) for line in writer.stdout if line.endswith("\n"))])
+def test_neighbouring_records_are_read_at_once(tmp_path: Path) -> None:
+    asked: list[list[tuple[int, int]]] = []
+
+    class Asked(DirectoryStore):
+        def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+            asked.append(list(ranges))
+            return super().read_ranges(name, ranges)
+
+    store = Asked(tmp_path)
+    manifest = save(store, 1, 1.0)
+    size = manifest.blocks[0, 0].length
+    read_blocks(store, manifest, [(0, 0), (0, 3), (0, 1)])
+    assert asked == [[(0, 2 * size), (3 * size, size)]]
+
+
+def test_a_store_that_is_away_is_not_asked_for_every_block(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Away(DirectoryStore):
+        def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+            asked.append(name)
+            raise StoreError("away")
+
+    folder = shard_folder(PREFIX, 0, 1)
+    places = {(0, b): Place(f"{folder}/s", 100 * b, 100) for b in range(500)}
+    manifest = replace(save(DirectoryStore(tmp_path), 1, 1.0), blocks=Places.of(places))
+    blocks, damaged = read_blocks(Away(tmp_path), manifest, list(places))
+    assert not blocks
+    assert len(damaged) == 500
+    assert len(asked) < 10
+
+
+def test_ranges_of_an_object_end_where_it_does(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
-    manifest = newest(store)
-    assert manifest.number >= durable
-    blocks, damaged = read_blocks(store, manifest, manifest.blocks)
-    assert not damaged
-    assert len(blocks) == 4
+    store.write("a", b"0123456789")
+    assert store.read_ranges("a", [(2, 3), (0, 1), (9, 1), (4, 0)]) == [b"234", b"0", b"9", b""]
+    with pytest.raises(StoreError, match="ends at 10"):
+        store.read_ranges("a", [(0, 2), (8, 3)])
+    with pytest.raises(StoreError, match="cannot read b"):
+        store.read_ranges("b", [(0, 1)])
 
 
 def test_a_full_disk_is_an_error_with_a_name_and_leaves_what_was(tmp_path: Path) -> None:
@@ -221,13 +231,3 @@ def test_priority_takes_the_farthest_and_all_in_turn() -> None:
     assert (chosen.tolist(), cursor) == ([0, 1, 4], 2)
     chosen, _ = select(Selection.RANDOM, distances, 3, 0, rng)
     assert len(set(chosen.tolist())) == 3
-
-
-def test_distances_are_those_of_numpy() -> None:
-    rng = np.random.default_rng(0)
-    live, saved = rng.normal(size=(2, 50_000)).astype(np.float32)
-    starts = np.array([0, 10, 20_000, 50_000])
-    out = np.zeros(3, np.float32)
-    squared_distances(live, saved, starts, out)
-    expected = [np.sum((live[a:b] - saved[a:b]) ** 2) for a, b in pairwise(starts)]
-    np.testing.assert_allclose(out, expected, rtol=1e-4)

@@ -8,7 +8,8 @@ import torch
 from safetensors.numpy import load_file
 
 from daruma_trainer.checkpoint import export
-from daruma_trainer.checkpoint.manifest import Cut, Manifest, Place, SlotStates, cut_name
+from daruma_trainer.checkpoint.manifest import Cut, Manifest, SlotStates, cut_name
+from daruma_trainer.checkpoint.places import Place, Places
 from daruma_trainer.checkpoint.segment import BlockState, write_segment
 from daruma_trainer.checkpoint.store import open_store
 from daruma_trainer.errors import DamagedError, StoreError
@@ -46,7 +47,7 @@ def save(root: Path, shards: int = 2, leave_out: tuple[int, int] | None = None) 
         segment = f"{PREFIX}/shard-{shard:04d}/segment"
         store.write(segment, records)
         where = {key: Place(segment, o, n) for key, (o, n) in zip(mine, places, strict=True)}
-        manifest = Manifest("u1", shard, 1, 1, 9, TABLES, where, NOWHERE, "cut")
+        manifest = Manifest("u1", shard, 1, 1, 9, TABLES, Places.of(where), NOWHERE, "cut")
         names.append(f"{PREFIX}/shard-{shard:04d}/manifest")
         store.write(names[-1], manifest.encode())
     cut = Cut("00000001-0000000009", 9, shards, tuple(names), 100, (9,))

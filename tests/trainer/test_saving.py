@@ -1,112 +1,21 @@
 """Tests of what a server saves and keeps, with a store's thread that works when it is told to."""
 
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from daruma_trainer.checkpoint.manifest import Manifest, newest_manifest, read_blocks
-from daruma_trainer.checkpoint.store import DirectoryStore
-from daruma_trainer.contract import Member, Membership, Role, Settings
-from daruma_trainer.errors import StoreError, StoreFullError
-from daruma_trainer.layout import TableSpec
-from daruma_trainer.rules import SGD, rule_to_json
-from daruma_trainer.server.background import Background, Done, Job
-from daruma_trainer.server.cuts import FIRST, Cuts
-from daruma_trainer.server.data import DataPlane
-from daruma_trainer.server.saving import Saver
-from daruma_trainer.server.slots import SlotState
-
-ROWS, COLS = 40, 4
-
-
-class ByHand(Background):
-    """Jobs wait until the test runs them, in order, as on the store's thread."""
-
-    def __init__(self) -> None:
-        self.jobs: deque[tuple[Job, Done]] = deque()
-
-    def submit(self, job: Job, done: Done) -> None:
-        self.jobs.append((job, done))
-
-    def run(self) -> None:
-        while self.jobs:
-            job, done = self.jobs.popleft()
-            try:
-                result = job()
-            except StoreError as error:
-                done(None, error)
-            else:
-                done(result, None)
-
-
-class Full(DirectoryStore):
-    """A store without space left while `full` is set."""
-
-    full = False
-
-    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        if self.full:
-            raise StoreFullError("no space left")
-        super().write(name, data)
-
-
-class World:
-    """Server 0 of `servers`, one table, no sockets."""
-
-    def __init__(self, folder: Path, servers: int = 1, **settings: Any) -> None:
-        chosen = Settings(**{"every": 4, "fraction": 0.25, "cuts": True} | settings)
-        members = tuple(Member(Role.SERVER, i, 1, f"s{i}", f"a:{i}") for i in range(servers))
-        self.membership = Membership("uid", "ns", "job", 1, servers, 1, members, chosen)
-        self.store = Full(folder)
-        self.background = ByHand()
-        self.plane = DataPlane(self.membership, 0, 1)
-        spec = TableSpec(0, "t", (ROWS, COLS), 1, rule_to_json(SGD(momentum=0.9)))
-        assert self.plane.add_table(spec) is None
-        self.plane.slots.state[:] = SlotState.READY
-        self.saver = Saver(self.plane, self.store, self.background, self.membership, 0)
-        self.told: list[dict[str, Any]] = []
-        self.cuts = Cuts(
-            self.plane, self.saver, self.store, self.background, 0,
-            lambda _i, m: self.told.append(m), self.membership,
-        )  # fmt: skip
-
-    def begin(self) -> None:
-        """Save everything for the first time."""
-        self.saver.save_all("running", "", _must_not_fail)
-
-    def train(self, batches: int, change: float = 1.0) -> None:
-        """Apply pushes: every row moves."""
-        for _ in range(batches):
-            k = np.arange(len(self.plane.slots.ids))
-            batch = int(self.plane.slots.last.max()) + 1
-            self.plane.shard.tables[0].data += np.float32(change)
-            self.plane.slots.advance(k, 0, batch, batch)
-            self.plane.refresh_step()
-
-    def newest(self) -> Manifest:
-        """Return the newest running manifest, every block of it read and whole."""
-        found = newest_manifest(self.store, self.membership.prefix, 0, 9)
-        assert found is not None
-        blocks, damaged = read_blocks(self.store, found[1], found[1].blocks)
-        assert not damaged
-        assert {b.block for b in blocks} == set(self.plane.shard.tables[0].layout.blocks.tolist())
-        return found[1]
-
-
-def _must_not_fail(_written: object, error: str | None) -> None:
-    assert error is None
+from daruma_trainer.checkpoint.reading import read_blocks
+from daruma_trainer.server.cuts import FIRST
+from saving_world import World
 
 
 def step_until(world: World, condition: Callable[[], bool], limit: int = 200) -> None:
     """Train and save until the condition holds."""
     for _ in range(limit):
         world.train(1)
-        world.saver.tick()
-        world.background.run()
+        world.save()
         if condition():
             return
     raise AssertionError(f"not within {limit} steps")
@@ -116,8 +25,7 @@ def test_training_may_outrun_the_first_save(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.begin()
     world.train(4)
-    world.saver.tick()
-    world.background.run()
+    world.save()
     world.newest()
     step_until(world, lambda: world.newest().step > 8)
 
@@ -128,8 +36,7 @@ def test_every_block_can_be_read_after_every_save_and_old_files_go(tmp_path: Pat
     world.background.run()
     for _ in range(100):
         world.train(1)
-        world.saver.tick()
-        world.background.run()
+        world.save()
         world.newest()
     files = [p.name for p in tmp_path.rglob("*") if p.is_file()]
     assert sum(n.startswith("manifest-") for n in files) == world.membership.settings.keep
@@ -160,13 +67,11 @@ def test_a_failed_save_does_not_claim_what_it_did_not_write(tmp_path: Path) -> N
     world.background.run()
     world.train(4)
     world.store.full = True
-    world.saver.tick()
-    world.background.run()
+    world.save()
     assert world.saver.error is not None
     world.store.full = False
     world.train(4)
-    world.saver.tick()
-    world.background.run()
+    world.save()
     assert world.saver.error is None
     manifest = world.newest()
     blocks, _ = read_blocks(world.store, manifest, manifest.blocks)
@@ -189,6 +94,7 @@ def test_after_a_rollback_nothing_of_the_abandoned_lineage_is_the_newest(tmp_pat
     world.background.run()
     step_until(world, lambda: world.newest().step >= 20)
     world.plane.shard.tables[0].data[:] = 4.0
+    world.plane.shard.tables[0].changed[:] = True
     world.plane.slots.last[:] = 4
     world.plane.step = 4
     ended: list[bool] = []
@@ -245,3 +151,79 @@ def test_one_that_follows_keeps_the_newest_whatever_it_hears(tmp_path: Path) -> 
         world.background.run()
     own = sorted(p.name for p in tmp_path.rglob("cut-*.seg"))
     assert own == ["cut-00000001-0000000008.seg", "cut-00000001-0000000012.seg"]
+
+
+def test_a_partial_save_takes_the_blocks_that_moved_most_and_as_many_whatever_the_selection(
+    tmp_path: Path,
+) -> None:
+    sizes = set()
+    for selection in ("Priority", "RoundRobin", "Random"):
+        world = World(tmp_path / selection, selection=selection)
+        world.begin()
+        world.background.run()
+        world.train(1, 0.5)
+        world.change([3, 11, 12, 30], 7.0)
+        world.save()
+        assert world.saver.newest is not None
+        sizes.add(world.saver.newest.bytes)
+        if selection == "Priority":
+            blocks, _ = read_blocks(world.store, world.newest(), world.newest().blocks)
+            moved = {b.block for b in blocks if b.data[0] > 5}
+            assert moved == set(world.plane.shard.tables[0].layout.blocks[[3, 11, 12, 30]])
+    assert len(sizes) == 1, "equal bytes, so that selections can be compared"
+
+
+def test_the_distance_of_the_rest_is_told(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.begin()
+    world.background.run()
+    world.train(1, 0.5)
+    world.save()
+    assert world.saver.newest is not None
+    # A quarter of 40 rows of 4 was saved; the rest is half away.
+    assert world.saver.newest.distance == pytest.approx((30 * 4 * 0.25) ** 0.5)
+
+
+def test_requests_go_first_until_a_pass_was_held_up_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    world.begin()
+    world.background.run()
+    world.train(1)
+    now = [100.0]
+    monkeypatch.setattr("daruma_trainer.server.saving.time.monotonic", lambda: now[0])
+    world.saver.tick()
+    world.saver.work(idle=False)
+    assert world.saver.pending, "there was something to serve"
+    now[0] += 1.0
+    world.saver.work(idle=False)
+    assert not world.saver.pending, "it would never be saved"
+
+
+def test_a_pass_that_a_rollback_interrupts_forgets_no_change(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.begin()
+    world.background.run()
+    world.train(1)
+    world.saver.tick()
+    world.plane.slots.state[0] = 1
+    world.saver.work(idle=True)
+    assert not world.saver.pending
+    assert world.plane.shard.tables[0].changed.all()
+
+
+def test_a_save_that_failed_is_made_up_for(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.begin()
+    world.background.run()
+    world.train(1, 0.0)
+    world.change([5], 9.0)
+    world.store.full = True
+    world.save()
+    world.store.full = False
+    world.train(1, 0.0)
+    world.save()
+    blocks, _ = read_blocks(world.store, world.newest(), world.newest().blocks)
+    assert max(float(b.data[0]) for b in blocks) == 9.0
+    assert not list(tmp_path.rglob("*.partial"))

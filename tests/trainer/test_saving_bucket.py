@@ -1,12 +1,14 @@
 """A server's saves in a bucket: whole after every save, and training goes on when it fails."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from daruma_trainer.checkpoint.manifest import newest_cut, newest_manifest, read_blocks
+from daruma_trainer.checkpoint.manifest import newest_cut, newest_manifest
 from daruma_trainer.checkpoint.objects import Patience, open_objects
+from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import Store, open_store
 from daruma_trainer.contract import Member, Membership, Role, Settings
 from daruma_trainer.errors import StoreError
@@ -33,6 +35,9 @@ class AtOnce(Background):
 
     def __init__(self) -> None:
         pass
+
+    def post(self, call: Callable[[], None]) -> None:
+        call()
 
     def submit(self, job: Job, done: Done) -> None:
         try:
@@ -61,9 +66,12 @@ class World:
         slots = self.plane.slots
         batch = int(slots.last.max()) + 1
         self.plane.shard.tables[0].data += np.float32(1)
+        self.plane.shard.tables[0].changed[:] = True
         slots.advance(np.arange(len(slots.ids)), 0, batch, batch)
         self.plane.refresh_step()
         self.saver.tick()
+        while self.saver.pending:
+            self.saver.work(idle=True)
 
 
 def saved(store: Store) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.float32]]]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,28 @@ def slot_of_blocks(uid: str, table: int, blocks: int) -> Ints:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Neighbouring blocks of one size in a server's arrays."""
+
+    first: int
+    stop: int
+    start: int
+    """Element at which block `first` begins."""
+    size: int
+    """Elements of each block."""
+
+    def of(self, array: Floats) -> Floats:
+        """Return these blocks of a table's array, (blocks, size), as a view."""
+        end = self.start + (self.stop - self.first) * self.size
+        return array.reshape(-1)[self.start : end].reshape(-1, self.size)
+
+    def among(self, blocks: Ints) -> Ints:
+        """Return those of ascending indices of blocks that lie here, counted from `first`."""
+        a, b = np.searchsorted(blocks, [self.first, self.stop])
+        return blocks[a:b] - self.first
+
+
 class TableLayout:
     """The rows of one table that lie in an ascending list of slots, in wire order."""
 
@@ -135,6 +158,30 @@ class TableLayout:
         sizes = np.diff(self.block_starts)
         offsets = np.arange(int(self.block_starts[-1])) - np.repeat(self.block_starts[:-1], sizes)
         return np.repeat(starts, sizes) + offsets
+
+    @cached_property
+    def by_block(self) -> Ints:
+        """Indices into `blocks`, by ascending global block."""
+        return np.argsort(self.blocks, kind="stable")
+
+    def index_of(self, blocks: Ints) -> Ints:
+        """Return the index into `blocks` of each global block, or −1 for one that is not here."""
+        order = self.by_block
+        if not len(order):
+            return np.full(len(blocks), -1)
+        at = order[np.minimum(np.searchsorted(self.blocks, blocks, sorter=order), len(order) - 1)]
+        return np.where(self.blocks[at] == blocks, at, -1)
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """Blocks in wire order, as stretches of equal size: three at most, as one is shorter."""
+        sizes = np.diff(self.block_starts) * self.table.cols
+        edges = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)]
+        return tuple(
+            Stretch(a, b, int(self.block_starts[a]) * self.table.cols, int(sizes[a]))
+            for a, b in pairwise(edges)
+            if a < b
+        )
 
 
 class ShardLayout:

@@ -132,6 +132,7 @@ def _planned(d: Draft) -> bool:
         return False
     broken = _broken(d)
     if broken is not None:
+        _tell_damage(d)
         climb(d, record.rung + 1, broken)
         return False
     if preset_of(record.strategy).rollback or record.planned_epoch == d.status.epoch:
@@ -296,11 +297,29 @@ def _correct(d: Draft, sources: dict[str, int]) -> None:
     if planned is None or not sources.keys() - {planned.value, SourceKind.PREDECESSOR.value}:
         return
     # How stale each block of the running checkpoint was, only the reading server could have told.
-    rework = d.record.rework.model_copy(update={"estimated": None})
-    d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"), rework=rework)
+    _forget_delta(d)
     if not sources.get(planned.value):
         failed = "PeerCopiesFailed" if planned is SourceKind.PEER else "HandOverFailed"
         d.set_record(reason=failed)
+
+
+def _forget_delta(d: Draft) -> None:
+    rework = d.record.rework.model_copy(update={"estimated": None})
+    d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"), rework=rework)
+
+
+def _tell_damage(d: Draft) -> bool:
+    """Tell of stored blocks that were not whole; True if there were any."""
+    found = False
+    for member in restoring(d.status):
+        report = d.seen.report(name_of(member))
+        restore = None if report is None else report.restore
+        if restore is not None and restore.damaged and restore.recovery == d.record.id:
+            found = True
+            seat = f"{member.role.lower()}-{member.index}"
+            text = f"{len(restore.damaged)} in the store of {seat}: " + "; ".join(restore.damaged)
+            d.tell("SourceDamaged", text, warning=True, member=seat)
+    return found
 
 
 def _finish(d: Draft) -> None:
@@ -325,6 +344,10 @@ def _finish(d: Draft) -> None:
             rework=rework_of(d, EXACT),
             reason="WorkerReplaced",
         )
+    damaged = _tell_damage(d)
+    if damaged and sources.get(SourceKind.RUNNING_CHECKPOINT.value):
+        # What the older copies of those blocks lack, nobody measured.
+        _forget_delta(d)
     reports = {i: heard.report for i, heard in d.seen.heard.items()}
     lost, replayed = counters(reports, [name_of(m) for m in d.status.members])
     base = record.base
@@ -344,5 +367,6 @@ def _finish(d: Draft) -> None:
         d.tell("HandedBack", text)
         return
     text = f"recovered by {closed.strategy} in {closed.seconds:.2f} s ({closed.reason})"
+    text += "; what the store had was damaged in places, see SourceDamaged" if damaged else ""
     d.phase(Phase.RUNNING, "Recovered", text)
     d.tell("RecoverySucceeded", text)

@@ -2,9 +2,10 @@
 
 import sys
 
-from daruma_trainer.bench import recovery
+from daruma_trainer.bench import checkpoint, recovery
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["recovery"]:
-        sys.exit("daruma bench: there is `recovery`")
-    sys.exit(recovery.main(sys.argv[2:]))
+    benches = {"checkpoint": checkpoint.main, "recovery": recovery.main}
+    if sys.argv[1:2] == [] or sys.argv[1] not in benches:
+        sys.exit("daruma bench: there are " + " and ".join(f"`{b}`" for b in sorted(benches)))
+    sys.exit(benches[sys.argv[1]](sys.argv[2:]))

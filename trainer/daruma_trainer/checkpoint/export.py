@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from daruma_trainer.checkpoint.manifest import Cut, newest_cut, read_blocks, read_manifest
+from daruma_trainer.checkpoint.manifest import Cut, newest_cut, read_manifest
+from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import Store, open_store
 from daruma_trainer.contract import ExitCode
 from daruma_trainer.errors import ConfigurationError, DamagedError, MissingError, StoreError

@@ -5,7 +5,7 @@ kind `cut` holds one consistent state. Both have the same form, so both are read
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +13,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from daruma_trainer.checkpoint.segment import BlockState, read_block
+from daruma_trainer.checkpoint.places import ROW, Places, compressed
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import SLOTS, ContractError
 from daruma_trainer.errors import DamagedError, StoreError
 from daruma_trainer.layout import Ints, TableSpec
 
-MAX_MANIFEST = 256 << 20
-
-BlockKey = tuple[int, int]
-"""(table id, global block)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a block's record lies: a segment's full name in the store, so that a new incarnation
-    can name the segments it was restored from."""
-
-    segment: str
-    offset: int
-    length: int
+MAX_WORKERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,53 +45,51 @@ class Manifest:
     number: int
     step: int
     tables: tuple[TableSpec, ...]
-    blocks: Mapping[BlockKey, Place]
+    blocks: Places
     slots: SlotStates
     kind: str = "running"
 
     def encode(self) -> bytes:
-        """Return the file's bytes: a line with the checksum, then JSON."""
-        segments = sorted({p.segment for p in self.blocks.values()})
-        number = {name: i for i, name in enumerate(segments)}
-        body = json.dumps(
-            {
-                "uid": self.uid, "shard": self.shard, "incarnation": self.incarnation,
-                "number": self.number, "step": self.step, "kind": self.kind,
-                "tables": [t.to_json() for t in self.tables],
-                "segments": segments,
-                "blocks": [
-                    [t, b, number[p.segment], p.offset, p.length]
-                    for (t, b), p in self.blocks.items()
-                ],
-                "slots": {
-                    "ids": self.slots.ids.tolist(), "lineage": self.slots.lineage.tolist(),
-                    "position": self.slots.position.tolist(), "last": self.slots.last.tolist(),
-                    "window": self.slots.window.tolist(),
-                },
-            },
-            separators=(",", ":"),
-        ).encode()  # fmt: skip
-        return _sealed(body)
+        """Return the file's bytes: a line with the checksum, a line of JSON, then arrays."""
+        segments, rows = compressed(self.blocks.segments, self.blocks.rows)
+        slots = self.slots
+        head = {
+            "uid": self.uid, "shard": self.shard, "incarnation": self.incarnation,
+            "number": self.number, "step": self.step, "kind": self.kind,
+            "tables": [t.to_json() for t in self.tables], "segments": segments,
+            "blocks": len(rows), "slots": slots.last.shape[0], "workers": slots.last.shape[1],
+        }  # fmt: skip
+        arrays = (rows, slots.ids, slots.lineage, slots.position, slots.last, slots.window)
+        line = json.dumps(head, separators=(",", ":")).encode()
+        return _sealed(b"\n".join([line, b"".join(a.tobytes() for a in arrays)]))
 
     @classmethod
     def decode(cls, data: bytes) -> "Manifest":
         """Read what `encode` wrote; DamagedError if it is anything else."""
-        body = _unsealed(data, "manifest")
+        line, _, body = _unsealed(data, "manifest").partition(b"\n")
         try:
-            raw = json.loads(body)
-            names, slots = raw["segments"], raw["slots"]
-            n = len(slots["ids"])
-            # A server of a small model may hold no block at all.
-            workers = -1 if n else 0
+            raw = json.loads(line)
+            blocks, n, workers = int(raw["blocks"]), int(raw["slots"]), int(raw["workers"])
+            if not (0 <= n <= SLOTS and 0 <= workers <= MAX_WORKERS and blocks >= 0):
+                raise DamagedError(f"a manifest of {n} slots, {workers} workers, {blocks} blocks")
+            parts = np.array([blocks * ROW.itemsize, *[8 * n] * 3, *[8 * n * workers] * 2])
+            ends = np.cumsum(parts)
+            if ends[-1] != len(body):
+                raise DamagedError(f"a manifest with {len(body)} bytes, {ends[-1]} were expected")
+            names = [str(s) for s in raw["segments"]]
+            rows = np.frombuffer(body, ROW, blocks)
+            if len(rows) and int(rows["segment"].max()) >= len(names):
+                raise DamagedError("a manifest that names no segment for a block")
+            ids, lineage, position, last, window = (
+                np.frombuffer(body[a - size : a], np.int64).copy()
+                for a, size in zip(ends[1:].tolist(), parts[1:].tolist(), strict=True)
+            )
             return cls(
                 raw["uid"], raw["shard"], raw["incarnation"], raw["number"], raw["step"],
-                tuple(TableSpec.from_json(t) for t in raw["tables"]),
-                {(t, b): Place(names[s], o, size) for t, b, s, o, size in raw["blocks"]},
+                tuple(TableSpec.from_json(t) for t in raw["tables"]), Places(names, rows),
                 SlotStates(
-                    np.array(slots["ids"], np.int64), np.array(slots["lineage"], np.int64),
-                    np.array(slots["position"], np.int64),
-                    np.array(slots["last"], np.int64).reshape(n, workers),
-                    np.array(slots["window"], np.uint64).reshape(n, workers),
+                    ids, lineage, position, last.reshape(n, workers),
+                    window.view(np.uint64).reshape(n, workers),
                 ),
                 raw["kind"],
             )  # fmt: skip
@@ -135,12 +120,13 @@ def shard_folder(prefix: str, shard: int, incarnation: int) -> str:
     return f"{prefix}/shard-{shard:04d}/{incarnation:08d}"
 
 
-def newest_manifest(
+def manifests(
     store: Store, prefix: str, shard: int, below: int
-) -> tuple[str, Manifest] | None:
-    """Find a shard's newest readable running manifest of an incarnation less than `below`.
+) -> Iterator[tuple[str, Manifest | StoreError]]:
+    """Read a shard's running manifests of incarnations less than `below`, the newest first.
 
-    An incarnation that died before its first manifest is passed over, as are damaged ones.
+    An incarnation that died before its first manifest is passed over; of one that cannot be read
+    comes the error.
     """
     top = f"{prefix}/shard-{shard:04d}"
     for incarnation in sorted((i for i in store.list(top) if i.isdigit()), reverse=True):
@@ -150,34 +136,19 @@ def newest_manifest(
         for name in reversed(names):
             full = f"{top}/{incarnation}/{name}"
             try:
-                return full, read_manifest(store, full)
-            except StoreError:
-                continue
+                yield full, read_manifest(store, full)
+            except StoreError as error:
+                yield full, error
+
+
+def newest_manifest(
+    store: Store, prefix: str, shard: int, below: int
+) -> tuple[str, Manifest] | None:
+    """Find the newest of `manifests` that can be read."""
+    for name, found in manifests(store, prefix, shard, below):
+        if isinstance(found, Manifest):
+            return name, found
     return None
-
-
-def read_blocks(
-    store: Store, manifest: Manifest, wanted: Iterable[BlockKey]
-) -> tuple[list[BlockState], list[str]]:
-    """Read blocks by ranges; returns them, and a sentence for each that is missing or damaged."""
-    found: list[BlockState] = []
-    damaged: list[str] = []
-    for key in wanted:
-        place = manifest.blocks.get(key)
-        where = f"block {key[1]} of table {key[0]}"
-        if place is None:
-            damaged.append(f"{where}: not in the manifest")
-            continue
-        try:
-            block = read_block(store.read(place.segment, place.offset, place.length))
-        except StoreError as error:
-            damaged.append(f"{where} in {place.segment} at {place.offset}: {error}")
-            continue
-        if (block.table, block.block) == key:
-            found.append(block)
-        else:
-            damaged.append(f"{where} in {place.segment} at {place.offset}: another block's record")
-    return found, damaged
 
 
 # Cuts -------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import numpy as np
 
 from daruma_trainer.layout import Floats, Ints
 
-TILE = 16 << 10
-
 
 class Selection(StrEnum):
     """spec.checkpoint.selection."""
@@ -33,22 +31,10 @@ def select(
     elif how is Selection.RANDOM:
         chosen = rng.choice(n, count, replace=False)
     else:
-        turn = (np.arange(n) - cursor) % max(n, 1)
-        chosen = np.lexsort((turn, -distances))[:count]
+        # A diverged block (NaN) is as far away as can be.
+        far = np.where(np.isnan(distances), np.float32(np.inf), distances)
+        limit = np.partition(far, n - count)[n - count] if count else np.float32(np.inf)
+        beyond, ties = np.flatnonzero(far > limit), np.flatnonzero(far == limit)
+        ties = np.roll(ties, -int(np.searchsorted(ties, cursor)))
+        chosen = np.concatenate([beyond, ties[: count - len(beyond)]])
     return np.sort(chosen).astype(np.int64), (cursor + count) % max(n, 1)
-
-
-def squared_distances(live: Floats, saved: Floats, starts: Ints, out: Floats) -> None:
-    """Write the squared L2 distance of each block into `out`; nothing large is allocated.
-
-    `live` and `saved` are flat and alike; block k is starts[k]..starts[k+1].
-    """
-    scratch = np.empty(TILE, np.float32)
-    for k in range(len(starts) - 1):
-        total = 0.0
-        for a in range(int(starts[k]), int(starts[k + 1]), TILE):
-            b = min(a + TILE, int(starts[k + 1]))
-            t = scratch[: b - a]
-            np.subtract(live[a:b], saved[a:b], out=t)
-            total += float(np.dot(t, t))
-        out[k] = total

@@ -1,5 +1,6 @@
 """Where saves lie: what a store can do, and a directory that does it. `objects` has the others."""
 
+import contextlib
 import errno
 import os
 import threading
@@ -167,7 +168,8 @@ class DirectoryStore:
                     view = view[file.write(view) or 0 :]
                 os.fsync(file.fileno())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             kind = StoreFullError if full else StoreError
             raise kind(f"cannot write {path}: {error.strerror}") from error

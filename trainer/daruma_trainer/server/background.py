@@ -24,6 +24,10 @@ class Background:
         """Run `job` soon; then `done(result, error)` on the loop's thread."""
         self._jobs.put((job, done))
 
+    def post(self, call: Callable[[], None]) -> None:
+        """Run something on the loop's thread: how a job hands over a part of its result."""
+        self._post(call)
+
     def close(self, seconds: float) -> None:
         """Let what was submitted end, but wait no longer than this."""
         self._jobs.put(None)

@@ -11,8 +11,10 @@ from http import HTTPStatus
 from http.client import HTTPException
 from typing import Protocol
 
-from daruma_trainer.checkpoint.manifest import Manifest, Place, SlotStates
-from daruma_trainer.checkpoint.segment import RECORD, BlockState, read_block, write_segment
+from daruma_trainer.checkpoint.manifest import Manifest, SlotStates
+from daruma_trainer.checkpoint.places import Place, Places
+from daruma_trainer.checkpoint.segment import HEAD as RECORD
+from daruma_trainer.checkpoint.segment import BlockState, read_block, write_segment
 from daruma_trainer.errors import DamagedError, StoreError
 from daruma_trainer.server.data import DataPlane
 
@@ -35,13 +37,20 @@ def pack(plane: DataPlane, uid: str, index: int) -> Iterator[bytes | bytearray]:
     places: dict[tuple[int, int], Place] = {}
     size = 0
     for block in _blocks(plane):
-        length = RECORD.size + block.data.nbytes * (1 + len(block.state))
+        length = RECORD.itemsize + block.data.nbytes * (1 + len(block.state))
         places[block.table, block.block] = Place("", size, length)
         size += length
     slots = plane.slots
     states = SlotStates(slots.ids, slots.lineage, slots.position, slots.last, slots.window)
     manifest = Manifest(
-        uid, index, plane.incarnation, 0, plane.step, tuple(plane.shard.specs), places, states
+        uid,
+        index,
+        plane.incarnation,
+        0,
+        plane.step,
+        tuple(plane.shard.specs),
+        Places.of(places),
+        states,
     ).encode()
     yield HEAD.pack(MAGIC, len(manifest), size) + manifest
     for block in _blocks(plane):
@@ -79,7 +88,8 @@ def unpack(stream: _Readable) -> tuple[Manifest, list[BlockState], list[str]]:
     manifest = Manifest.decode(_exactly(stream, length))
     blocks: list[BlockState] = []
     damaged: list[str] = []
-    for (table, block), place in manifest.blocks.items():
+    in_order = sorted(manifest.blocks.items(), key=lambda item: item[1].offset)
+    for (table, block), place in in_order:
         record = _exactly(stream, place.length)
         try:
             found = read_block(record)

@@ -134,6 +134,16 @@ class Lifecycle:
             return None
         return pack(plane, membership.job_uid, self.me.index)
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is work for when nothing is to be served."""
+        return self.saver is not None and self.saver.pending
+
+    def work(self, *, idle: bool) -> None:
+        """Do a slice of it. `idle`: there is nothing to serve first."""
+        if self.saver is not None:
+            self.saver.work(idle=idle)
+
     def take_final(self, number: str) -> None:
         """Save this shard's part of the job's result, where there is a store."""
         if self.cuts is not None and self._membership and self._membership.settings.final:

@@ -61,6 +61,6 @@ def _counters(server: "Server") -> list[tuple[str, str, float]]:
     if server.life.saver is not None:
         found += [
             ("daruma_checkpoint_bytes", "Bytes saved.", server.life.saver.bytes_total),
-            ("daruma_checkpoint_seconds", "Seconds spent writing.", sum(server.life.saver.seconds)),
+            ("daruma_checkpoint_seconds", "Seconds spent writing.", server.life.saver.seconds),
         ]
     return found

@@ -6,19 +6,17 @@ slots that a peer gave comes from the running checkpoint, or starts at zero with
 """
 
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
-from daruma_trainer.checkpoint.manifest import (
-    Cut,
-    Manifest,
-    newest_manifest,
-    read_blocks,
-    read_manifest,
-)
+from daruma_trainer.checkpoint.manifest import Cut, Manifest
+from daruma_trainer.checkpoint.reading import Found, read_cut, read_slots
 from daruma_trainer.checkpoint.segment import BlockState
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import (
@@ -29,7 +27,7 @@ from daruma_trainer.contract import (
     SourceKind,
     slots_from_hex,
 )
-from daruma_trainer.errors import DamagedError, StoreError
+from daruma_trainer.errors import StoreError
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints
 from daruma_trainer.server.background import Background
@@ -42,6 +40,10 @@ PEER_SECONDS = 5.0
 """How long a peer may take to connect and answer, before the next source is asked."""
 MAX_DAMAGED = 20
 """Sentences about damage in one report."""
+READ_AHEAD = 6
+"""Chunks that were read and not yet written into the tables."""
+TAKE_SECONDS = 30.0
+"""How long a chunk may wait for the loop to take an earlier one."""
 
 
 @dataclass(slots=True)
@@ -140,19 +142,9 @@ class Restorer:
     def load_cut(self, name: str, done: Callable[[Cut | None, str | None], None]) -> None:
         """Load every slot from a cut (a rollback); `done` runs on the loop's thread."""
         store, index = self.store, self.me.index
-        if store is None:
+        if store is None or self.background is None:
             done(None, "there is no store to roll back to")
             return
-
-        def read() -> tuple[Cut, Manifest, list[BlockState]]:
-            cut = Cut.decode(store.read(name))
-            if index >= len(cut.shards):
-                raise DamagedError(f"{name} is a cut of {len(cut.shards)} servers")
-            manifest = read_manifest(store, cut.shards[index])
-            blocks, damaged = read_blocks(store, manifest, manifest.blocks)
-            if damaged:
-                raise DamagedError(f"{name}: {damaged[0]}")
-            return cut, manifest, blocks
 
         def loaded(
             result: tuple[Cut, Manifest, list[BlockState]] | None, error: StoreError | None
@@ -162,16 +154,16 @@ class Restorer:
                 return
             cut, manifest, blocks = result
             everything = np.arange(len(self.plane.slots.ids))
-            if problem := self._make_tables(manifest):
+            if problem := self.make_tables(manifest):
                 done(None, problem)
                 return
             self.plane.shard.reset_optimizer(everything)
-            self._set_blocks(blocks, moments_only=False)
+            set_blocks(self.plane, blocks, moments_only=False)
             self._set_slots(manifest, everything)
             self.plane.restored(everything)
             done(cut, None)
 
-        self.background.submit(read, loaded)
+        self.background.submit(lambda: read_cut(store, name, index), loaded)
 
     def _lost(self) -> Ints:
         missing = np.flatnonzero(~self.plane.slots.ready)
@@ -212,59 +204,39 @@ class Restorer:
 
     def _read(self, ask: _Ask) -> None:
         source, store = self._source(ask), self.store
-        predecessor = source.agent if source.kind is SourceKind.PREDECESSOR else None
-        if store is None and predecessor is None:
+        intake = _Intake(self, self.background, lambda: ask in self._asks)
+        if source.kind is SourceKind.PREDECESSOR and (agent := source.agent) is not None:
+            read = partial(intake.take_over, agent, self.me.token)
+        elif store is not None:
+            read = partial(intake.read, store, ask.k, moments_only=False)
+        else:
             self._asks.remove(ask)
             self._next(ask.k, time.monotonic())
             return
-        prefix, index, below = self.prefix, self.me.index, self.plane.incarnation
 
-        def read() -> tuple[Manifest, list[BlockState], list[str]]:
-            if predecessor is not None:
-                return fetch_shard(predecessor, self.me.token)
-            if store is None:
-                raise StoreError("the job has no store")
-            if source.manifest:
-                manifest = read_manifest(store, source.manifest)
-            else:
-                found = newest_manifest(store, prefix, index, below)
-                if found is None:
-                    raise StoreError(f"shard {index} has no readable manifest in the store")
-                manifest = found[1]
-            blocks, damaged = read_blocks(store, manifest, manifest.blocks)
-            return manifest, blocks, damaged
-
-        def done(
-            result: tuple[Manifest, list[BlockState], list[str]] | None, error: StoreError | None
-        ) -> None:
+        def done(found: Found | None, error: StoreError | None) -> None:
             if ask in self._asks:
                 self._asks.remove(ask)
-                self._take_read(ask, result, error)
+                self._take_read(ask, intake, found, error)
 
         self.background.submit(read, done)
 
     def _take_read(
-        self,
-        ask: _Ask,
-        result: tuple[Manifest, list[BlockState], list[str]] | None,
-        error: StoreError | None,
+        self, ask: _Ask, intake: "_Intake", found: Found | None, error: StoreError | None
     ) -> None:
         now = time.monotonic()
-        problem = str(error) if result is None else self._make_tables(result[0])
-        if result is None or problem or self.report is None:
+        problem = str(error) if found is None else intake.problem
+        if self.report is None:
+            return
+        if found is None or problem:
             LOG.warning("%s gave nothing: %s", self._source(ask).kind, problem)
+            self._damaged((problem or "",))
             self._next(ask.k, now)
             return
-        manifest, blocks, damaged = result
-        bad = self._set_blocks(
-            [b for b in blocks if self._slot_of(b) in set(ask.k.tolist())], moments_only=False
-        )
-        got = {(b.table, b.block) for b in blocks} - bad
-        whole = np.array([s for s in ask.k.tolist() if self._keys(s) <= got], np.int64)
-        self._set_slots(manifest, whole)
-        self.report = replace(self.report, damaged=(*self.report.damaged, *damaged)[:MAX_DAMAGED])
-        size = sum(b.data.nbytes for b in blocks)
-        self._taken(self._source(ask).kind, whole, size)
+        self._damaged(found.damaged)
+        whole = ask.k[intake.whole(ask.k)]
+        self._set_slots(found.manifest, whole)
+        self._taken(self._source(ask).kind, whole, intake.size)
         self._next(np.setdiff1d(ask.k, whole), now)
 
     def _bring_moments(self, k: Ints, ask: _Ask, size: int) -> None:
@@ -274,7 +246,7 @@ class Restorer:
         to take an older copy of their parameters.
         """
         self.plane.shard.reset_optimizer(k)
-        plan, store = self.plan, self.store
+        plan, store, background = self.plan, self.store, self.background
         kind = self._source(ask).kind
         stored = plan is not None and any(
             s.kind is SourceKind.RUNNING_CHECKPOINT for s in plan.sources[ask.source :]
@@ -283,26 +255,22 @@ class Restorer:
         if store is None or not (stored and has_state):
             self._taken(kind, k, size)
             return
-        keys = [key for s in k.tolist() for key in self._keys(s)]
-        prefix, index, below = self.prefix, self.me.index, self.plane.incarnation
+        intake = _Intake(self, background, lambda: self.plan is plan)
 
-        def read() -> list[BlockState]:
-            found = newest_manifest(store, prefix, index, below)
-            return [] if found is None else read_blocks(store, found[1], keys)[0]
-
-        def done(blocks: list[BlockState] | None, error: StoreError | None) -> None:
+        def done(found: Found | None, error: StoreError | None) -> None:
             self._reading -= 1
             if self.plan is not plan:
                 return
-            if blocks is None:
+            if found is None:
                 LOG.warning("the moments start at zero: %s", error)
-            self._set_blocks(blocks or [], moments_only=True)
+            else:
+                self._damaged(found.damaged)
             self._taken(kind, k, size)
 
         self._reading += 1
-        self.background.submit(read, done)
+        background.submit(lambda: intake.read(store, k, moments_only=True), done)
 
-    def _make_tables(self, manifest: Manifest) -> str | None:
+    def make_tables(self, manifest: Manifest) -> str | None:
         """Make the tables of a save; says what is wrong where they are not the job's."""
         for spec in manifest.tables:
             try:
@@ -313,28 +281,6 @@ class Restorer:
                 return f"table {spec.name!r} of the checkpoint is not the job's"
         return None
 
-    def _set_blocks(self, blocks: list[BlockState], *, moments_only: bool) -> set[tuple[int, int]]:
-        """Write blocks into the arrays; returns those whose size does not fit."""
-        bad: set[tuple[int, int]] = set()
-        at = [{int(g): i for i, g in enumerate(t.layout.blocks)} for t in self.plane.shard.tables]
-        for b in blocks:
-            table = self.plane.shard.tables[b.table]
-            i = at[b.table].get(b.block)
-            if i is None:
-                bad.add((b.table, b.block))
-                continue
-            rows = slice(int(table.layout.block_starts[i]), int(table.layout.block_starts[i + 1]))
-            shape = table.data[rows].shape
-            if b.data.size != shape[0] * shape[1] or len(b.state) != len(table.state):
-                bad.add((b.table, b.block))
-                continue
-            if not moments_only:
-                table.data[rows] = b.data.reshape(shape)
-            for array, saved in zip(table.state, b.state, strict=True):
-                array[rows] = saved.reshape(shape)
-            table.steps[i] = b.steps
-        return bad
-
     def _set_slots(self, manifest: Manifest, k: Ints) -> None:
         slots, saved = self.plane.slots, manifest.slots
         where = np.searchsorted(saved.ids, slots.ids[k])
@@ -343,20 +289,11 @@ class Restorer:
         slots.last[k, :workers] = saved.last[where, :workers]
         slots.window[k, :workers] = saved.window[where, :workers]
 
-    def _keys(self, k: int) -> set[tuple[int, int]]:
-        """All blocks of a slot."""
-        return {
-            (t.layout.table.id, int(b))
-            for t in self.plane.shard.tables
-            for b in t.layout.blocks[t.layout.slot_blocks[k] : t.layout.slot_blocks[k + 1]]
-        }
-
-    def _slot_of(self, block: BlockState) -> int:
-        layout = self.plane.shard.tables[block.table].layout
-        found = np.flatnonzero(layout.blocks == block.block)
-        if not len(found):
-            return -1
-        return int(np.searchsorted(layout.slot_blocks, found[0], side="right")) - 1
+    def _damaged(self, sentences: Sequence[str]) -> None:
+        if self.report is not None:
+            # A newer plan of the same recovery reads the same damage again.
+            known = dict.fromkeys((*self.report.damaged, *sentences))
+            self.report = replace(self.report, damaged=tuple(known)[:MAX_DAMAGED])
 
     def _taken(self, kind: SourceKind, k: Ints, size: int) -> None:
         if self.report is None or not len(k):
@@ -376,3 +313,94 @@ class Restorer:
             seconds = time.monotonic() - self._started
             self.report = replace(self.report, seconds=seconds, done=True)
             self.complete()
+
+
+class _Intake:
+    """Takes what the store's thread reads, chunk by chunk, into the tables of the loop's thread."""
+
+    def __init__(
+        self, restorer: Restorer, background: Background, wanted: Callable[[], bool]
+    ) -> None:
+        self._restorer = restorer
+        self._plane = restorer.plane
+        self._background = background
+        self._wanted = wanted
+        self._ahead = threading.BoundedSemaphore(READ_AHEAD)
+        self._got: list[NDArray[np.bool_]] = []
+        """For each table which blocks came."""
+        self.problem: str | None = None
+        self.size = 0
+        """Bytes of parameters."""
+
+    def read(self, store: Store, k: Ints, *, moments_only: bool) -> Found:
+        """Read the slots `k`; on the store's thread."""
+        restorer = self._restorer
+        where = restorer.prefix, restorer.me.index, self._plane.incarnation
+        take = partial(self._hand, moments_only=moments_only)
+        return read_slots(store, where, self._plane.slots.ids[k], self._announce, take)
+
+    def take_over(self, agent: str, token: str) -> Found:
+        """Take all that a predecessor hands over; on the store's thread."""
+        manifest, blocks, damaged = fetch_shard(agent, token)
+        self._announce(manifest)
+        self._hand(blocks, moments_only=False)
+        return Found(manifest, tuple(damaged))
+
+    def _announce(self, manifest: Manifest) -> None:
+        self._background.post(lambda: self._begin(manifest))
+
+    def _hand(self, blocks: list[BlockState], *, moments_only: bool) -> None:
+        if not self._ahead.acquire(timeout=TAKE_SECONDS):
+            raise StoreError(f"the serve loop took nothing for {TAKE_SECONDS:.0f} s")
+        self._background.post(lambda: self._take(blocks, moments_only=moments_only))
+
+    def whole(self, k: Ints) -> NDArray[np.bool_]:
+        """Of which of the slots `k` every block came."""
+        found = np.ones(len(k), np.bool_)
+        for table, got in zip(self._plane.shard.tables, self._got, strict=True):
+            lacking = np.concatenate([[0], np.cumsum(~got)])[table.layout.slot_blocks]
+            found &= lacking[k + 1] == lacking[k]
+        return found
+
+    def _begin(self, manifest: Manifest) -> None:
+        if self._wanted():
+            self.problem = self._restorer.make_tables(manifest)
+            self._got = [np.zeros(len(t.steps), np.bool_) for t in self._plane.shard.tables]
+
+    def _take(self, blocks: list[BlockState], *, moments_only: bool) -> None:
+        self._ahead.release()
+        # A newer plan may have given these slots to another source meanwhile.
+        if self.problem or not self._wanted():
+            return
+        for table, index in set_blocks(self._plane, blocks, moments_only=moments_only):
+            self._got[table][index] = True
+        self.size += sum(b.data.nbytes for b in blocks)
+
+
+def set_blocks(
+    plane: DataPlane, blocks: Sequence[BlockState], *, moments_only: bool
+) -> list[tuple[int, Ints]]:
+    """Write blocks into the tables; returns which fitted, as indices by table."""
+    fitted: list[tuple[int, Ints]] = []
+    for number in {b.table for b in blocks if b.table < len(plane.shard.tables)}:
+        table = plane.shard.tables[number]
+        mine = [b for b in blocks if b.table == number]
+        at = table.layout.index_of(np.array([b.block for b in mine], np.int64))
+        starts, cols = table.layout.block_starts, table.layout.table.cols
+        flat = table.data.reshape(-1)
+        states = [array.reshape(-1) for array in table.state]
+        for n, (b, i) in enumerate(zip(mine, at.tolist(), strict=True)):
+            part = slice(int(starts[i]) * cols, int(starts[i + 1]) * cols)
+            if i < 0 or b.data.size != part.stop - part.start or len(b.state) != len(states):
+                at[n] = -1
+                continue
+            if not moments_only:
+                flat[part] = b.data
+            for array, saved in zip(states, b.state, strict=True):
+                array[part] = saved
+            table.steps[i] = b.steps
+        found = at[at >= 0]
+        if not moments_only:
+            table.changed[found] = True
+        fitted.append((number, found))
+    return fitted

@@ -1,38 +1,42 @@
 """What a server saves, and when: the running checkpoint, cuts, and the final state.
 
-A request is held up only while the chosen blocks are copied; writing happens on the background
-thread. The copy of what is saved (SCAR's running checkpoint) stays in memory for the distances.
+A request is held up only while the chosen blocks are copied. Distances are measured in slices
+between requests; encoding, writing and compaction happen on the background thread. The copy of
+what is saved (SCAR's running checkpoint) stays in memory for the distances.
 """
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 import xxhash
 
-from daruma_trainer.checkpoint.manifest import (
-    BlockKey,
-    Manifest,
-    Place,
-    SlotStates,
-    shard_folder,
-)
-from daruma_trainer.checkpoint.segment import BlockState, write_segment
-from daruma_trainer.checkpoint.selection import Selection, select, squared_distances
+from daruma_trainer.checkpoint.manifest import Manifest, SlotStates, shard_folder
+from daruma_trainer.checkpoint.places import ROW, Places
+from daruma_trainer.checkpoint.selection import Selection, select
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import Membership, SavedState
 from daruma_trainer.errors import StoreError
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.server.background import Background
+from daruma_trainer.server.compacting import compact
+from daruma_trainer.server.copying import Buffers, Piece, copy_blocks, record_floats
 from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.log import Log
+from daruma_trainer.server.measuring import Distances
 from daruma_trainer.server.shard import TableArrays
 
 LOG = logging.getLogger("daruma.server")
-REWRITE = 2.0
-"""When segments hold this many times the live bytes, everything is saved anew and they go."""
+SLICE_SECONDS = 0.001
+"""The distance pass works so long, then looks whether there is something to serve."""
+PATIENCE_SECONDS = 0.05
+"""So long a pass gives way to every request. Then it gets a slice between any two turns, and if
+those are long, as those of large pushes are, a longer one:"""
+SHARE = 1 / 8
+"""of the time that was spent on serving since the last slice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,15 @@ class Snapshot:
     """Blocks copied at one moment, ready to be written."""
 
     manifest: Manifest
-    blocks: list[BlockState]
+    pieces: list[Piece]
+    buffer: Floats
     segment: str
     name: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of the segment."""
+        return sum(piece.records.nbytes for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,13 @@ class Written:
     name: str
     manifest: Manifest
     size: int
+    """Bytes of blocks that were copied for it."""
     seconds: float
+    log: Log = field(default_factory=Log)
+    moved: int = 0
+    """Bytes that compaction wrote."""
+    bad: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Rows of the log whose records were found damaged."""
 
 
 class Saver:
@@ -79,16 +95,27 @@ class Saver:
         self._turn = 0
         self._writing = 0
         self._rng = np.random.default_rng(xxhash.xxh3_64_intdigest(f"{self._uid}/{index}".encode()))
-        self._saved: list[Floats] = []
-        self._never: list[np.ndarray[tuple[int], np.dtype[np.bool_]]] = []
-        self._places: dict[BlockKey, Place] = {}
+        self._distances = Distances()
+        self._measuring: Iterator[None] | None = None
+        self._due_at = 0.0
+        self._worked_at = 0.0
+        self._buffers = Buffers()
+        self._log = Log()
         self._slots: SlotStates | None = None
-        self._sizes: dict[str, int] = {}
-        self._kept: list[str] = []
+        self._kept: list[tuple[str, frozenset[str]]] = []
+        """The newest manifests, and the segments that each names."""
+        self._files: set[str] = set()
+        """What may lie in the store of this incarnation's running checkpoints."""
         self.newest: SavedState | None = None
         self.newest_at = 0.0
+        self.saves = 0
         self.bytes_total = 0
-        self.seconds: list[float] = []
+        self.moved_total = 0
+        """Bytes that compaction wrote; part of `bytes_total`."""
+        self.seconds = 0.0
+        """Spent on writing."""
+        self.copied_seconds = 0.0
+        """What requests waited for the newest partial save."""
         self.error: str | None = None
 
     @property
@@ -97,19 +124,44 @@ class Saver:
         on = self._settings.running and self._settings.every
         return self._settings.every * self._settings.fraction if on else 0.0
 
+    @property
+    def pending(self) -> bool:
+        """Whether a distance pass is to go on as soon as there is time."""
+        return self._measuring is not None
+
     def tick(self) -> None:
         """Begin the partial save that is due, if there is one and the last has ended."""
         if not self.every or self._writing or not self._plane.slots.ready.all():
             return
         turn = int(self._plane.step / self.every)
-        if turn <= self._turn:
+        if turn <= self._turn or self._measuring is not None:
             return
         self._turn = turn
-        if sum(self._sizes.values()) > REWRITE * max(1, self._live_bytes()):
-            chosen = [np.arange(len(t.layout.blocks)) for t in self._plane.shard.tables]
-        else:
-            chosen = self._select()
-        self._write_running(self._copy(chosen, "running"), lambda _written, _error: None)
+        tables = self._tables()
+        # Where everything is saved there is nothing to choose.
+        all_of_it = self._count() >= sum(len(t.layout.blocks) for t in tables)
+        self._measuring = iter(()) if all_of_it else self._distances.measure(tables)
+        self._due_at = self._worked_at = time.monotonic()
+
+    def work(self, *, idle: bool) -> None:
+        """Go on with the distance pass for a slice; at its end copy what it chose."""
+        now = time.monotonic()
+        if self._measuring is None or not (idle or now - self._due_at > PATIENCE_SECONDS):
+            return
+        if not self._plane.slots.ready.all():
+            self._measuring = None
+            return
+        until = now + max(SLICE_SECONDS, 0.0 if idle else SHARE * (now - self._worked_at))
+        for _ in self._measuring:
+            self._worked_at = time.monotonic()
+            if self._worked_at > until:
+                return
+        self._measuring = None
+        chosen = self._select()
+        started = time.monotonic()
+        snapshot = self._copy(chosen, "running")
+        self.copied_seconds = time.monotonic() - started
+        self._write_running(snapshot, lambda _written, _error: None)
 
     def save_all(
         self, kind: str, number: str, done: Callable[[Written | None, str | None], None]
@@ -121,9 +173,15 @@ class Saver:
         chosen = [np.arange(len(t.layout.blocks)) for t in self._plane.shard.tables]
         snapshot = self._copy(chosen, kind, number)
         if kind == "running":
+            self._measuring = None
             self._write_running(snapshot, done)
-        else:
-            self._write(snapshot, lambda w, e: done(w, None if e is None else str(e)))
+            return
+
+        def finished(written: Written | None, error: StoreError | None) -> None:
+            self._buffers.give(snapshot.buffer)
+            done(written, None if error is None else str(error))
+
+        self._background.submit(lambda: self._write(snapshot), finished)
 
     def rolled_back(self, step: int, then: Callable[[], None]) -> None:
         """Everything is as it was at `step`; `then()` runs once the running checkpoint is, too.
@@ -168,40 +226,22 @@ class Saver:
 
         self._background.submit(clean, lambda _result, error: self._failed(error))
 
-    def distance(self) -> float | None:
-        """L2 distance between the live shard and what is saved, where all of it is."""
-        if not self._saved or any(n.any() for n in self._never):
-            return None
-        total = 0.0
-        for table, saved in zip(self._plane.shard.tables, self._saved, strict=False):
-            out = np.zeros(1, np.float32)
-            ends = np.array([0, saved.size])
-            squared_distances(table.data.reshape(-1), saved, ends, out)
-            total += float(out[0])
-        return float(np.sqrt(total))
-
     def _select(self) -> list[Ints]:
-        tables = self._tables()
-        counts = [len(t.layout.blocks) for t in tables]
-        distances = np.zeros(sum(counts), np.float32)
-        at = 0
-        for i, table in enumerate(tables):
-            part = distances[at : at + counts[i]]
-            starts = table.layout.block_starts * table.layout.table.cols
-            squared_distances(table.data.reshape(-1), self._saved[i], starts, part)
-            part[self._never[i]] = np.inf
-            at += counts[i]
-        count = max(1, round(self._settings.fraction * len(distances)))
+        counts = [len(t.layout.blocks) for t in self._tables()]
+        distances = self._distances.all()
         how = Selection(self._settings.selection)
-        chosen, self._cursor = select(how, distances, count, self._cursor, self._rng)
+        chosen, self._cursor = select(how, distances, self._count(), self._cursor, self._rng)
         edges = np.concatenate([[0], np.cumsum(counts)])
         return [chosen[(chosen >= a) & (chosen < b)] - a for a, b in pairwise(edges)]
 
+    def _count(self) -> int:
+        """Blocks in a partial save."""
+        blocks = sum(len(t.layout.blocks) for t in self._plane.shard.tables)
+        return max(1, round(self._settings.fraction * blocks))
+
     def _tables(self) -> list[TableArrays]:
         tables = self._plane.shard.tables
-        for table in tables[len(self._saved) :]:
-            self._saved.append(np.zeros(table.data.size, np.float32))
-            self._never.append(np.ones(len(table.layout.blocks), np.bool_))
+        self._distances.cover(tables)
         return tables
 
     def _copy(self, chosen: list[Ints], kind: str, number: str = "") -> Snapshot:
@@ -210,37 +250,23 @@ class Saver:
         running = kind == "running"
         base = f"{self._number:010d}" if running else number
         segment = f"{self._folder}/{'segment' if running else 'cut'}-{base}.seg"
-        slots = self._plane.slots
-        blocks: list[BlockState] = []
-        tables = self._tables()
+        slots, tables = self._plane.slots, self._tables()
+        pieces, buffer = copy_blocks(tables, chosen, slots, self._buffers)
         # What was applied to a slot without blocks is all that it is: it is as new as the save.
         touched = np.ones(len(slots.ids), np.bool_)
         for table in tables:
             touched &= np.diff(table.layout.slot_blocks) == 0
-        for i, table in enumerate(tables):
-            layout, cols = table.layout, table.layout.table.cols
-            owner = np.searchsorted(layout.slot_blocks, chosen[i], side="right") - 1
-            touched[owner] = True
-            for b, s in zip(chosen[i].tolist(), owner.tolist(), strict=True):
-                rows = slice(int(layout.block_starts[b]), int(layout.block_starts[b + 1]))
-                data = table.data[rows].reshape(-1).copy()
-                if running:
-                    self._saved[i][rows.start * cols : rows.stop * cols] = data
-                    self._never[i][b] = False
-                state = tuple(a[rows].reshape(-1).copy() for a in table.state)
-                version = slots.version(s)
-                blocks.append(
-                    BlockState(
-                        layout.table.id, int(layout.blocks[b]), version.lineage, version.position,
-                        int(table.steps[b]), data, state,
-                    )
-                )  # fmt: skip
+        for table, mine in zip(tables, chosen, strict=True):
+            touched[np.searchsorted(table.layout.slot_blocks, mine, side="right") - 1] = True
+            if running:
+                table.changed[mine] = False
         manifest = Manifest(
             self._uid, self._index, self._plane.incarnation, self._number, self._plane.step,
-            tuple(self._plane.shard.specs), {}, self._slot_states(touched, running), kind,
+            tuple(self._plane.shard.specs), Places((), np.zeros(0, ROW)),
+            self._slot_states(touched, running), kind,
         )  # fmt: skip
         name = f"{self._folder}/{'manifest' if running else 'cut'}-{base}.json"
-        return Snapshot(manifest, blocks, segment, name)
+        return Snapshot(manifest, pieces, buffer, segment, name)
 
     def _slot_states(
         self, touched: np.ndarray[tuple[int], np.dtype[np.bool_]], running: bool
@@ -270,83 +296,106 @@ class Saver:
     def _write_running(
         self, snapshot: Snapshot, done: Callable[[Written | None, str | None], None]
     ) -> None:
+        log = self._log
+        moved_to = snapshot.segment.replace(".seg", "-moved.seg")
+
+        def write() -> Written:
+            written = self._write(snapshot, log, moved_to)
+            for piece in snapshot.pieces:
+                piece.keep(self._distances.saved[piece.table])
+            return written
+
         def finished(written: Written | None, error: StoreError | None) -> None:
             self._writing -= 1
+            self._files |= {snapshot.segment, snapshot.name}
+            if written is None or written.moved:
+                self._files.add(moved_to)
             self._failed(error)
             if written is not None:
-                self._note(written)
+                self._note(snapshot, written)
             else:
-                # What was to be saved is not: its distance must not look small the next time.
-                for never in self._never:
-                    never[:] = True
+                self._buffers.give(snapshot.buffer)
+                for piece in snapshot.pieces:
+                    # It is as far from the saved copy as it was before.
+                    self._plane.shard.tables[piece.table].changed[piece.blocks] = True
             done(written, None if error is None else str(error))
 
         # A manifest names what the ones before it saved, so the next waits until this is durable.
         self._writing += 1
-        self._write(snapshot, finished)
+        self._background.submit(write, finished)
 
-    def _write(
-        self, snapshot: Snapshot, done: Callable[[Written | None, StoreError | None], None]
-    ) -> None:
-        store = self._store
-        before = dict(self._places) if snapshot.manifest.kind == "running" else {}
+    def _write(self, snapshot: Snapshot, before: Log | None = None, moved_to: str = "") -> Written:
+        """Make a save durable, on the background thread: the data before what names it."""
+        started = time.monotonic()
+        for piece in snapshot.pieces:
+            piece.seal()
+        data = snapshot.buffer.view(np.uint8)[: snapshot.size].data
+        self._store.write(snapshot.segment, data)
+        base = np.cumsum([0, *(len(t.layout.blocks) for t in self._plane.shard.tables)])
+        log = (before or Log()).with_save(snapshot.pieces, snapshot.segment, base)
+        moved, bad = 0, np.zeros(0, np.int64)
+        if before is not None:
+            log, bad, moved = compact(self._store, log, snapshot.size, moved_to)
+        manifest = replace(snapshot.manifest, blocks=log.places)
+        self._store.write(snapshot.name, manifest.encode())
+        seconds = time.monotonic() - started
+        return Written(snapshot.name, manifest, len(data), seconds, log, moved, bad)
 
-        def write() -> Written:
-            started = time.monotonic()
-            data, places = write_segment(snapshot.blocks)
-            store.write(snapshot.segment, data)
-            for block, (offset, length) in zip(snapshot.blocks, places, strict=True):
-                before[block.table, block.block] = Place(snapshot.segment, offset, length)
-            manifest = replace(snapshot.manifest, blocks=before)
-            # The data is durable before anything names it.
-            store.write(snapshot.name, manifest.encode())
-            return Written(snapshot.name, manifest, len(data), time.monotonic() - started)
-
-        self._background.submit(write, done)
-
-    def _note(self, written: Written) -> None:
+    def _note(self, snapshot: Snapshot, written: Written) -> None:
         self.error = None
-        self._places = dict(written.manifest.blocks)
+        self._log = written.log
         self._slots = written.manifest.slots
-        live = {p.segment for p in self._places.values()}
-        self._sizes = {s: n for s, n in self._sizes.items() if s in live}
-        for place in self._places.values():
-            self._sizes.setdefault(place.segment, written.size)
+        for piece in snapshot.pieces:
+            self._distances.saved_now(piece.table, piece.blocks)
+        self._distances.lost(written.bad)
         if not self._kept:
             self._forget_predecessors()
-        self._kept.append(written.name)
-        self.bytes_total += written.size
-        self.seconds.append(written.seconds)
+        self._recycle(snapshot.buffer)
+        self._kept.append((written.name, frozenset(written.log.segments)))
+        self.saves += 1
+        self.moved_total += written.moved
+        self.bytes_total += written.size + written.moved
+        self.seconds += written.seconds
         self.newest_at = time.monotonic()
         self.newest = SavedState(
-            written.name, written.manifest.step, written.size, 0.0, self.distance()
+            written.name, written.manifest.step, written.size, 0.0, self._distances.total()
         )
-        self._retire(written.manifest)
+        self._retire()
 
-    def _retire(self, newest: Manifest) -> None:
+    def _recycle(self, buffer: Floats) -> None:
+        """Keep a save's memory for the next; after a full save make some of a partial one's size.
+
+        It is touched here, because the first touch of fresh memory costs more than the copy.
+        """
+        sizes = np.concatenate([record_floats(t) for t in self._plane.shard.tables])
+        need = int(np.sort(sizes)[-self._count() :].sum()) if self.every else 0
+        if self._settings.cuts or buffer.size <= 2 * need:
+            self._buffers.give(buffer)
+        if 0 < 2 * need < buffer.size:
+            self._background.submit(
+                lambda: np.full(need, 0.0, np.float32),
+                lambda made, _error: self._buffers.give(made),
+            )
+
+    def _retire(self) -> None:
         """Delete manifests beyond `keep`, and segments here that none of the others names."""
-        drop, self._kept = self._kept[: -self._settings.keep], self._kept[-self._settings.keep :]
-        if not drop:
-            return
-        store, folder, kept = self._store, self._folder, list(self._kept)
+        self._kept = self._kept[-self._settings.keep :]
+        named = frozenset[str]().union(*({name} | segments for name, segments in self._kept))
+        dead, self._files = self._files - named, self._files & named
+        store = self._store
 
         def clean() -> None:
-            for name in drop:
+            # Manifests first: while one exists, so does what it names.
+            for name in sorted(dead):
                 store.delete(name)
-            named = {p.segment for p in newest.blocks.values()}
-            # A save of all that was begun meanwhile is not to be touched.
-            until = f"segment-{newest.number:010d}"
-            for name in kept[:-1]:
-                named |= {p.segment for p in Manifest.decode(store.read(name)).blocks.values()}
-            for name in store.list(folder):
-                old = name.startswith("segment-") and name < until
-                if old and f"{folder}/{name}" not in named:
-                    store.delete(f"{folder}/{name}")
 
-        self._background.submit(clean, lambda _result, error: self._failed(error))
+        def cleaned(_result: object, error: StoreError | None) -> None:
+            if error is not None:
+                self._files |= dead
+            self._failed(error)
 
-    def _live_bytes(self) -> int:
-        return sum(p.length for p in self._places.values())
+        if dead:
+            self._background.submit(clean, cleaned)
 
     def _failed(self, error: StoreError | None) -> None:
         if error is not None:

@@ -121,6 +121,7 @@ class Server:
                     beat = time.monotonic()
                     self._tell_siblings()
                 self._after()
+                self.life.work(idle=not ready)
         finally:
             self._close()
         return self._exit
@@ -151,6 +152,8 @@ class Server:
             return Outcome(HTTPStatus.SERVICE_UNAVAILABLE, "the serve loop is busy: try again")
 
     def _timeout(self, beat: float) -> int:
+        if self.life.pending:
+            return 0
         busy = self.life.rolling or self.life.restoring
         rest = HEARTBEAT_SECONDS - (time.monotonic() - beat)
         return max(0, int(1000 * min(rest, 0.02 if busy else rest)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from daruma_trainer.layout import Floats, Ints, ShardLayout, TableLayout, TableSpec
 from daruma_trainer.rules import Rule, rule_from_json
@@ -32,6 +33,8 @@ class TableArrays:
     """The optimizer's arrays, each (rows, cols)."""
     steps: Ints
     """(blocks,): updates each block had, for Adam's bias correction and momentum's first step."""
+    changed: NDArray[np.bool_]
+    """(blocks,): whether parameters changed since their distance to the saved copy was measured."""
 
 
 class Shard:
@@ -63,6 +66,7 @@ class Shard:
                 np.zeros(shape, np.float32),
                 tuple(np.zeros(shape, np.float32) for _ in names),
                 np.zeros(len(layout.blocks), np.int64),
+                np.ones(len(layout.blocks), np.bool_),
             )
         )
         self.specs.append(spec)
@@ -123,6 +127,7 @@ class Shard:
         first, stop = int(blocks[begin]), int(blocks[end])
         if first == stop:
             return 0.0
+        arrays.changed[first:stop] = True
         steps = arrays.steps[first:stop]
         steps += 1
         cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), stop - first]
@@ -159,6 +164,7 @@ class Shard:
         at[at == len(owned)] = 0
         hit = owned[order][at] == rows if len(owned) else np.zeros(len(rows), np.bool_)
         local = mine[order][at[hit]] if len(owned) else mine
+        arrays.changed[np.searchsorted(arrays.layout.block_starts, local, "right") - 1] = True
         values = part.values.reshape(-1, arrays.layout.table.cols)[hit]
         if arrays.rule.name == "add":
             arrays.data[local] += values
@@ -188,7 +194,9 @@ class Shard:
             new = flat.reshape(-1, table.layout.table.cols)
             if len(new) != offsets[-1]:
                 raise ValueError(f"table {i}: {len(new)} rows for slots of {offsets[-1]}")
+            blocks = table.layout.slot_blocks
             for a, b in _consecutive(k, np.arange(len(k))):
+                table.changed[blocks[k[a]] : blocks[k[b - 1] + 1]] = True
                 table.data[rows[k[a]] : rows[k[b - 1] + 1]] = new[offsets[a] : offsets[b]]
 
     def reset_optimizer(self, k: Ints) -> None:

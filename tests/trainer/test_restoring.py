@@ -1,0 +1,233 @@
+"""Tests of what a new server reads back: what was lost alone, each block from where it is whole."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from daruma_trainer.checkpoint.manifest import newest_manifest
+from daruma_trainer.checkpoint.reading import read_blocks
+from daruma_trainer.checkpoint.store import DirectoryStore
+from daruma_trainer.contract import Restore, Role, Source, SourceKind, slots_to_hex
+from daruma_trainer.identity import Identity
+from daruma_trainer.server.cuts import FIRST
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.restoring import Restorer
+from daruma_trainer.server.slots import SlotState
+from saving_world import ByHand, World
+
+ME = Identity("n", "j", Role.SERVER, 0, 9, "")
+
+
+class Counting(DirectoryStore):
+    """Counts the bytes that are read."""
+
+    segments = manifests = 0
+
+    def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
+        data = super().read(name, offset, length)
+        self.manifests += len(data)
+        return data
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        data = super().read_ranges(name, ranges)
+        self.segments += sum(len(d) for d in data)
+        return data
+
+
+class Newcomer:
+    """Incarnation 9 of a world's server 0, which has lost some of its slots (or all)."""
+
+    def __init__(self, world: World, lost: Sequence[int] | None = None) -> None:
+        self.store = Counting(world.folder)
+        self.background = ByHand()
+        membership = replace(world.membership, initialised=True)
+        self.plane = DataPlane(membership, 0, 9)
+        self.back = False
+        self.lost = self.plane.slots.ids.tolist() if lost is None else list(lost)
+        self.plane.slots.state[:] = SlotState.READY
+        self.plane.slots.state[self.plane.slots.index_of(np.array(self.lost))] = SlotState.RESTORING
+        self.restorer = Restorer(
+            self.plane, self.store, self.background, membership.prefix, ME,
+            lambda _member, _slots, _number: False, self._complete,
+        )  # fmt: skip
+
+    def _complete(self) -> None:
+        self.back = True
+
+    def restore(self) -> "Newcomer":
+        source = Source(SourceKind.RUNNING_CHECKPOINT, slots_to_hex(self.lost))
+        self.restorer.begin(Restore(1, 2, ME.id, (source,)))
+        self.background.run()
+        return self
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        assert self.restorer.report is not None
+        return self.restorer.report.damaged
+
+    @property
+    def missing(self) -> int:
+        assert self.restorer.report is not None
+        return self.restorer.report.missing
+
+    def value(self, block: int) -> float:
+        """What the first value of a block is (blocks are rows)."""
+        table = self.plane.shard.tables[0]
+        return float(table.data[table.layout.index_of(np.array([block]))[0], 0])
+
+
+def saved_world(folder: Path, steps: int = 12, **settings: Any) -> World:
+    """A world after some partial saves; each push adds 1 to every value."""
+    world = World(folder, **settings)
+    world.begin()
+    world.background.run()
+    for _ in range(steps):
+        world.train(1)
+        world.save()
+    return world
+
+
+def place_of(world: World, block: int) -> tuple[Path, int, int]:
+    """Where the newest record of a block lies."""
+    found = newest_manifest(world.store, world.membership.prefix, 0, 9)
+    assert found is not None
+    place = found[1].blocks[0, block]
+    return world.folder / place.segment, place.offset, place.length
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x41
+    path.write_bytes(data)
+
+
+def test_all_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    world = saved_world(tmp_path)
+    manifest = world.newest()
+    new = Newcomer(world).restore()
+    assert new.back
+    assert (new.missing, new.damaged) == (0, ())
+    np.testing.assert_array_equal(new.plane.slots.last, manifest.slots.last)
+    blocks, _ = read_blocks(world.store, manifest, manifest.blocks)
+    assert len({float(b.data[0]) for b in blocks}) > 2, "of several ages"
+    table = new.plane.shard.tables[0]
+    for b in blocks:
+        i = table.layout.index_of(np.array([b.block]))[0]
+        np.testing.assert_array_equal(table.data[i], b.data)
+        np.testing.assert_array_equal(table.state[0][i], b.state[0])
+        assert table.steps[i] == b.steps
+
+
+def test_only_the_blocks_of_the_lost_slots_are_read(tmp_path: Path) -> None:
+    world = saved_world(tmp_path)
+    layout = world.plane.shard.tables[0].layout
+    ids = world.plane.slots.ids
+    lost = [int(s) for s in ids if s % 4 == 1]
+    mine = np.isin(np.repeat(ids, np.diff(layout.slot_blocks)), lost)
+    bytes_of = sum(world.newest().blocks[0, int(b)].length for b in layout.blocks[mine])
+    assert 0 < mine.sum() < len(mine) / 2
+    new = Newcomer(world, lost).restore()
+    assert new.back
+    assert bytes_of <= new.store.segments <= 1.1 * bytes_of
+
+
+def test_a_damaged_block_alone_comes_from_the_save_before(tmp_path: Path) -> None:
+    world = saved_world(tmp_path)
+    good = Newcomer(world).restore()
+    values = {b: good.value(b) for b in range(40)}
+    newest = max(values.values())
+    block = next(b for b, v in values.items() if v == newest)
+    path, offset, length = place_of(world, block)
+    for at in range(offset, offset + length, 5):
+        flip(path, at)
+        new = Newcomer(world).restore()
+        assert new.back, at
+        assert new.missing == 0
+        assert {b for b in values if new.value(b) != values[b]} == {block}, at
+        assert new.value(block) < newest
+        assert len(new.damaged) == 1
+        assert f"block {block} of table 0" in new.damaged[0]
+        assert "taken from" in new.damaged[0]
+        flip(path, at)
+
+
+def test_a_block_that_no_running_checkpoint_has_comes_from_the_full_cut(tmp_path: Path) -> None:
+    world = saved_world(tmp_path, 0)
+    world.cuts.take(FIRST)
+    world.background.run()
+    for _ in range(20):
+        world.train(1)
+        world.save()
+    # Both manifests that are kept name this record.
+    values = {b: Newcomer(world).restore().value(b) for b in range(40)}
+    block = min(values, key=lambda b: values[b])
+    path, offset, _ = place_of(world, block)
+    flip(path, offset + 70)
+    new = Newcomer(world).restore()
+    assert new.back
+    assert new.value(block) == 0.0, "the cut was taken at the beginning"
+    assert "cuts/" in new.damaged[0]
+
+
+def test_a_block_that_is_nowhere_makes_its_slot_missing(tmp_path: Path) -> None:
+    world = saved_world(tmp_path, 0)
+    path, offset, _ = place_of(world, 7)
+    flip(path, offset)
+    new = Newcomer(world).restore()
+    assert not new.back
+    assert new.missing == 1
+    assert "no other save has it" in new.damaged[0]
+
+
+def test_a_damaged_manifest_is_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    world = saved_world(tmp_path)
+    newest = max(p for p in tmp_path.rglob("manifest-*"))
+    for at in range(0, newest.stat().st_size, 3001):
+        flip(newest, at)
+        new = Newcomer(world).restore()
+        assert new.back, at
+        assert newest.name in new.damaged[0]
+        flip(newest, at)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "segment"])
+def test_truncation_anywhere_restores_something_complete_or_says_so(
+    tmp_path: Path, kind: str
+) -> None:
+    world = saved_world(tmp_path, 3)
+    newest = max(tmp_path.rglob(f"{kind}-*"))
+    good = newest.read_bytes()
+    # Most of a manifest is slots; that every cut is noticed is tested beside its decoder.
+    for size in range(0, len(good), 3001 if kind == "manifest" else 5):
+        newest.write_bytes(good[:size])
+        new = Newcomer(world).restore()
+        assert new.back or new.missing, size
+        assert new.damaged, size
+        if kind == "manifest":
+            assert new.back, "the one before is whole"
+    newest.unlink()
+    new = Newcomer(world).restore()
+    assert new.back or (new.missing and new.damaged)
+
+
+def test_without_any_manifest_all_is_missing(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    new = Newcomer(world).restore()
+    assert not new.back
+    assert new.missing == len(new.lost)
+    assert "no readable manifest" in new.damaged[0]
+
+
+def test_what_a_former_plan_still_reads_is_not_taken(tmp_path: Path) -> None:
+    world = saved_world(tmp_path)
+    new = Newcomer(world)
+    source = Source(SourceKind.RUNNING_CHECKPOINT, slots_to_hex(new.lost))
+    new.restorer.begin(Restore(1, 2, ME.id, (source,)))
+    new.restorer.begin(Restore(1, 3, ME.id, ()))
+    new.background.run()
+    assert new.missing == len(new.lost)
+    assert not new.plane.shard.tables

@@ -1,0 +1,260 @@
+"""Read blocks of a save by ranges, several at once; what is damaged is named and left out."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daruma_trainer.checkpoint.manifest import (
+    Cut,
+    Manifest,
+    manifests,
+    newest_cut,
+    read_manifest,
+)
+from daruma_trainer.checkpoint.places import BlockKey, Places, Rows
+from daruma_trainer.checkpoint.segment import BlockState, read_block
+from daruma_trainer.checkpoint.store import Store
+from daruma_trainer.errors import DamagedError, StoreError
+from daruma_trainer.layout import Ints, slot_of_blocks
+
+CHUNK = 8 << 20
+"""Bytes read at once: large enough for a store far away, small enough to be used while hot."""
+THREADS = 4
+GIVE_UP = 3
+"""Records of one segment that fail in a row, before the rest is taken from elsewhere: a store that
+is away must not be asked for each block."""
+
+Take = Callable[[list[BlockState]], None]
+"""What is done with the blocks of a chunk. Called from several threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows of one segment, by offset."""
+
+    segment: str
+    rows: Rows
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Neighbouring records are one range."""
+        starts = self.rows["offset"].astype(np.int64)
+        ends = starts + self.rows["length"]
+        new = np.concatenate([[True], starts[1:] != ends[:-1]])
+        first, last = np.flatnonzero(new), np.append(np.flatnonzero(new)[1:], len(new)) - 1
+        return list(zip(starts[first].tolist(), (ends[last] - starts[first]).tolist(), strict=True))
+
+
+def chunks_of(places: Places, rows: Rows) -> Iterator[Chunk]:
+    """Divide rows by segment, and into what is read at once."""
+    for number in np.unique(rows["segment"]).tolist():
+        mine = rows[rows["segment"] == number]
+        mine = mine[np.argsort(mine["offset"], kind="stable")]
+        part = (np.cumsum(mine["length"].astype(np.int64)) - 1) // CHUNK
+        for piece in np.split(mine, np.flatnonzero(np.diff(part)) + 1):
+            yield Chunk(places.segments[number], piece)
+
+
+def _records(store: Store, chunk: Chunk) -> Iterator[memoryview]:
+    """Return the bytes of each row. StoreError: not all of them can be read."""
+    ranges = chunk.ranges()
+    data = iter(zip(ranges, store.read_ranges(chunk.segment, ranges), strict=True))
+    begin, view = 0, memoryview(b"")
+    for offset, length in zip(
+        chunk.rows["offset"].tolist(), chunk.rows["length"].tolist(), strict=True
+    ):
+        if offset + length > begin + len(view) or not view:
+            (begin, _), found = next(data)
+            view = memoryview(found)
+        yield view[offset - begin : offset - begin + length]
+
+
+def _read_chunk(store: Store, chunk: Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
+    """Read what can be read; what cannot is noted."""
+    try:
+        views = list(_records(store, chunk))
+    except StoreError as error:
+        if len(chunk.rows) > 1:
+            return _read_singly(store, chunk, damaged)
+        views = []
+        _note(damaged, chunk, chunk.rows[0], error)
+    found: list[BlockState] = []
+    for row, view in zip(chunk.rows, views, strict=False):
+        try:
+            block = read_block(view)
+        except DamagedError as error:
+            _note(damaged, chunk, row, error)
+            continue
+        if (block.table, block.block) == (row["table"], row["block"]):
+            found.append(block)
+        else:
+            _note(damaged, chunk, row, DamagedError("another block's record"))
+    return found
+
+
+def _read_singly(store: Store, chunk: Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
+    """Read what lies before a segment's end, or around what the disk lost."""
+    found: list[BlockState] = []
+    failed = 0
+    for i in range(len(chunk.rows)):
+        blocks = _read_chunk(store, Chunk(chunk.segment, chunk.rows[i : i + 1]), damaged)
+        failed = 0 if blocks else failed + 1
+        found += blocks
+        if failed == GIVE_UP:
+            error = StoreError(f"nor could the {GIVE_UP} records before it be read")
+            for row in chunk.rows[i + 1 :]:
+                _note(damaged, chunk, row, error)
+            break
+    return found
+
+
+def _note(damaged: dict[BlockKey, str], chunk: Chunk, row: np.void, error: StoreError) -> None:
+    key = int(row["table"]), int(row["block"])
+    where = f"{chunk.segment} at {int(row['offset'])}"
+    damaged[key] = f"block {key[1]} of table {key[0]} in {where}: {error}"
+
+
+def read_rows(store: Store, places: Places, rows: Rows, take: Take) -> dict[BlockKey, str]:
+    """Hand blocks to `take`, a chunk at a time; returns a sentence for each that is damaged."""
+    damaged: dict[BlockKey, str] = {}
+    chunks = list(chunks_of(places, rows))
+
+    def one(chunk: Chunk) -> None:
+        if blocks := _read_chunk(store, chunk, damaged):
+            take(blocks)
+
+    if len(chunks) == 1:
+        one(chunks[0])
+    elif chunks:
+        with ThreadPoolExecutor(THREADS, "read") as pool:
+            list(pool.map(one, chunks))
+    return damaged
+
+
+def read_blocks(
+    store: Store, manifest: Manifest, wanted: Iterable[BlockKey]
+) -> tuple[list[BlockState], list[str]]:
+    """Read blocks by ranges; returns them, and a sentence for each that is missing or damaged."""
+    places, keys = manifest.blocks, list(wanted)
+    at = places.find(np.array([t << 32 | b for t, b in keys], np.uint64))
+    found: list[BlockState] = []
+    missing = [key for key, row in zip(keys, at.tolist(), strict=True) if row < 0]
+    damaged = read_rows(store, places, places.rows[at[at >= 0]], found.extend)
+    order = {key: i for i, key in enumerate(keys)}
+    found.sort(key=lambda b: order[b.table, b.block])
+    sentences = [f"block {b} of table {t}: not in the manifest" for t, b in missing]
+    return found, sentences + list(damaged.values())
+
+
+# A shard's running checkpoint -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a shard's running checkpoint had of some slots."""
+
+    manifest: Manifest
+    """The newest that can be read: it tells what was applied."""
+    damaged: tuple[str, ...]
+    """A sentence for each damaged thing, and what was taken instead."""
+
+
+def read_slots(
+    store: Store,
+    where: tuple[str, int, int],
+    slots: Ints,
+    begin: Callable[[Manifest], None],
+    take: Take,
+) -> Found:
+    """Read the blocks of some slots, each from the newest save that has it whole.
+
+    `where`: the job's prefix, the shard, and the incarnation that all saves must be older than.
+    `begin` is called with the newest manifest before the first block is taken. What is damaged is
+    looked for in older manifests, then in the newest full cut; what is nowhere is not taken.
+    StoreError: there is no readable manifest.
+    """
+    sentences: list[str] = []
+    main: Manifest | None = None
+    wanted: NDArray[np.uint64] = np.empty(0, np.uint64)
+    damaged: dict[BlockKey, str] = {}
+    tried: dict[BlockKey, set[tuple[str, int]]] = {}
+    for name, manifest in _sources(store, where):
+        if isinstance(manifest, StoreError):
+            sentences.append(f"{name}: {manifest}")
+            continue
+        rows = manifest.blocks.rows
+        if main is None:
+            main = manifest
+            begin(manifest)
+            rows = _of_slots(manifest, slots)
+        else:
+            at = manifest.blocks.find(wanted)
+            rows = rows[at[at >= 0]]
+            rows = rows[[_is_new(manifest.blocks, row, tried) for row in rows]]
+        bad = read_rows(store, manifest.blocks, rows, take)
+        for key in _keys(rows):
+            if key in bad:
+                damaged.setdefault(key, bad[key])
+                place = manifest.blocks[key]
+                tried.setdefault(key, set()).add((place.segment, place.offset))
+            elif key in damaged:
+                sentences.append(f"{damaged.pop(key)}; taken from {name}")
+        wanted = np.array([t << 32 | b for t, b in damaged], np.uint64)
+        if not damaged:
+            break
+    if main is None:
+        raise StoreError(
+            f"shard {where[1]} has no readable manifest in the store"
+            + "".join(f"; {s}" for s in sentences[:3])
+        )
+    return Found(main, (*sentences, *(f"{s}; no other save has it" for s in damaged.values())))
+
+
+def _sources(
+    store: Store, where: tuple[str, int, int]
+) -> Iterator[tuple[str, Manifest | StoreError]]:
+    """All saves of a shard, the best first."""
+    prefix, shard, below = where
+    yield from manifests(store, prefix, shard, below)
+    found = newest_cut(store, prefix)
+    if found is not None and shard < len(found[1].shards):
+        try:
+            yield found[0], read_manifest(store, found[1].shards[shard])
+        except StoreError as error:
+            yield found[0], error
+
+
+def _of_slots(manifest: Manifest, slots: Ints) -> Rows:
+    """The rows of all blocks in these slots."""
+    rows = manifest.blocks.rows
+    mine = np.zeros(len(rows), np.bool_)
+    for table in manifest.tables:
+        slot_of = slot_of_blocks(manifest.uid, table.id, table.blocks)
+        at = np.flatnonzero((rows["table"] == table.id) & (rows["block"] < table.blocks))
+        mine[at] = np.isin(slot_of[rows["block"][at]], slots)
+    return rows[mine]
+
+
+def _keys(rows: Rows) -> list[BlockKey]:
+    return list(zip(rows["table"].tolist(), rows["block"].tolist(), strict=True))
+
+
+def _is_new(places: Places, row: np.void, tried: dict[BlockKey, set[tuple[str, int]]]) -> bool:
+    """Whether this record of a block was not found damaged already, under another manifest."""
+    key = int(row["table"]), int(row["block"])
+    return (places.segments[row["segment"]], int(row["offset"])) not in tried.get(key, set())
+
+
+def read_cut(store: Store, name: str, shard: int) -> tuple[Cut, Manifest, list[BlockState]]:
+    """Read a shard's part of a cut, all of it. DamagedError: some of it is not whole."""
+    cut = Cut.decode(store.read(name))
+    if shard >= len(cut.shards):
+        raise DamagedError(f"{name} is a cut of {len(cut.shards)} servers")
+    manifest = read_manifest(store, cut.shards[shard])
+    blocks: list[BlockState] = []
+    damaged = read_rows(store, manifest.blocks, manifest.blocks.rows, blocks.extend)
+    if damaged:
+        raise DamagedError(f"{name}: {next(iter(damaged.values()))}")
+    return cut, manifest, blocks
