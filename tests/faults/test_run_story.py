@@ -185,7 +185,10 @@ def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> 
     assert all(list(r["sources"]) == ["predecessor"] for r in handed)
     for record in found["recoveries"]:
         check_recovery(record)
-    assert found["pushes"]["lost"] == 0
+    # A kill may take what was acknowledged and not pulled by anybody (Async); a hand-back nothing.
+    assert all(
+        r["pushes"]["lost"] == 0 for r in (handed if mode == "Async" else found["recoveries"])
+    )
     assert (found["phase"], found["steps"]) == ("Succeeded", 400)
     assert found["metrics"]["test_accuracy"] >= 0.9
 
