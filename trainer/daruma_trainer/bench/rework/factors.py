@@ -1,7 +1,7 @@
 """Matrix factorisation by alternating least squares: rule `assign`, nothing random.
 
-A step is a phase, as between two barriers: in odd ones the workers solve all users against the
-items that they pulled, in even ones all items against the users.
+In a step the workers solve all users against the items that they pulled, and then, behind a
+barrier, all items against those users. So whatever users were lost are solved anew from the items.
 """
 
 import numpy as np
@@ -12,8 +12,8 @@ from daruma_trainer.layout import Floats
 from daruma_trainer.rules import Assign
 
 USERS, ITEMS, RANK = 160, 96, 5
-OBSERVED = 0.15
-RIDGE = 0.02
+OBSERVED = 0.4
+RIDGE = 0.3
 
 
 class Factors:
@@ -22,17 +22,17 @@ class Factors:
     name = "mf"
     title = (
         f"matrix factorisation by ALS, {USERS} × {ITEMS} with {OBSERVED:.0%} observed, rank {RANK} "
-        "and noise; a step solves all users or all items; nothing is random after the initial "
+        "and noise; a step solves all users, then all items; nothing is random after the initial "
         "values"
     )
     lr = 1.0
-    budget = 300
+    budget = 140
 
     def __init__(self) -> None:
         rng = np.random.default_rng(21)
-        scale = np.geomspace(1.0, 0.3, RANK)
+        scale = np.geomspace(1.0, 0.8, RANK)
         u, v = rng.normal(size=(USERS, RANK)) * scale, rng.normal(size=(ITEMS, RANK))
-        noise = 0.1 * rng.normal(size=(USERS, ITEMS))
+        noise = rng.normal(size=(USERS, ITEMS))
         self._mask = (rng.random((USERS, ITEMS)) < OBSERVED).astype(np.float64)
         self._seen = (u @ v.T + noise) * self._mask
         self._count = float(self._mask.sum())
@@ -47,16 +47,13 @@ class Factors:
             (0.3 * rng.normal(size=(1, t.rows, t.cols))).astype(np.float32) for t in self.tables
         ]
 
-    def batch(self, rng: np.random.Generator, step: int) -> int:
-        """See Problem.batch: only whose turn it is."""
-        del rng
-        return step
+    def batch(self, rng: np.random.Generator, step: int) -> None:
+        """See Problem.batch: nothing is drawn."""
 
-    def pushes(self, values: Values, batch: int) -> Values:
+    def pushes(self, values: Values, batch: None) -> Values:
         """See Problem.pushes."""
-        users, items = values
-        if batch % 2:
-            return [_solve(items, self._mask, self._seen), items]
+        del batch
+        users = _solve(values[1], self._mask, self._seen)
         return [users, _solve(users, self._mask.T, self._seen.T)]
 
     def losses(self, values: Values) -> NDArray[np.float64]:

@@ -147,7 +147,7 @@ def toy() -> Softmax:
     """Softmax regression on Gaussian features of very different scales."""
     rng = np.random.default_rng(20)
     n, d, k = 600, 64, 5
-    scale = np.geomspace(1.0, 0.02, d)
+    scale = np.geomspace(1.0, 0.003, d)
     x = rng.normal(size=(n, d)) * scale
     truth = rng.normal(size=(d, k)) * 2
     y = (x @ truth + rng.gumbel(size=(n, k))).argmax(axis=1)
@@ -155,7 +155,7 @@ def toy() -> Softmax:
     return Softmax(
         "toy",
         f"softmax regression, {n} samples of {k} classes, {d} Gaussian features whose scales fall "
-        "from 1 to 0.02; SGD, batch 32",
+        "from 1 to 0.003; SGD, batch 32",
         Samples(features, y, k),
         SoftmaxSettings(lr=0.1, budget=300, batch=32, init=0.0),
     )
