@@ -2,9 +2,16 @@
 
 import sys
 
-from daruma_trainer.bench import recovery
-
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["recovery"]:
-        sys.exit("daruma bench: there is `recovery`")
-    sys.exit(recovery.main(sys.argv[2:]))
+    # Each has imports of its own; a process that computes for one is spawned from here.
+    match sys.argv[1:2]:
+        case ["recovery"]:
+            from daruma_trainer.bench import recovery
+
+            sys.exit(recovery.main(sys.argv[2:]))
+        case ["rework"]:
+            from daruma_trainer.bench.rework import command
+
+            sys.exit(command.main(sys.argv[2:]))
+        case _:
+            sys.exit("daruma bench: there are `recovery` and `rework`")

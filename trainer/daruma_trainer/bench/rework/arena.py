@@ -126,7 +126,9 @@ class Servers:
             k = np.arange(len(plane.slots.ids))
             parts = [
                 TablePush(
-                    i, self.problem.lr, np.ascontiguousarray(p[0][plane.shard.layout.tables[i].rows])
+                    i,
+                    self.problem.lr,
+                    np.ascontiguousarray(p[0][plane.shard.layout.tables[i].rows]),
                 )
                 for i, p in enumerate(pushes)
             ]
@@ -266,7 +268,9 @@ class Saves:
         self._background.drain()
         report = restorer.report
         if report is None or not report.done or report.damaged:
-            raise BenchError(f"server {server} did not come back under {self.saving.name}: {report}")
+            raise BenchError(
+                f"server {server} did not come back under {self.saving.name}: {report}"
+            )
         return plane
 
     def roll_back(self) -> list[DataPlane]:
@@ -325,5 +329,3 @@ def seconds_of(work: Callable[[], None]) -> float:
     began = time.process_time()
     work()
     return time.process_time() - began
-
-

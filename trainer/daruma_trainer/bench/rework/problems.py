@@ -90,7 +90,9 @@ class Samples:
 class Softmax:
     """Multinomial logistic regression by minibatch SGD; a row, so a block, for each feature."""
 
-    def __init__(self, name: str, title: str, samples: Samples, settings: "SoftmaxSettings") -> None:
+    def __init__(
+        self, name: str, title: str, samples: Samples, settings: "SoftmaxSettings"
+    ) -> None:
         self.name, self.title = name, title
         self.lr, self.budget = settings.lr, settings.budget
         self._batch, self._init = settings.batch, settings.init

@@ -65,9 +65,7 @@ def cells(runs: Sequence[Run], grid: Grid, count: int = RESAMPLES) -> list[Cell]
     weights = resamples(len(runs), len(runs[0].failures), count)
     base = kappas(runs, UNDISTURBED)
     full = {
-        s.every: kappas(runs, s.name) - base
-        for s in grid.savings()
-        if s.strategy is Strategy.FULL
+        s.every: kappas(runs, s.name) - base for s in grid.savings() if s.strategy is Strategy.FULL
     }
     return [_cell(runs, arm, base, full[arm.saving.every], weights) for arm in grid.arms()]
 

@@ -76,7 +76,9 @@ class Topics:
         for i, arm in enumerate(values[0]):
             z = arm.astype(np.int64)
             by_word = self._by_word(z)
-            by_document = np.bincount((self._rows * TOPICS + z).ravel(), minlength=DOCUMENTS * TOPICS)
+            by_document = np.bincount(
+                (self._rows * TOPICS + z).ravel(), minlength=DOCUMENTS * TOPICS
+            )
             total = by_word.sum(axis=1)
             out[i] = totals[total].sum() - words[by_word].sum() - topics[by_document].sum()
         return out / (DOCUMENTS * TOKENS)
