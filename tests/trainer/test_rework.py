@@ -1,7 +1,7 @@
 """Tests of `daruma bench rework`: its arena against the servers' code, and what must hold of it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -98,21 +98,16 @@ def test_a_seed_gives_the_same_numbers_again() -> None:
 def test_what_does_not_get_there_counts_as_the_cap() -> None:
     problem = toy()
     arms = fresh(problem, problem.initial(stream(problem, 0, 1)))
-    short = replace_budget(problem, 5)
-    assert go_on(short, arms, 3, 0.0, stream(problem, 0, 9)).tolist() == [15]
-
-
-def replace_budget(problem: Problem, budget: int) -> Problem:
-    problem.budget = budget
-    return problem
+    problem.budget = 5
+    assert go_on(problem, arms, 3, 0.0, stream(problem, 0, 9)).tolist() == [15]
 
 
 # The arena
 
 
 @pytest.mark.parametrize("make", [toy, Factors, small_network], ids=["sgd", "assign", "adam"])
-def test_many_arms_move_as_servers_do(make: object) -> None:
-    problem: Problem = make()  # type: ignore[operator]
+def test_many_arms_move_as_servers_do(make: Callable[[], Problem]) -> None:
+    problem = make()
     values = problem.initial(stream(problem, 0, 1))
     servers = Servers("uid", problem, values)
     arms = join([fresh(problem, values)] * 3)
@@ -217,7 +212,7 @@ def test_topics_are_sampled_in_the_batch_alone_and_get_likelier() -> None:
 def test_what_a_server_holds_is_a_random_part_of_a_model() -> None:
     """E‖δ′‖² = p‖δ‖² over jobs, for a δ that is anything but spread evenly over the blocks."""
     rng = np.random.default_rng(5)
-    blocks, jobs = 400, 150
+    blocks, jobs = 400, 60
     spec = TableSpec(0, "t", (blocks, 1), 1, rule_to_json(Assign()))
     # Heavy-tailed and sorted: a placement by ranges would fail this by far.
     squared = np.sort(rng.pareto(3.0, blocks))
@@ -230,7 +225,7 @@ def test_what_a_server_holds_is_a_random_part_of_a_model() -> None:
             shares.append(squared[TableLayout(f"job-{job}", spec, gone).blocks].sum() / total)
         error = np.std(shares) / np.sqrt(jobs)
         assert abs(np.mean(shares) - lost / SERVERS) < 4 * error
-        assert error < 0.02
+        assert error < 0.03
     assert SLOTS % SERVERS == 0
 
 
@@ -285,7 +280,8 @@ def test_the_page_is_made_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_unknown_program_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--programs", "nothing"]) == 2
-    assert all(name in capsys.readouterr().err for name in PROGRAMS)
+    said = capsys.readouterr().err
+    assert all(name in said for name in PROGRAMS)
 
 
 def test_young_dalys_interval_is_an_arm_of_its_own() -> None:

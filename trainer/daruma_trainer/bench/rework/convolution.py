@@ -41,13 +41,13 @@ class Convolution:
     def __init__(self, samples: Samples | None = None) -> None:
         self._samples = samples or digits()
         self.title = (
-            f"a convolutional network ({CHANNELS} maps of {KERNEL} × {KERNEL} with stride {STRIDE}, "
+            f"a convolutional network ({CHANNELS} maps of {KERNEL} × {KERNEL}, stride {STRIDE}, "
             f"{HIDDEN} hidden units), {len(self._samples.x)} of scikit-learn's digits; Adam, "
             f"batch {BATCH}"
         )
         self.lr = 1e-3
         rule = Adam(lr=self.lr)
-        self.tables = (
+        self.tables: tuple[Table, ...] = (
             Table("convolution", CHANNELS, KERNEL * KERNEL + 1, rule),
             Table("hidden", HIDDEN, CHANNELS * PLACES + 1, rule),
             Table("output", self._samples.classes, HIDDEN + 1, rule),
@@ -117,7 +117,7 @@ def _forward(values: Values, patches: Floats) -> Pass:
 
 
 def _dense(inputs: Floats, table: Floats) -> Floats:
-    out = np.matmul(inputs, table[:, :, :-1].transpose(0, 2, 1))
+    out: Floats = np.matmul(inputs, table[:, :, :-1].transpose(0, 2, 1))
     out += table[:, None, :, -1]
     return out
 

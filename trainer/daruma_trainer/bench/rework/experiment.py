@@ -23,8 +23,8 @@ from daruma_trainer.bench.rework.trial import (
     CAP,
     Plan,
     Run,
-    run_seed,
     concentration,
+    run_seed,
     stream,
     target_of,
 )

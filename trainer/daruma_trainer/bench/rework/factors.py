@@ -36,7 +36,7 @@ class Factors:
         self._mask = (rng.random((USERS, ITEMS)) < OBSERVED).astype(np.float64)
         self._seen = (u @ v.T + noise) * self._mask
         self._count = float(self._mask.sum())
-        self.tables = (
+        self.tables: tuple[Table, ...] = (
             Table("users", USERS, RANK, Assign()),
             Table("items", ITEMS, RANK, Assign()),
         )

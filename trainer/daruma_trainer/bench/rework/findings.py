@@ -19,8 +19,8 @@ ASYNC_BAR, ASYNC_EVERY = 0.95, 40
 NATURE: Mapping[str, str] = {
     "toy": "A row's gradient is as large as its feature's scale.",
     "mlr": "Rows of pixels that are nearly always dark hardly move.",
-    "mf": "Users are solved anew from the items at once: a lost block of users costs nothing however "
-    "old its copy is, whatever was chosen.",
+    "mf": "Users are solved anew from the items at once: a lost block of users costs nothing, "
+    "however old its copy is and whatever was chosen.",
     "cnn": "Adam moves every weight by about its learning rate, whatever its gradient is; so a "
     "block's distance follows its size and the age of its copy, not what it matters.",
     "lda": "A sampler goes on moving where it has arrived: distance to the saved topics is partly "
@@ -52,7 +52,8 @@ def bars(result: Mapping[str, Any]) -> list[str]:
 def findings(program: Mapping[str, Any]) -> list[str]:
     """Where priority does not help in this program, and why."""
     found = _by_arm(program)
-    better, worse = [], []
+    better: list[str] = []
+    worse: list[str] = []
     for every in sorted({c["every"] for c in program["cells"] if c["lost"]}):
         for lost in LOST:
             ours = found.get((f"Partial Priority r=1/8 C={every}", lost))

@@ -10,13 +10,10 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
-        self.written = 0
-        """Bytes, manifests and all."""
-
-    @property
-    def held(self) -> int:
-        """Bytes that lie there now."""
-        return sum(map(len, self._objects.values()))
+        self.data = 0
+        """Bytes written of blocks with their headers."""
+        self.manifests = 0
+        """Bytes written of what names them."""
 
     def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
         """See Store.read."""
@@ -35,7 +32,10 @@ class MemoryStore:
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """See Store.write."""
         self._objects[name] = bytes(data)
-        self.written += len(data)
+        if name.endswith(".json"):
+            self.manifests += len(data)
+        else:
+            self.data += len(data)
 
     def create(self, name: str, data: bytes) -> bool:
         """See Store.create."""

@@ -8,32 +8,35 @@ from daruma_trainer.bench.rework.findings import bars, findings
 from daruma_trainer.bench.rework.trial import CAP, PILOTS, TARGET
 
 HOW = f"""
-**Rework** is E[κ(arm)] − E[κ(no failure)], with κ the first step whose loss on *all* data is at most
-ε. ε is fixed beforehand, by runs that are not in the experiment: the loss that the mean of {PILOTS}
-pilots reaches at {TARGET:.0%} of the budget. Runs past {CAP} budgets count as that many steps and are
-reported as *capped*. A failure's step is geometric, drawn again where the run had reached ε before
-it; it takes one, two or three of {SERVERS} servers, in a random order that all arms share. After a
-failure every arm, the undisturbed state too, draws the same batches, of a stream of this failure
-alone; so an arm whose state is exact is the undisturbed run, bit for bit, and its rework is 0. Steps
-that a rollback throws away are counted by their effect: the rolled-back state stands at the failure's
-step. Intervals: 95 %, bootstrap over seeds, then over each seed's failures. **Reduction** is against
-`FullCheckpoint` with the same C, everything rolled back to the last cut.
+**Rework** is E[κ(arm)] − E[κ(no failure)], with κ the first step whose loss on *all* data is at
+most ε. ε is fixed beforehand, by runs that are not in the experiment: the loss that the mean of
+{PILOTS} pilots reaches at {TARGET:.0%} of the budget. Runs past {CAP} budgets count as that many
+steps and are reported as *capped*. A failure's step is geometric, drawn again where the run had
+reached ε before it; it takes one, two or three of {SERVERS} servers, in a random order that all
+arms share. After a failure every arm, the undisturbed state too, draws the same batches, of a
+stream of this failure alone; so an arm whose state is exact is the undisturbed run, bit for bit,
+and its rework is 0. Steps that a rollback throws away are counted by their effect: the
+rolled-back state stands at the failure's step. Intervals: 95 %, bootstrap over seeds, then over
+each seed's failures. **Reduction** is against `FullCheckpoint` with the same C, everything rolled
+back to the last cut.
 
 **What is real:** the servers' tables, placement, saves (selection, segments, manifests, cuts) and
-restores are the servers' own code, as is the worker's host copy; they run in one process, on a store
-in memory. **What is not:** sockets, and the kernels *after* a failure, which a test holds against
-the servers' own: they work on all arms at once. One worker's batch stands for a step of all workers.
+restores are the servers' own code, as is the worker's host copy; they run in one process, on a
+store in memory. **What is not:** sockets, and the kernels *after* a failure, which a test holds
+against the servers' own: they work on all arms at once. One worker's batch stands for a step of
+all workers.
 
-**Arms.** `Partial`: lost blocks come from the running checkpoint, a fraction r saved every r·C steps;
-*all* is r = 1, where selection does not matter. `Freshest`: parameters from a worker's last complete
-pull, optimizer state from the running checkpoint (Priority, the smallest r). *{Copy.SYNC}*: that
-pull is the state of the step. *{Copy.ASYNC}*: for each lost server the pull is of this step or of the one
-before, with equal chance, and pushes since are lost. *{Copy.OLDEST}*: always a step old, the worst
-that the freshest worker's copy can be. Not modelled: gradients that are stale by themselves, pushes
-that are sent again or accumulated during the outage, which make the real loss smaller, and outages
-that workers train through. `Chain` does not exist yet. Young–Daly's interval is √(2 · s · MTBF) in
-steps: s is what a save holds requests up (its CPU time ÷ that of a step, measured in this program),
-MTBF the mean of the geometric distribution.
+**Arms.** `Partial`: lost blocks come from the running checkpoint, a fraction r saved every r·C
+steps; *all* is r = 1, where selection does not matter. `Freshest`: parameters from a worker's
+last complete pull, optimizer state from the running checkpoint (Priority, the smallest r).
+*{Copy.SYNC}*: that pull is the state of the step. *{Copy.ASYNC}*: for each lost server the pull
+is of this step or of the one before, with equal chance, and pushes since are lost.
+*{Copy.OLDEST}*: always a step old, the worst that the freshest worker's copy can be. Not
+modelled: gradients that are stale by themselves, pushes that are sent again or accumulated during
+the outage, which make the real loss smaller, and outages that workers train through. `Chain` does
+not exist yet. Young–Daly's interval is √(2 · s · MTBF) in steps: s is what a save holds requests
+up (its CPU time ÷ that of a step, measured in this program), MTBF the mean of the geometric
+distribution.
 """.strip()
 
 
@@ -76,8 +79,9 @@ def perturbation(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         "## The bound on rework",
         "",
-        "rework ≤ log(1 + ‖δ‖ / (cᵀ‖x(0) − x*‖)) / log(1/c), where each step contracts by c. Rework is "
-        "counted in whole steps against the step that the contraction promises, so against ⌈bound⌉; "
+        "rework ≤ log(1 + ‖δ‖ / (cᵀ‖x(0) − x*‖)) / log(1/c), where each step contracts by c. "
+        "Rework is counted in whole steps against the step that the contraction promises, so against "
+        "⌈bound⌉; "
         "tightness is rework ÷ ⌈bound⌉, its median and its largest.",
         "",
         *_table(["iteration", "perturbation", "trials", "violations", "median", "largest"], body),
@@ -92,10 +96,11 @@ def _program(program: Mapping[str, Any], plot: str | None) -> list[str]:
         "",
         f"{program['parameters']:,} parameters in "
         + ", ".join(f"{n} ({r} × {c}, {rule})" for n, r, c, rule in program["tables"])
-        + f". {program['seeds']} seeds × {program['failures']} failures; ε = {program['target']:.5g} "
+        + f". {program['seeds']} seeds × {program['failures']} failures; "
+        f"ε = {program['target']:.5g} "
         f"(pilots at step {program['target_step']}), MTBF {program['mtbf']:g} steps, cap "
-        f"{program['cap']}. A save holds requests up for {yd['save_steps']:.2f} steps, so Young–Daly: "
-        f"C = {yd['steps']}.",
+        f"{program['cap']}. A save holds requests up for {yd['save_steps']:.2f} steps, so "
+        f"Young–Daly: C = {yd['steps']}.",
         "",
     ]
     if plot:
@@ -130,8 +135,8 @@ def _tables(program: Mapping[str, Any]) -> list[str]:
         "",
         *_table(["arm", "rework", "capped", "‖δ‖"], full),
         "",
-        "Only the lost blocks; rework in steps, and its reduction against `FullCheckpoint` of the same "
-        "C:",
+        "Only the lost blocks; rework in steps, and its reduction against `FullCheckpoint` of the "
+        "same C:",
         "",
         *_table(head, rest),
     ]
@@ -139,17 +144,28 @@ def _tables(program: Mapping[str, Any]) -> list[str]:
 
 def _standing(program: Mapping[str, Any]) -> list[str]:
     body = [
-        [s["name"], f"{s['bytes']:.0f}", f"{s['held_up_ms']:.3f}", f"{s['background_ms']:.3f}",
+        [s["name"], f"{s['data']:.0f}",
+            f"{s['manifests']:.0f}", f"{s['held_up_ms']:.3f}", f"{s['background_ms']:.3f}",
          f"{s['memory']:,}"]
         for s in program["standing"]
     ]  # fmt: skip
     return [
-        "All servers together: bytes written a step (manifests too, the first save not), "
-        "milliseconds of CPU a step that requests waited and that the store's thread worked, and bytes "
-        "kept in memory between saves (running checkpoint; for Freshest the worker's host copy with "
-        "its double buffer). Manifests outweigh the data of models as small as these.",
+        "All servers together: bytes written a step (without the first save), "
+        "milliseconds of CPU a step that requests waited and that the store's thread worked, and "
+        "bytes kept in memory between saves (running checkpoint; for Freshest the worker's host "
+        "copy with its double buffer). Manifests outweigh the data of models as small as these.",
         "",
-        *_table(["way to save", "bytes", "waited ms", "background ms", "memory"], body),
+        *_table(
+            [
+                "way to save",
+                "bytes of blocks",
+                "bytes of manifests",
+                "waited ms",
+                "background ms",
+                "memory",
+            ],
+            body,
+        ),
     ]
 
 

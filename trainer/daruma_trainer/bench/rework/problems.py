@@ -4,7 +4,6 @@ Every state array has a leading axis of *arms*: what became of one training run 
 All arms of one failure draw the same batches, so one pass of numpy computes all of them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daruma_trainer.layout import Floats
-from daruma_trainer.rules import Rule
+from daruma_trainer.programs.data import classification
+from daruma_trainer.rules import SGD, Rule
 
 Values = list[Floats]
 """One array (arms, rows, cols) for each table."""
@@ -46,7 +46,7 @@ class Problem(Protocol):
         """Draw all that is random in step number `step` (1: the first)."""
 
     def pushes(self, values: Values, batch: Any) -> Values:
-        """Return what the workers push after a pull of `values`; whole tables, as the rule takes."""
+        """Return what the workers push after a pull of `values`: whole tables."""
 
     def losses(self, values: Values) -> NDArray[np.float64]:
         """Return the loss of each arm on all data; shape (arms,)."""
@@ -97,9 +97,9 @@ class Softmax:
         self.lr, self.budget = settings.lr, settings.budget
         self._batch, self._init = settings.batch, settings.init
         self.samples = samples
-        from daruma_trainer.rules import SGD
-
-        self.tables = (Table("weight", samples.x.shape[1], samples.classes, SGD(lr=self.lr)),)
+        self.tables: tuple[Table, ...] = (
+            Table("weight", samples.x.shape[1], samples.classes, SGD(lr=self.lr)),
+        )
         # The mean logit of the true class is linear in the weights.
         hot = np.eye(samples.classes, dtype=np.float64)[samples.y]
         self._picked = samples.x.T.astype(np.float64) @ hot / len(samples.x)
@@ -165,8 +165,6 @@ def toy() -> Softmax:
 
 def digits() -> Samples:
     """Return scikit-learn's digits: the training samples that `programs.mlr` has."""
-    from daruma_trainer.programs.data import classification
-
     (x, y), _ = classification("digits")
     return Samples(np.hstack([x, np.ones((len(x), 1), np.float32)]), y, 10)
 
@@ -176,12 +174,8 @@ def mlr() -> Softmax:
     samples = digits()
     return Softmax(
         "mlr",
-        f"multinomial logistic regression, {len(samples.x)} of scikit-learn's digits; SGD, batch 32",
+        f"multinomial logistic regression, {len(samples.x)} of scikit-learn's digits; SGD, "
+        "batch 32",
         samples,
         SoftmaxSettings(lr=0.1, budget=300, batch=32, init=0.01),
     )
-
-
-def stack(states: Sequence[Values]) -> Values:
-    """Put states of some arms each after one another."""
-    return [np.concatenate(parts) for parts in zip(*states, strict=True)]

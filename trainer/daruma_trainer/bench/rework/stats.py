@@ -46,13 +46,12 @@ class Cell:
 def resamples(seeds: int, failures: int, count: int = RESAMPLES) -> Numbers:
     """Weights (count, seeds × failures) of a two-level bootstrap; each row's sum is one."""
     rng = np.random.default_rng(3)
-    weights = np.zeros((count, seeds * failures))
-    for row in weights:
+    weights = np.zeros((count, seeds, failures))
+    for i in range(count):
         for seed in rng.integers(0, seeds, seeds):
-            row += np.bincount(
-                seed * failures + rng.integers(0, failures, failures), minlength=len(row)
-            )
-    return weights / (seeds * failures)
+            drawn = rng.integers(0, failures, failures)
+            weights[i, seed] += np.bincount(drawn, minlength=failures)
+    return weights.reshape(count, -1) / (seeds * failures)
 
 
 def kappas(runs: Sequence[Run], arm: str) -> Numbers:
@@ -97,7 +96,10 @@ class Standing:
     """What a way to save costs while nothing fails, a step."""
 
     name: str
-    bytes: float
+    data: float
+    """Bytes of blocks."""
+    manifests: float
+    """Bytes of manifests."""
     held_up_ms: float
     background_ms: float
     memory: float
@@ -116,7 +118,8 @@ def standing(runs: Sequence[Run], savings: Sequence[Saving]) -> list[Standing]:
         out.append(
             Standing(
                 name,
-                sum(c.bytes for c in costs) / steps,
+                sum(c.data for c in costs) / steps,
+                sum(c.manifests for c in costs) / steps,
                 1000 * sum(c.held_up for c in costs) / steps,
                 1000 * sum(c.background for c in costs) / steps,
                 max(c.memory for c in costs),

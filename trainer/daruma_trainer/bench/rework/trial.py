@@ -12,8 +12,17 @@ import numpy as np
 
 from daruma_trainer.bench.arena import BenchError
 from daruma_trainer.bench.rework.arena import Peer, Saves, Servers, put, state_of
-from daruma_trainer.bench.rework.arms import LOST, SERVERS, UNDISTURBED, Arm, Copy, Grid, Saving
-from daruma_trainer.bench.rework.arms import Strategy, servers_of
+from daruma_trainer.bench.rework.arms import (
+    LOST,
+    SERVERS,
+    UNDISTURBED,
+    Arm,
+    Copy,
+    Grid,
+    Saving,
+    Strategy,
+    servers_of,
+)
 from daruma_trainer.bench.rework.problems import Problem, Values
 from daruma_trainer.bench.rework.updates import Arms, apply, join
 from daruma_trainer.server.data import DataPlane
@@ -45,7 +54,8 @@ class Cost:
     """What a way to save costs while nothing fails."""
 
     steps: int = 0
-    bytes: int = 0
+    data: int = 0
+    manifests: int = 0
     held_up: float = 0.0
     background: float = 0.0
     memory: int = 0
@@ -148,7 +158,7 @@ def run_seed(problem: Problem, plan: Plan) -> Run:
     saves = {s: Saves(servers, s) for s in plan.grid.savings()}
     for s in saves.values():
         s.begin()
-    written = {s: kept.store.written for s, kept in saves.items()}
+    begun = {s: (kept.store.data, kept.store.manifests) for s, kept in saves.items()}
     rng = stream(problem, plan.seed, 0)
     peer, older = Peer(servers), Peer(servers)
     older.pull()
@@ -164,10 +174,11 @@ def run_seed(problem: Problem, plan: Plan) -> Run:
             _fail(problem, plan, run, n, Parts(servers, saves, peer, older))
         if step + 1 in run.failures:
             older.pull()
-    for s, kept in saves.items():
-        run.costs[s.name] = Cost(
-            run.failures[-1], kept.store.written - written[s], kept.held_up, kept.background,
-            kept.memory,
+    for saving, kept in saves.items():
+        data, manifests = begun[saving]
+        run.costs[saving.name] = Cost(
+            run.failures[-1], kept.store.data - data, kept.store.manifests - manifests,
+            kept.held_up, kept.background, kept.memory,
         )  # fmt: skip
     run.costs["Freshest"] = Cost(run.failures[-1], memory=2 * peer.nbytes)
     return run
@@ -234,12 +245,13 @@ def distance(a: Arms, b: Arms) -> float:
 def _distinct(states: list[Arms]) -> tuple[list[int], Arms]:
     """Equal states go on equally: compute each once. Returns the index of each, and the states."""
     seen: dict[bytes, int] = {}
-    index, unique = [], []
+    index: list[int] = []
+    unique: list[Arms] = []
     for state in states:
-        arrays = [*state.values, *(m for ms in state.moments for m in ms)]
+        floats = [*state.values, *(m for ms in state.moments for m in ms)]
         # Step counters matter to rules with moments alone.
-        arrays += [s for s, ms in zip(state.steps, state.moments, strict=True) if ms]
-        key = b"".join(a.tobytes() for a in arrays)
+        counters = [s for s, ms in zip(state.steps, state.moments, strict=True) if ms]
+        key = b"".join([a.tobytes() for a in floats] + [a.tobytes() for a in counters])
         if key not in seen:
             seen[key] = len(unique)
             unique.append(state)
