@@ -46,7 +46,8 @@ def bars(result: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     head = ["| what | bar, set beforehand | measured | |", "|---|---|---|---|"]
-    return ["## Bars", "", *head, *rows, ""]
+    few = ["Too few runs to judge a bar by: the intervals are wide.", ""] if result["quick"] else []
+    return ["## Bars", "", *few, *head, *rows, ""]
 
 
 def findings(program: Mapping[str, Any]) -> list[str]:

@@ -80,9 +80,8 @@ def perturbation(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "## The bound on rework",
         "",
         "rework ≤ log(1 + ‖δ‖ / (cᵀ‖x(0) − x*‖)) / log(1/c), where each step contracts by c. "
-        "Rework is counted in whole steps against the step that the contraction promises, so against "
-        "⌈bound⌉; "
-        "tightness is rework ÷ ⌈bound⌉, its median and its largest.",
+        "Rework is counted in whole steps against the step that the contraction promises, so "
+        "against ⌈bound⌉; tightness is rework ÷ ⌈bound⌉, its median and its largest.",
         "",
         *_table(["iteration", "perturbation", "trials", "violations", "median", "largest"], body),
         "",
@@ -150,7 +149,9 @@ def _standing(program: Mapping[str, Any]) -> list[str]:
         for s in program["standing"]
     ]  # fmt: skip
     return [
-        "All servers together: bytes written a step (without the first save), "
+        "All servers together: bytes written a step (without the first save, but "
+        "with the rewriting of everything once segments hold twice what lives, which selections "
+        "that leave old blocks lying pay more often), "
         "milliseconds of CPU a step that requests waited and that the store's thread worked, and "
         "bytes kept in memory between saves (running checkpoint; for Freshest the worker's host "
         "copy with its double buffer). Manifests outweigh the data of models as small as these.",
