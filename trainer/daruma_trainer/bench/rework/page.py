@@ -81,7 +81,8 @@ def perturbation(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         "rework ≤ log(1 + ‖δ‖ / (cᵀ‖x(0) − x*‖)) / log(1/c), where each step contracts by c. "
         "Rework is counted in whole steps against the step that the contraction promises, so "
-        "against ⌈bound⌉; tightness is rework ÷ ⌈bound⌉, its median and its largest.",
+        "against ⌈bound⌉; tightness is rework ÷ ⌈bound⌉, its median and its largest. "
+        "Below 0: the regression was ahead of the promise even after its failure.",
         "",
         *_table(["iteration", "perturbation", "trials", "violations", "median", "largest"], body),
         "",
