@@ -67,7 +67,8 @@ soak: $(STAMP) ## long counts of the fault and fuzz tests; minutes to hours, out
 	@HYPOTHESIS_PROFILE=soak DARUMA_SOAK=1 $(BIN)/pytest --timeout 7200 tests/faults tests/trainer/test_wire.py tests/trainer/test_slots_model.py
 
 .PHONY: bench
-bench: $(STAMP) machine ## time to recover, and what checkpoints cost, written to docs/benchmarks/
+bench: $(STAMP) machine ## times and costs, written to docs/benchmarks/; hours
+	@$(BIN)/daruma bench rework --write docs/benchmarks/rework.md
 	@$(BIN)/daruma bench recovery --write docs/benchmarks/recovery.md
 	@OMP_NUM_THREADS=1 $(BIN)/daruma bench checkpoint --write docs/benchmarks/checkpoint.md
 	@$(BIN)/python tests/cluster/harness/bench.py --write docs/benchmarks/recovery-cluster.md

@@ -2,10 +2,20 @@
 
 import sys
 
-from daruma_trainer.bench import checkpoint, recovery
-
 if __name__ == "__main__":
-    benches = {"checkpoint": checkpoint.main, "recovery": recovery.main}
-    if sys.argv[1:2] == [] or sys.argv[1] not in benches:
-        sys.exit("daruma bench: there are " + " and ".join(f"`{b}`" for b in sorted(benches)))
-    sys.exit(benches[sys.argv[1]](sys.argv[2:]))
+    # Each has imports of its own; a process that computes for one is spawned from here.
+    match sys.argv[1:2]:
+        case ["checkpoint"]:
+            from daruma_trainer.bench import checkpoint
+
+            sys.exit(checkpoint.main(sys.argv[2:]))
+        case ["recovery"]:
+            from daruma_trainer.bench import recovery
+
+            sys.exit(recovery.main(sys.argv[2:]))
+        case ["rework"]:
+            from daruma_trainer.bench.rework import command
+
+            sys.exit(command.main(sys.argv[2:]))
+        case _:
+            sys.exit("daruma bench: there are `checkpoint`, `recovery` and `rework`")

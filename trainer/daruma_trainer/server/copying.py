@@ -29,6 +29,11 @@ class Buffers:
         self._free: list[Floats] = []
         self.scratch = np.zeros(TOGETHER, np.float32)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for the next save."""
+        return self.scratch.nbytes + sum(buffer.nbytes for buffer in self._free)
+
     def take(self, size: int) -> Floats:
         """Return memory for so many floats, the smallest that there is or else fresh."""
         fit = [i for i, buffer in enumerate(self._free) if buffer.size >= size]

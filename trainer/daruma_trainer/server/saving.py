@@ -125,6 +125,11 @@ class Saver:
         return self._settings.every * self._settings.fraction if on else 0.0
 
     @property
+    def memory(self) -> int:
+        """Bytes of arrays that are kept between saves: the saved copy, and buffers."""
+        return sum(saved.nbytes for saved in self._distances.saved) + self._buffers.nbytes
+
+    @property
     def pending(self) -> bool:
         """Whether a distance pass is to go on as soon as there is time."""
         return self._measuring is not None

@@ -1,0 +1,290 @@
+"""Tests of `daruma bench rework`: its arena against the servers' code, and what must hold of it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from daruma_trainer.bench.rework import command
+from daruma_trainer.bench.rework.arena import Peer, Saves, Servers
+from daruma_trainer.bench.rework.arms import LOST, SERVERS, UNDISTURBED, Grid, Saving, Strategy
+from daruma_trainer.bench.rework.catalogue import PROGRAMS
+from daruma_trainer.bench.rework.convolution import Convolution
+from daruma_trainer.bench.rework.factors import Factors
+from daruma_trainer.bench.rework.page import page
+from daruma_trainer.bench.rework.perturbation import Kind, Sample, study, summarise
+from daruma_trainer.bench.rework.problems import Problem, Samples, toy
+from daruma_trainer.bench.rework.stats import cells, resamples, standing
+from daruma_trainer.bench.rework.topics import Topics
+from daruma_trainer.bench.rework.trial import (
+    Plan,
+    Run,
+    distance,
+    fresh,
+    go_on,
+    run_seed,
+    stream,
+    target_of,
+)
+from daruma_trainer.bench.rework.updates import apply, join
+from daruma_trainer.checkpoint.selection import Selection
+from daruma_trainer.contract import SLOTS, place
+from daruma_trainer.layout import TableLayout, TableSpec
+from daruma_trainer.rules import Assign, rule_to_json
+
+GRID = Grid(every=(8,), fractions=(0.125,), selections=(Selection.PRIORITY,))
+
+
+def small_network() -> Convolution:
+    rng = np.random.default_rng(0)
+    return Convolution(Samples(rng.random((40, 65), np.float32), rng.integers(0, 4, 40), 4))
+
+
+@cache
+def toy_runs() -> tuple[Run, ...]:
+    problem = toy()
+    target, at = target_of(problem)
+    return tuple(run_seed(problem, Plan(seed, 15, target, at / 2, GRID)) for seed in range(4))
+
+
+def reductions(runs: Sequence[Run], arm: str) -> list[float]:
+    found = {(c.arm, c.lost): c for c in cells(runs, GRID, 50)}
+    got = [found[arm, lost].reduction for lost in LOST]
+    return [r.mean for r in got if r is not None]
+
+
+# The experiment
+
+
+def test_priority_saves_most_of_the_rework_of_uneven_features() -> None:
+    """The toy of the design: 60 failures, all streams fixed, so this is no matter of luck."""
+    quarter, half, most = reductions(toy_runs(), "Partial Priority r=1/8 C=8")
+    assert quarter >= 0.85
+    assert half >= 0.80
+    assert most >= 0.70
+
+
+def test_freshest_costs_nothing_where_the_copy_is_exact() -> None:
+    for run in toy_runs():
+        for lost in LOST:
+            exact = f"Freshest Sync C=8 lost={lost}/{SERVERS}"
+            assert run.kappa[exact] == run.kappa[UNDISTURBED]
+            assert not any(run.deltas[exact])
+            assert all(run.deltas[f"Freshest Async, oldest C=8 lost={lost}/{SERVERS}"])
+
+
+def test_freshest_costs_nothing_with_als() -> None:
+    problem = Factors()
+    # Far enough from the optimum, so that this takes moments.
+    run = run_seed(problem, Plan(0, 3, 0.9, 4.0, GRID))
+    assert run.undisturbed > 1
+    assert run.kappa["Freshest Sync C=8 lost=3/4"] == run.kappa[UNDISTURBED]
+    # Nothing is random in it: what a rollback throws away is what it costs.
+    back = np.array(run.kappa["FullCheckpoint C=8"]) - run.kappa[UNDISTURBED]
+    assert back.tolist() == [step % 8 for step in run.failures]
+
+
+def test_a_seed_gives_the_same_numbers_again() -> None:
+    problem = toy()
+    plan = Plan(3, 2, 1.2, 5.0, GRID)
+    first, again = run_seed(problem, plan), run_seed(problem, plan)
+    assert first.kappa == again.kappa
+    assert first.failures == again.failures
+
+
+def test_what_does_not_get_there_counts_as_the_cap() -> None:
+    problem = toy()
+    arms = fresh(problem, problem.initial(stream(problem, 0, 1)))
+    problem.budget = 5
+    assert go_on(problem, arms, 3, 0.0, stream(problem, 0, 9)).tolist() == [15]
+
+
+# The arena
+
+
+@pytest.mark.parametrize("make", [toy, Factors, small_network], ids=["sgd", "assign", "adam"])
+def test_many_arms_move_as_servers_do(make: Callable[[], Problem]) -> None:
+    problem = make()
+    values = problem.initial(stream(problem, 0, 1))
+    servers = Servers("uid", problem, values)
+    arms = join([fresh(problem, values)] * 3)
+    rng = stream(problem, 0, 0)
+    for step in range(1, 21):
+        batch = problem.batch(rng, step)
+        servers.push(step, problem.pushes(servers.state().values, batch))
+        apply(arms, problem.pushes(arms.values, batch), problem.tables, problem.lr)
+    real = servers.state()
+    for mine, theirs in zip(arms.values, real.values, strict=True):
+        np.testing.assert_allclose(mine, np.repeat(theirs, 3, axis=0), rtol=2e-5, atol=2e-6)
+    assert all((a == b).all() for a, b in zip(arms.steps, real.steps, strict=True))
+
+
+def test_a_server_comes_back_as_it_was_saved() -> None:
+    problem = small_network()
+    servers = Servers("uid", problem, problem.initial(stream(problem, 0, 1)))
+    saves = Saves(servers, Saving(Strategy.PARTIAL, 4))
+    cuts = Saves(servers, Saving(Strategy.FULL, 4))
+    peer = Peer(servers)
+    saves.begin()
+    cuts.begin()
+    rng = stream(problem, 0, 0)
+    states = [servers.state()]
+    for step in range(1, 7):
+        batch = problem.batch(rng, step)
+        servers.push(step, problem.pushes(servers.state().values, batch))
+        saves.tick()
+        cuts.tick()
+        states.append(servers.state())
+    peer.pull()
+    live, saved = servers.planes[1].shard, saves.restore(1).shard
+    layouts = [t.layout.rows for t in live.tables]
+    for t, rows in enumerate(layouts):
+        np.testing.assert_array_equal(saved.tables[t].data, states[4].values[t][0, rows])
+        np.testing.assert_array_equal(saved.tables[t].state[1], states[4].moments[t][1][0, rows])
+        assert saved.tables[t].steps.tolist() == [4] * len(rows)
+    from_peer = saves.restore(1, peer).shard
+    for t, rows in enumerate(layouts):
+        np.testing.assert_array_equal(from_peer.tables[t].data, live.tables[t].data)
+        np.testing.assert_array_equal(
+            from_peer.tables[t].state[0], states[4].moments[t][0][0, rows]
+        )
+    for plane in cuts.roll_back():
+        for t, table in enumerate(plane.shard.tables):
+            rows = table.layout.rows
+            np.testing.assert_array_equal(table.data, states[4].values[t][0, rows])
+
+
+def test_an_eighth_is_saved_at_the_bytes_of_the_whole() -> None:
+    problem = toy()
+    servers = Servers("uid", problem, problem.initial(stream(problem, 0, 1)))
+    whole = Saves(servers, Saving(Strategy.PARTIAL, 8))
+    parts = Saves(servers, Saving(Strategy.PARTIAL, 8, 0.125))
+    before = whole.memory
+    for saves in (whole, parts):
+        saves.begin()
+    rng = stream(problem, 0, 0)
+    for step in range(1, 17):
+        servers.push(step, problem.pushes(servers.state().values, problem.batch(rng, step)))
+        whole.tick()
+        parts.tick()
+    # One copy of the parameters is kept, whatever is saved, and buffers for the next save.
+    assert whole.memory >= parts.memory > before + servers.nbytes
+    assert distance(servers.state(), fresh(problem, problem.initial(stream(problem, 0, 1)))) > 0
+
+
+# The programs
+
+
+def test_gradients_of_the_network_are_those_of_its_loss() -> None:
+    problem = small_network()
+    values = problem.initial(np.random.default_rng(1))
+    pushes = problem.pushes(values, np.arange(40))
+    for t, (row, col) in [(0, (3, 9)), (0, (0, 4)), (1, (5, 72)), (1, (9, 3)), (2, (2, 64))]:
+        ends = []
+        for sign in (1, -1):
+            moved = [v.copy() for v in values]
+            moved[t][0, row, col] += sign * 5e-3
+            ends.append(problem.losses(moved)[0])
+        assert pushes[t][0, row, col] == pytest.approx((ends[0] - ends[1]) / 1e-2, abs=2e-4)
+
+
+def test_topics_are_sampled_in_the_batch_alone_and_get_likelier() -> None:
+    problem = Topics()
+    values = problem.initial(np.random.default_rng(1))
+    batch = problem.batch(np.random.default_rng(2), 1)
+    (after,) = problem.pushes(values, batch)
+    changed = (after != values[0])[0].any(axis=1)
+    assert set(np.flatnonzero(changed).tolist()) <= set(batch[0].tolist())
+    assert after.min() >= 0
+    assert after.max() <= 9
+    first = problem.losses(values)[0]
+    for step in range(40):
+        values = problem.pushes(values, problem.batch(np.random.default_rng(step), step))
+    assert problem.losses(values)[0] < first - 0.1
+
+
+# The placement
+
+
+def test_what_a_server_holds_is_a_random_part_of_a_model() -> None:
+    """E‖δ′‖² = p‖δ‖² over jobs, for a δ that is anything but spread evenly over the blocks."""
+    rng = np.random.default_rng(5)
+    blocks, jobs = 400, 60
+    spec = TableSpec(0, "t", (blocks, 1), 1, rule_to_json(Assign()))
+    # Heavy-tailed and sorted: a placement by ranges would fail this by far.
+    squared = np.sort(rng.pareto(3.0, blocks))
+    total = squared.sum()
+    for lost in LOST:
+        shares = []
+        for job in range(jobs):
+            owners = np.array(place(f"job-{job}", SERVERS))
+            gone = np.flatnonzero(owners < lost)
+            shares.append(squared[TableLayout(f"job-{job}", spec, gone).blocks].sum() / total)
+        error = np.std(shares) / np.sqrt(jobs)
+        assert abs(np.mean(shares) - lost / SERVERS) < 4 * error
+        assert error < 0.03
+    assert SLOTS % SERVERS == 0
+
+
+# The bound
+
+
+def test_no_perturbation_costs_more_than_its_bound() -> None:
+    rows = study(60)
+    assert sum(r.trials for r in rows) == 3 * 60 + 3 * 6
+    assert [r.violations for r in rows] == [0] * 6
+    # Straight away from the optimum the bound is reached.
+    assert next(r for r in rows if r.kind == Kind.ADVERSARIAL).tightness > 0.95
+
+
+def test_a_violation_would_be_counted() -> None:
+    samples = [Sample(kind, rework, 2.5) for kind in Kind for rework in (3.0, 4.0)]
+    assert [s.violations for s in summarise("made up", samples)] == [1, 1, 1]
+
+
+# Statistics and the page
+
+
+def test_the_bootstrap_draws_seeds_then_failures() -> None:
+    weights = resamples(4, 10, 400)
+    assert weights.sum(axis=1) == pytest.approx(1.0)
+    by_seed = weights.reshape(400, 4, 10).sum(axis=2)
+    # A seed left out takes all of its failures with it.
+    assert (by_seed == 0).any()
+    assert by_seed.mean(axis=0) == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_page_is_made_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = toy_runs()
+    program = {
+        "program": "toy", "title": "a toy", "tables": [["w", 65, 5, "sgd"]], "parameters": 325,
+        "seeds": 4, "failures": 15, "target": 0.7, "target_step": 180, "budget": 300, "cap": 900,
+        "mtbf": 90.0, "young_daly": {"steps": 8, "save_steps": 0.4}, "concentration": 0.8,
+        "cells": [c.to_json() for c in cells(runs, GRID, 50)],
+        "standing": [s.to_json() for s in standing(runs, GRID.savings())],
+    }  # fmt: skip
+    result = {
+        "quick": True, "machine": "a machine", "date": "2026-01-01", "seconds": 1.0,
+        "programs": [json.loads(json.dumps(program))],
+        "perturbation": [s.to_json() for s in study(5)],
+    }  # fmt: skip
+    made = page(result, {"toy": "rework/toy.svg"})
+    assert "| toy: reduction by Priority" in made
+    assert "exactly 0 | 0 | met" in made
+    assert "](rework/toy.svg)" in made
+    assert "0 violations in 18 | 0 | met" in made
+
+
+def test_an_unknown_program_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--programs", "nothing"]) == 2
+    said = capsys.readouterr().err
+    assert all(name in said for name in PROGRAMS)
+
+
+def test_young_dalys_interval_is_an_arm_of_its_own() -> None:
+    names = [s.name for s in replace(GRID, young_daly=21).savings()]
+    assert names == ["FullCheckpoint C=8", "FullCheckpoint C=21", "Partial Priority r=1/8 C=8"]
+    assert len(Grid().arms()) == 3 + 3 * 10 * 3 + 3 * 3 * 3
