@@ -163,3 +163,82 @@ def test_a_job_ends_with_an_adopted_server_too() -> None:
     world.until_phase("Succeeded")
     assert world.status.result is not None
     assert [p for p in world.pods.values() if p.state == "Running"] == []
+
+
+@pytest.mark.parametrize("strategy", ["FullCheckpoint", "Partial", "Stateless", "Freshest"])
+@pytest.mark.parametrize("store", [True, False])
+def test_a_hand_back_whose_guest_dies_becomes_an_ordinary_loss(strategy: str, store: bool) -> None:
+    if not store and strategy in ("FullCheckpoint", "Partial"):
+        return  # refused at the door
+    recovery = {"placement": "Adopt", "strategy": strategy}
+    spec = spec_of(recovery=recovery, **({} if store else {"checkpoint": {}}))
+    world = World(spec=spec, total=FOREVER, store="file:///s" if store else None)
+    world.cut = SavedState("n/j/u/cuts/00000002-0000000002.json", 2, 1000, 0.0) if store else None
+    world.running()
+    world.kill("server-1")
+    recovered(world)
+    world.until(lambda w: w.status.recovery is not None and bool(w.status.handing))
+    world.dead_sources = True
+    world.until(lambda w: any(s.plan for s in w.sims.values() if s.index == 1 and not s.host))
+    world.end_guest(next(s.id for s in world.sims.values() if s.host), -9)
+    world.until(lambda w: w.status.recovery is not None and w.status.recovery.cause == "ServerLost")
+    world.dead_sources = False
+    recovered(world, 2)
+    record = world.status.recoveries[-1]
+    assert (record.strategy, record.outcome) == (strategy, "Succeeded")
+    assert PREDECESSOR not in record.sources
+    assert world.status.handing == ()
+
+
+def test_incarnations_never_go_back() -> None:
+    world = adopting(holds_pods=True)
+    world.kill("server-1")
+    recovered(world)
+    world.until(lambda w: bool(w.status.returning))
+    stale = world.status.returning[0]
+    world.end_guest(next(s.id for s in world.sims.values() if s.host), -9)
+    recovered(world, 2)
+    world.until(lambda w: bool(w.status.returning) and w.status.returning[0] != stale)
+    (guest,) = [m for m in world.status.members if m.guest]
+    assert world.status.returning[0].incarnation > guest.incarnation
+    assert stale.pod not in world.pods
+
+
+def test_a_host_that_dies_counts_once() -> None:
+    world = adopting(4, holds_pods=True)
+    world.kill("server-1")
+    recovered(world)
+    before = len(world.status.restarts.counted)
+    world.kill("server-0")
+    recovered(world, 2)
+    assert len(world.status.restarts.counted) == before + 1
+
+
+def test_a_server_without_memory_is_not_taken_in() -> None:
+    world = adopting(holds_pods=False)
+    world.kill("server-1", reason="OOMKilled")
+    recovered(world)
+    assert world.status.recoveries[-1].placement == "Replace"
+    assert hosts(world) == {}
+
+
+def test_a_successor_that_served_is_not_replaced_from_the_frozen_shard() -> None:
+    world = adopting()
+    world.kill("server-1")
+    recovered(world)
+    world.until(lambda w: w.status.recovery is not None and bool(w.status.recovery.planned_epoch))
+    world.kill("server-1")  # the pod of its own, in the middle of the hand-back
+    recovered(world, 2)
+    record = world.status.recoveries[-1]
+    assert record.cause == "ServerLost"
+    assert list(record.sources) == [PEER]
+
+
+def test_a_worker_lost_meanwhile_makes_a_hand_back_no_loss_of_servers() -> None:
+    world = adopting()
+    world.kill("server-1")
+    recovered(world)
+    world.until(lambda w: w.status.recovery is not None)
+    world.kill("worker-0")
+    recovered(world, 2)
+    assert world.status.recoveries[-1].cause == "HandBack"

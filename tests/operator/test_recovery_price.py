@@ -25,7 +25,14 @@ def test_the_distance_when_it_was_saved_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", [LostShard(2, None), LostShard(None, 1.0), LostShard(2, 1.0, distance=None)]
+    "shard",
+    [
+        LostShard(2, None),
+        LostShard(None, 1.0),
+        LostShard(2, 1.0, distance=None),
+        LostShard(2, float("inf")),
+        LostShard(2, float("nan")),
+    ],
 )
 def test_what_is_not_known_is_unknown(shard: LostShard) -> None:
     assert bound([LostShard(0, None), shard]) == UNKNOWN

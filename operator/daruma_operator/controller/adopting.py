@@ -6,7 +6,6 @@ recorded as one, with the cause HandBack. Pure.
 """
 
 from collections.abc import Collection
-from datetime import timedelta
 
 from daruma_operator.api.spec import Placement, StrategyName
 from daruma_operator.api.status import (
@@ -97,7 +96,12 @@ def guest_report(d: Draft, member: MemberStatus) -> Guest | None:
 def hand_back(d: Draft) -> None:
     """Make a pod for each adopted server; when it is there, let it take its slots back."""
     guests = {m.index: m for m in d.members(Role.SERVER) if m.guest}
-    kept = [m for m in d.status.returning if m.index in guests and not _spent(d, m)]
+    # Incarnations never go back: one that was announced before its guest is of no use.
+    kept = [
+        m
+        for m in d.status.returning
+        if m.index in guests and m.incarnation > guests[m.index].incarnation and not _spent(d, m)
+    ]
     if missing := [i for i in guests if i not in {m.index for m in kept}]:
         epoch = d.raise_epoch()
         kept += [successor(d, Role.SERVER, i, epoch) for i in missing]
@@ -113,13 +117,13 @@ def _joins(d: Draft, member: MemberStatus) -> bool:
 
 
 def _spent(d: Draft, member: MemberStatus) -> bool:
-    """Whether a pod ended before it took anything back, and long enough ago to try another."""
+    """Whether a pod ended, or stays mute, and was made long enough ago to try another."""
     pod = d.seen.pod(member.pod)
     if pod is None or pod.created_at is None:
         return False
-    if pod.state is not PodState.TERMINATED and not pod.deleting:
-        return False
-    return d.left(pod.created_at, d.spec.recovery.timeouts.replace_seconds) <= 0
+    ended = pod.state is PodState.TERMINATED or pod.deleting
+    mute = runs(pod) and d.seen.report(name_of(member)) is None
+    return (ended or mute) and d.left(pod.created_at, d.spec.recovery.timeouts.replace_seconds) <= 0
 
 
 def _begin(d: Draft, ready: list[MemberStatus], guests: list[MemberStatus]) -> None:
@@ -159,8 +163,7 @@ def _begin(d: Draft, ready: list[MemberStatus], guests: list[MemberStatus]) -> N
             losses=tuple(
                 Loss(
                     role=m.role, index=m.index, incarnation=m.incarnation, pod=m.pod, epoch=epoch,
-                    # Nobody has to be waited for: the shard comes from who has it.
-                    at=d.now - timedelta(seconds=d.policy.copies_seconds), reason=HAND_BACK,
+                    at=d.now, reason=HAND_BACK,
                 )
                 for m in guests
             ),

@@ -145,7 +145,7 @@ def _adopt(d: Draft) -> None:
     reports = [h.report for h in d.seen.heard.values()]
     generation = max((r.generation for r in reports), default=0)
     d.set(rollback=d.status.rollback.model_copy(update={"generation": generation}))
-    missing = [m for m in d.status.members if m.address is None]
+    missing = [m for m in d.status.members if m.address is None or _has_no_state(d, m)]
     trained = any(r.initialised or r.step > 0 for r in reports)
     d.set(initialised=trained)
     if not trained:
@@ -158,6 +158,13 @@ def _adopt(d: Draft) -> None:
         lose(d, gone)
         return
     d.phase(Phase.RUNNING, "StatusRebuilt", "the status was lost; the pods were found")
+
+
+def _has_no_state(d: Draft, member: MemberStatus) -> bool:
+    """Whether a server that runs never got its slots, and nobody knows any more whence."""
+    report = d.seen.report(name_of(member))
+    lacking = ("Joining", "Restoring", "Frozen")
+    return member.role is Role.SERVER and report is not None and report.state in lacking
 
 
 def _decision(d: Draft) -> Decision:

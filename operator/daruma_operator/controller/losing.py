@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import timedelta
 
+from daruma_operator.api.spec import Placement
 from daruma_operator.api.status import (
     Counted,
     DeltaNorm,
@@ -15,7 +16,7 @@ from daruma_operator.api.status import (
     Rework,
     RollbackStatus,
 )
-from daruma_operator.controller.adopting import successor, successors
+from daruma_operator.controller.adopting import HAND_BACK, successor, successors
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
 from daruma_operator.controller.membership import ladder_of
@@ -40,6 +41,10 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
     before = d.status
     epoch = d.raise_epoch()
     lost = [v.member for v in verdicts]
+    if before.recovery is not None and before.recovery.planned_epoch:
+        # Its successor may have served already: the frozen shard may be older than what it saved.
+        seats = {m.index for m in lost if m.role is Role.SERVER}
+        d.set(handing=tuple(h for h in d.status.handing if h.index not in seats))
     for v in verdicts:
         d.tell(v.event, _sentence(v), warning=True, member=seat(v.member.role, v.member.index))
     d.replace_members(successor(d, m.role, m.index, epoch) for m in lost)
@@ -52,7 +57,10 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         _begin(d, verdicts, epoch)
     else:
         _join(d, verdicts, epoch)
-    d.replace_members(successors(d, lost, epoch, d.spec.recovery.placement))
+    # What was too large for its own pod is too large for another's, beside what that holds.
+    large = any(v.reason == "OOMKilled" for v in verdicts)
+    placement = Placement.REPLACE if large else d.spec.recovery.placement
+    d.replace_members(successors(d, lost, epoch, placement))
     if any(v.member.role is Role.SERVER for v in verdicts):
         climb(d, d.record.rung, "a server was lost")
         if d.status.recovery is None:
@@ -159,12 +167,18 @@ def _join(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
     d.set_record(
         epoch=epoch,
         role=role,
-        cause=record.cause if record.cause == "AllPodsLost" else f"{role.value}Lost",
+        cause=_joined_cause(record, role, servers=servers),
         indexes=tuple(sorted(seats)),
         stage_since=d.now,
         phases=Phases(detect=record.phases.detect),
         losses=(*record.losses, *(_loss(d, v, epoch) for v in verdicts))[-MAX_COUNTED:],
     )
+
+
+def _joined_cause(record: RecoveryRecord, role: Role, *, servers: bool) -> str:
+    if record.cause == "AllPodsLost" or (record.cause == HAND_BACK and not servers):
+        return record.cause
+    return f"{role.value}Lost"
 
 
 def climb(d: Draft, start: int, why: str) -> None:
@@ -234,6 +248,8 @@ def exhausted(d: Draft, why: str, reasons: str) -> None:
     restarts = d.status.restarts
     d.set(
         initialised=False,
+        handing=(),
+        returning=(),
         rollback=RollbackStatus(),
         progress=None,
         restarts=restarts.model_copy(update={"jobs": restarts.jobs + 1}),

@@ -133,7 +133,7 @@ def _planned(d: Draft) -> bool:
     broken = _broken(d)
     if broken is not None:
         _tell_damage(d)
-        climb(d, record.rung + 1, broken)
+        _next_rung(d, broken)
         return False
     if preset_of(record.strategy).rollback or record.planned_epoch == d.status.epoch:
         return True
@@ -145,7 +145,7 @@ def _planned(d: Draft) -> bool:
     plans = plans_of(d.seen, d.status, stored=d.policy.store is not None)
     unsourced = sum(p.unsourced for p in plans.values())
     if unsourced:
-        climb(d, record.rung + 1, f"{unsourced} lost slots have no source")
+        _next_rung(d, f"{unsourced} lost slots have no source")
         return False
     delta = delta_of(d, plans)
     d.set_record(
@@ -156,6 +156,19 @@ def _planned(d: Draft) -> bool:
         silent=silent,
     )
     return True
+
+
+def _next_rung(d: Draft, why: str) -> None:
+    """What was planned cannot work. A hand-back that failed is an ordinary loss from now on."""
+    if d.record.cause != HAND_BACK:
+        climb(d, d.record.rung + 1, why)
+        return
+    d.set(handing=())
+    epoch = d.raise_epoch()
+    # Workers say what they hold in this epoch; that takes its time from now on.
+    losses = tuple(x.model_copy(update={"at": d.now}) for x in d.record.losses)
+    d.set_record(epoch=epoch, cause="ServerLost", losses=losses, stage_since=d.now, planned_epoch=0)
+    climb(d, 0, why)
 
 
 def _reason(plans: Iterable[Plan]) -> str:
@@ -178,7 +191,9 @@ def _stage_expired(d: Draft) -> bool:
     limit = d.spec.recovery.timeouts.restore_seconds
     if d.left(d.record.stage_since, limit) > 0:
         return False
-    if d.record.rung < len(d.spec.recovery.fallback):
+    if d.record.cause == HAND_BACK:
+        _next_rung(d, f"the slots were not handed back within {limit:g} s")
+    elif d.record.rung < len(d.spec.recovery.fallback):
         climb(d, d.record.rung + 1, f"the lost slots were not Ready within {limit:g} s")
     else:
         fail(d, "RestoreTimeout", f"the lost slots were not Ready within {limit:g} s")
@@ -198,7 +213,7 @@ def _unread_cut(d: Draft) -> str | None:
 
 def _silent(d: Draft) -> tuple[str, ...]:
     """Survivors that did not say yet, in this recovery's epoch, what they hold."""
-    if SourceKind.PEER not in preset_of(d.record.strategy).sources:
+    if d.record.cause == HAND_BACK or SourceKind.PEER not in preset_of(d.record.strategy).sources:
         return ()
     done = indexes(d.status.workers.succeeded_indexes)
     return tuple(

@@ -52,12 +52,14 @@ def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str
         return {}
     owners = place(seen.job.uid, seen.job.spec.servers.replicas)
     copies = {name_of(m): copies_of(seen, record, m) for m in survivors(status)}
+    # What is handed back comes from who has it; if that fails, it is an ordinary loss.
+    back = record.cause == HAND_BACK
     return {
         name_of(m): plan_slots(
             [s for s in range(SLOTS) if owners[s] == m.index],
-            preset_of(record.strategy).sources,
+            frozenset() if back else preset_of(record.strategy).sources,
             copies,
-            stored=stored,
+            stored=stored and not back,
             predecessor=_predecessor(seen, status, m),
         )
         for m in restoring(status)

@@ -67,8 +67,10 @@ def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict
             return None
         return Verdict(member, "PodDeleted", False, age, None)
     if pod.state is PodState.TERMINATED:
-        counts = not (pod.deleting or pod.disrupted)
-        reason = (pod.reason or "Error") if counts else _taken(pod)
+        taken = pod.deleting or pod.disrupted
+        reason = _taken(pod) if taken else (pod.reason or "Error")
+        # A guest that goes with its host is no failure of its own.
+        counts = not (taken or member.guest)
         return Verdict(member, reason, counts, age, pod)
     if pod.deleting or pod.disrupted:
         return Verdict(member, _taken(pod), False, age, pod)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from math import sqrt
+from math import isfinite, sqrt
 
 from daruma_trainer.contract import Report
 
@@ -52,6 +52,8 @@ def bound(shards: Iterable[LostShard]) -> Delta:
         moved = shard.distance + shard.updates * (shard.update_norm or 0.0)
         exact = exact and moved == 0.0
         total += moved * moved
+    if not isfinite(total):
+        return UNKNOWN  # it diverged; and JSON has no infinity
     return EXACT if exact else Delta(sqrt(total), DeltaKind.UPPER_BOUND)
 
 

@@ -91,7 +91,7 @@ class _Line:
 
 
 def _line(moves: Sequence[Move]) -> _Line | None:
-    recent = [m for m in moves if m.last > m.first and m.norm > 0.0][-RECENT:]
+    recent = [m for m in moves if m.last > m.first and 0.0 < m.norm < inf][-RECENT:]
     if len(recent) < MIN_MOVES:
         return None
     points = tuple(((m.first + m.last) / 2, log(m.norm / (m.last - m.first))) for m in recent)
@@ -107,6 +107,6 @@ def _distance(lines: Sequence[_Line], rate: float, servers: int, step: int) -> f
         half = rate * line.length / 2
         # The mean speed over a move is a little more than the speed at its middle.
         bend = half / sinh(half) if half < 300 else 0.0
-        speed = exp(line.height - rate * (step - line.middle)) * bend
+        speed = exp(min(700.0, line.height - rate * (step - line.middle))) * bend
         squares += (speed / rate) ** 2
     return sqrt(squares * servers / len(lines))

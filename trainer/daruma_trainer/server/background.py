@@ -1,5 +1,6 @@
 """The thread that reads and writes the store, so that the serve loop never waits for a disk."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any
 
 from daruma_trainer.errors import ConfigurationError, MissingError, StoreError
 
+LOG = logging.getLogger("daruma.server")
 Job = Callable[[], Any]
 Done = Callable[[Any, StoreError | None], None]
 
@@ -44,4 +46,8 @@ class Background:
                 failure = error
             except (ConfigurationError, MissingError) as error:
                 failure = StoreError(str(error))
+            except Exception as error:
+                # Who waits for this must hear of it, and the jobs after it must be done.
+                LOG.exception("a job of the store's thread broke")
+                failure = StoreError(f"an unexpected error, see the log: {error!r}")
             self._post(lambda r=result, e=failure, d=done: d(r, e))  # type: ignore[misc]

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from daruma_trainer.contract import (
@@ -37,6 +37,8 @@ _PR_SET_PDEATHSIG = 1
 class _Child:
     process: subprocess.Popen[bytes]
     guest: Guest
+    claim: socket.socket
+    """Keeps its ports from others on this machine, who may not see them bound yet."""
 
 
 @dataclass(slots=True)
@@ -78,9 +80,7 @@ class Guests:
 
     def _start(self, member: Member, own: Member) -> None:
         host = self.me.listen[0]
-        # One that was just started has not bound its ports yet.
-        given = {int(c.guest.address.rpartition(":")[2]) for c in self._children.values()}
-        port = _free_pair(host, self.me.listen[1] + 2, given)
+        port, claim = _free_pair(host, self.me.listen[1] + 2)
         environment = {
             **self.environment,
             ENV_INDEX: str(member.index),
@@ -92,10 +92,11 @@ class Guests:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         reached = (own.address or f"{host}:0").rpartition(":")[0]
         LOG.info("adopted %s, on port %s", member.id, port)
-        self._children[member.id] = _Child(process, Guest(member.id, f"{reached}:{port}"))
+        self._children[member.id] = _Child(process, Guest(member.id, f"{reached}:{port}"), claim)
 
     def _end(self, child: _Child) -> None:
         # What it knew was handed over, or is lost by the operator's decision: nothing to save.
+        child.claim.close()
         child.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(END_SECONDS)
@@ -107,12 +108,25 @@ def end_with(host_pid: int) -> bool:
     return os.getppid() == host_pid
 
 
-def _free_pair(host: str, first: int, given: Collection[int]) -> int:
-    """Return the lower of two neighbouring free ports; 0 where there are none, which is refused."""
+def _free_pair(host: str, first: int) -> tuple[int, socket.socket]:
+    """Return the lower of two neighbouring free ports, and the claim on them.
+
+    0 where there are none: the guest will refuse it and end, and its host say so.
+    """
+    claim = socket.socket(socket.AF_UNIX)
     for port in range(first, first + PORTS, 2):
-        if port not in given and _free(host, port) and _free(host, port + 1):
-            return port
-    return 0
+        if _free(host, port) and _free(host, port + 1) and _claimed(claim, port):
+            return port, claim
+    return 0, claim
+
+
+def _claimed(claim: socket.socket, port: int) -> bool:
+    """Claim a pair by the abstract name that `daruma run` uses as well (Linux)."""
+    try:
+        claim.bind(f"\0daruma-port-{port}")
+    except OSError:
+        return False
+    return True
 
 
 def _free(host: str, port: int) -> bool:

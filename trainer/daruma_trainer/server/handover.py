@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.client import HTTPException
+from math import inf
 from typing import Protocol
 
 from daruma_trainer.checkpoint.manifest import Manifest, SlotStates
@@ -20,6 +21,8 @@ from daruma_trainer.server.data import DataPlane
 
 ANSWER_SECONDS = 5.0
 """For the predecessor to answer, and for each piece of what it sends."""
+TRANSFER_SECONDS = 120.0
+"""For the whole shard to come."""
 FREEZE_SECONDS = 5.0
 """For the predecessor to hear that it is to hand over."""
 HEAD = struct.Struct("<4sIQ")
@@ -67,21 +70,29 @@ def fetch(agent: str, token: str) -> tuple[Manifest, list[BlockState], list[str]
     request = urllib.request.Request(
         f"http://{agent}/v1/shard", headers={"Authorization": f"Bearer {token}"}
     )
+    # A proxy that the pod may have for its store has no business here.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + FREEZE_SECONDS
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:  # noqa: S310
-                return unpack(answer)
+            with opener.open(request, timeout=ANSWER_SECONDS) as answer:
+                return unpack(answer, time.monotonic() + TRANSFER_SECONDS)
         except (OSError, HTTPException) as error:
-            frozen = getattr(error, "code", None) != HTTPStatus.CONFLICT
-            if frozen or time.monotonic() > deadline:
+            refused = getattr(error, "code", None) == HTTPStatus.UNAUTHORIZED
+            gone = isinstance(getattr(error, "reason", None), ConnectionRefusedError)
+            if refused or gone or time.monotonic() > deadline:
                 raise StoreError(f"{agent} does not hand its shard over: {error}") from error
-        # The word that it is to freeze is still on its way.
+        # The word that it is to freeze is still on its way, or it is busy.
         time.sleep(0.02)
 
 
-def unpack(stream: _Readable) -> tuple[Manifest, list[BlockState], list[str]]:
-    """Read what `pack` gave. DamagedError: it is something else, or ends too early."""
+def unpack(
+    stream: _Readable, deadline: float = inf
+) -> tuple[Manifest, list[BlockState], list[str]]:
+    """Read what `pack` gave, until `deadline` (monotonic).
+
+    DamagedError: it is something else, ends too early, or takes too long.
+    """
     magic, length, size = HEAD.unpack(_exactly(stream, HEAD.size))
     if magic != MAGIC or length > MAX_MANIFEST or size > MAX_SHARD:
         raise DamagedError("not a shard that is handed over")
@@ -90,6 +101,8 @@ def unpack(stream: _Readable) -> tuple[Manifest, list[BlockState], list[str]]:
     damaged: list[str] = []
     in_order = sorted(manifest.blocks.items(), key=lambda item: item[1].offset)
     for (table, block), place in in_order:
+        if time.monotonic() > deadline:
+            raise DamagedError(f"the shard did not come within {TRANSFER_SECONDS:.0f} s")
         record = _exactly(stream, place.length)
         try:
             found = read_block(record)

@@ -137,11 +137,11 @@ class Lifecycle:
     @property
     def pending(self) -> bool:
         """Whether there is work for when nothing is to be served."""
-        return self.saver is not None and self.saver.pending
+        return self.saver is not None and self.saver.pending and not self.frozen
 
     def work(self, *, idle: bool) -> None:
         """Do a slice of it. `idle`: there is nothing to serve first."""
-        if self.saver is not None:
+        if self.saver is not None and not self.frozen:
             self.saver.work(idle=idle)
 
     def take_final(self, number: str) -> None:
@@ -240,8 +240,11 @@ class Lifecycle:
         if plane is None:
             return
         lost = (plane.slots.state != SlotState.READY).nonzero()[0]
+        generation = self.generation
 
         def serve(_written: Written | None = None, error: str | None = None) -> None:
+            if self.generation != generation:
+                return  # rolled back meanwhile: these slots are of a lineage that is no more
             if error is not None:
                 LOG.error("the first save after the restore failed: %s", error)
             plane.sums.inexact = True
@@ -259,6 +262,8 @@ class Lifecycle:
     def _roll_back(self, plane: DataPlane, membership: Membership) -> None:
         """Go back to the membership's cut before anything is answered at its generation."""
         restorer = self.restorer
+        if restorer is not None:
+            restorer.drop()
         self.generation = membership.rollback.generation
         plane.slots.state[:] = SlotState.RESTORING
         plane.barrier.drop()

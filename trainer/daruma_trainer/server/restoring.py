@@ -92,6 +92,13 @@ class Restorer:
         self._tried.clear()
         self._next(self._lost(), now)
 
+    def drop(self) -> None:
+        """Give the plan up: what is still on its way is not taken (a rollback)."""
+        self._asks.clear()
+        self._tried.clear()
+        self._back.clear()
+        self.plan = self.report = None
+
     def tick(self) -> None:
         """Ask peers that have connected since, and give up on those that do not answer."""
         now = time.monotonic()

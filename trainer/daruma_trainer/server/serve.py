@@ -416,7 +416,7 @@ class Server:
             raise MalformedError(f"{member} reports as {report.id[:80]}")
         important = self.reports.take(report)
         plane = self.life.plane
-        if plane is not None and member in self._members():
+        if plane is not None and member in self._members() and not self.life.frozen:
             if member.startswith("worker-"):
                 self._take_end(plane, member, report)
             self.life.heard(report)
