@@ -34,7 +34,7 @@ def guests(status: dict[str, Any]) -> list[int]:
 
 def test_two_of_four_are_adopted_and_return_and_then_all_four_are_lost(jobs: JobNamespace) -> None:
     jobs.cluster.apply(
-        jobs.manifest("adopt", servers=4, steps=600, recovery={"placement": "Adopt"})
+        jobs.manifest("adopt", servers=4, steps=400, recovery={"placement": "Adopt"})
     )
     jobs.at_step("adopt", 40)
     before = jobs.pods("adopt")
@@ -60,7 +60,7 @@ def test_two_of_four_are_adopted_and_return_and_then_all_four_are_lost(jobs: Job
     lost = [r for r in status["recoveries"] if r["cause"] != "HandBack"]
     assert {i for r in lost[1:] for i in r["indexes"]} == {0, 1, 2, 3}
     assert {r["outcome"] for r in status["recoveries"]} == {"Succeeded"}
-    assert status["progress"]["step"] >= 600
+    assert status["progress"]["step"] >= 400
     assert status["restarts"]["workers"] == 0
 
 
@@ -77,6 +77,7 @@ def test_two_of_four_are_restored_from_s3(jobs: JobNamespace) -> None:
             jobs.manifest(
                 "bucket",
                 servers=4,
+                steps=200,
                 checkpoint={
                     "store": "s3://saves/jobs", "secretRef": {"name": "s3"},
                     "every": 40, "fraction": 0.25,

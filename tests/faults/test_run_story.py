@@ -173,23 +173,20 @@ def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> Non
 
 @pytest.mark.parametrize("mode", ["Async", "Sync"])
 def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> None:
-    kills = ("--kill", "server-2@step=50", "--kill", "server-0@step=200")
-    with running(tmp_path, *kills, mode=mode, placement="Adopt", steps=400) as it:
+    with running(tmp_path, "--kill", "server-2@step=50", mode=mode, placement="Adopt") as it:
         assert ended(tmp_path, it) == 0, output(tmp_path)
     found = report(tmp_path)
     causes = [(r["cause"], r["placement"], r["indexes"]) for r in found["recoveries"]]
-    lost = ("ServerLost", "Adopt")
-    assert causes[:2] == [(*lost, [2]), ("HandBack", "Replace", [2])]
-    assert (*lost, [0]) in causes
-    handed = [r for r in found["recoveries"] if r["cause"] == "HandBack"]
-    assert all(list(r["sources"]) == ["predecessor"] for r in handed)
+    assert causes == [("ServerLost", "Adopt", [2]), ("HandBack", "Replace", [2])]
+    handed = found["recoveries"][1:]
+    assert [list(r["sources"]) for r in handed] == [["predecessor"]]
     for record in found["recoveries"]:
         check_recovery(record)
     # A kill may take what was acknowledged and not pulled by anybody (Async); a hand-back nothing.
     assert all(
         r["pushes"]["lost"] == 0 for r in (handed if mode == "Async" else found["recoveries"])
     )
-    assert (found["phase"], found["steps"]) == ("Succeeded", 400)
+    assert (found["phase"], found["steps"]) == ("Succeeded", 200)
     assert found["metrics"]["test_accuracy"] >= 0.9
 
 

@@ -33,8 +33,7 @@ from local_cluster import LocalCluster, freshest, local_cluster, lose_and_replac
 from raw_member import RawMember
 
 pytestmark = pytest.mark.faults
-MLR = ("-m", "daruma_trainer.programs.mlr", "--data", "synthetic:600,16,4", "--steps", "120",
-       "--think-ms", "8")  # fmt: skip
+SOFTMAX = (str(Path(__file__).with_name("worker_programs.py")), "softmax", "120")
 ALL = mask_of(np.arange(SLOTS))
 SPEC = TableSpec(0, "t", (64, 4), 1, rule_to_json(Add()))
 
@@ -42,7 +41,7 @@ SPEC = TableSpec(0, "t", (64, 4), 1, rule_to_json(Add()))
 def trained(folder: Path, consistency: str, *, disturb: bool) -> dict[str, np.ndarray[Any, Any]]:
     folder.mkdir()
     config = Settings(consistency=consistency, store=f"file://{folder}/store", every=20)
-    with local_cluster(folder, servers=2, workers=2, settings=config, program=MLR) as cluster:
+    with local_cluster(folder, servers=2, workers=2, settings=config, program=SOFTMAX) as cluster:
         cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 30, "30 steps")
         if disturb:
             lose_and_replace(cluster, 1)
@@ -149,7 +148,7 @@ def stepped(cluster: LocalCluster, epoch: int) -> bool:
 
 def test_a_frozen_and_replaced_server_accepts_nothing_that_counts(tmp_path: Path) -> None:
     config = Settings(store=f"file://{tmp_path}/store", every=20)
-    with local_cluster(tmp_path, servers=2, workers=2, settings=config, program=MLR) as cluster:
+    with local_cluster(tmp_path, servers=2, workers=2, settings=config, program=SOFTMAX) as cluster:
         cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 30, "30 steps")
         frozen = cluster.membership.member(Role.SERVER, 1)
         assert frozen is not None
@@ -304,12 +303,12 @@ def test_a_job_starts_from_the_result_of_another_with_other_numbers(tmp_path: Pa
     first.mkdir()
     second.mkdir()
     config = Settings(store=f"file://{first}/store", every=20)
-    with local_cluster(first, servers=3, workers=1, settings=config, program=MLR) as cluster:
+    with local_cluster(first, servers=3, workers=1, settings=config, program=SOFTMAX) as cluster:
         cluster.finish()
         learnt = cluster.result(first / "store")
         cut = next((first / "store").rglob("cuts/*.json"))
     config = Settings(store=f"file://{second}/store", every=0, restore_from=f"file://{cut}")
-    still = [*MLR, "--lr", "0"]
+    still = (SOFTMAX[0], "softmax", "0")
     with local_cluster(second, servers=2, workers=2, settings=config, program=still) as cluster:
         cluster.finish()
         again = cluster.result(second / "store")

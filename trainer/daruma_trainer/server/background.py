@@ -3,7 +3,9 @@
 import logging
 import queue
 import threading
+import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from daruma_trainer.errors import ConfigurationError, MissingError, StoreError
@@ -46,8 +48,12 @@ class Background:
                 failure = error
             except (ConfigurationError, MissingError) as error:
                 failure = StoreError(str(error))
-            except Exception as error:
-                # Who waits for this must hear of it, and the jobs after it must be done.
-                LOG.exception("a job of the store's thread broke")
-                failure = StoreError(f"an unexpected error, see the log: {error!r}")
-            self._post(lambda r=result, e=failure, d=done: d(r, e))  # type: ignore[misc]
+            except BaseException as error:  # noqa: BLE001 - the thread's edge; a Rust panic is no Exception
+                # Who waits for this must hear of it, and the jobs after it must be done. What a
+                # library says may hold addresses and signatures: neither log nor status gets it.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                LOG.error("a job of the store's thread broke: %s\n%s", type(error).__name__, where)
+                failure = StoreError(f"an unexpected {type(error).__name__}, see the server's log")
+            self._post(partial(done, result, failure))
+            # Or the last job's arrays would live as long as this waits for the next.
+            del item, job, done, result, failure

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from daruma_trainer.checkpoint.manifest import Cut, cut_name, cut_number
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import ContractError, Membership, Role, SavedState
@@ -52,6 +54,9 @@ class Cuts:
     _turn: int = 0
     _final_number: str = ""
     _followed: str = ""
+    _writing: int = 0
+    """Copies of this shard that are on their way to the store."""
+    _final_part: dict[str, Any] | None = None
 
     @property
     def coordinator(self) -> int:
@@ -64,6 +69,8 @@ class Cuts:
         settings, plane = self.membership.settings, self.plane
         if self._holding:
             self._settle()
+        if self._writing:
+            return  # a store that is slower than cuts come gets fewer of them
         if not (settings.cuts and settings.every) or not plane.slots.ready.all():
             return
         turn = plane.step // settings.every
@@ -107,11 +114,15 @@ class Cuts:
     def take(self, number: str) -> None:
         """Copy and save this shard for a cut, once."""
         if number in self._taken:
+            if self._final_part is not None and self._final_part["number"] == number:
+                self._hand_in(self._final_part)  # the coordinator may not have heard it
             return
         self._taken.add(number)
+        self._writing += 1
         step, batches = self.plane.step, self.plane.complete()
 
         def done(written: Written | None, error: str | None) -> None:
+            self._writing -= 1
             if written is None:
                 LOG.warning("the cut %s was not saved: %s", number, error)
                 self._taken.discard(number)
@@ -120,12 +131,17 @@ class Cuts:
                 "op": "part", "number": number, "index": self.index, "manifest": written.name,
                 "size": written.size, "step": step, "batches": list(batches),
             }  # fmt: skip
-            if self.coordinator == self.index:
-                self._part(number, self.index, part)
-            else:
-                self.tell(self.coordinator, part)
+            if number == self._final_number:
+                self._final_part = part
+            self._hand_in(part)
 
         self.saver.save_all("cut", number, done)
+
+    def _hand_in(self, part: dict[str, Any]) -> None:
+        if self.coordinator != self.index:
+            self.tell(self.coordinator, part)
+        elif self.final is None:
+            self._part(part["number"], self.index, part)
 
     def take_final(self, number: str) -> None:
         """Take the cut that is the job's result; the operator names it."""
@@ -145,7 +161,8 @@ class Cuts:
         self._turn = step // every if every else 0
 
     def _begin(self, number: str, batches: tuple[int, ...]) -> None:
-        if any(int(self.plane.slots.last[:, w].max()) > b for w, b in enumerate(batches)):
+        late = any(int(self.plane.slots.last[:, w].max()) > b for w, b in enumerate(batches))
+        if late or self._writing:
             self._abandon(number)
             return
         self.plane.hold = batches
@@ -156,7 +173,8 @@ class Cuts:
         hold = self.plane.hold
         if hold is None:
             return
-        if all(done >= b for done, b in zip(self.plane.complete(), hold, strict=True)):
+        there = all(done >= b for done, b in zip(self.plane.complete(), hold, strict=True))
+        if there and not self.plane.sums.lacks(np.arange(len(self.plane.slots.ids))):
             self.take(self._holding)
             self._release()
             return
@@ -203,6 +221,7 @@ class Cuts:
         def done(_result: object, error: Exception | None) -> None:
             if error is not None:
                 LOG.warning("the cut %s was not written: %s", number, error)
+                self.saver.error = str(error)
                 if number == self._final_number:
                     # The operator asks for the result until it is there: only ours is missing then.
                     self._taken.discard(number)

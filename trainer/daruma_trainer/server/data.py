@@ -243,7 +243,8 @@ class DataPlane:
     def active(self) -> list[int]:
         """Workers whose contribution the next step needs."""
         done = self.slots.last.min(axis=0) if len(self.slots.ids) else np.zeros(self.workers)
-        return [w for w in range(self.workers) if w not in self.left or done[w] < self.left[w]]
+        gone = self.left | self.ended
+        return [w for w in range(self.workers) if w not in gone or done[w] < gone[w]]
 
     def pull(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> Reply | None:
         """PULL: the Ready ones of the slots asked for; None while their step is to come."""
@@ -323,7 +324,7 @@ class DataPlane:
         Under `Sync` that is its step. Under `Async`, where it ends a phase, nobody waits for a
         worker at the end of its batches either: only a rollback could bring it back.
         """
-        gone = self.left if self.sync else self.ended
+        gone = self.left | self.ended
         workers = [w for w in range(self.workers) if w not in gone] or list(range(self.workers))
         return np.asarray(self.slots.last[k][:, workers].min(axis=1), np.int64)
 

@@ -44,6 +44,7 @@ class Sums:
             self._has[table] = self._slots.last.copy()
             if self.inexact:
                 self._shard.tables[table].data[:] = 0.0
+                self._shard.tables[table].changed[:] = True
                 self._has[table][:] = WAITING
 
     def due(self, worker: int) -> list[int]:

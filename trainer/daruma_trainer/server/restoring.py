@@ -29,11 +29,11 @@ from daruma_trainer.contract import (
 )
 from daruma_trainer.errors import StoreError
 from daruma_trainer.identity import Identity
-from daruma_trainer.layout import Ints
+from daruma_trainer.layout import Ints, ShardLayout
 from daruma_trainer.server.background import Background
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.handover import fetch as fetch_shard
-from daruma_trainer.wire import State
+from daruma_trainer.wire import State, split_slots
 
 LOG = logging.getLogger("daruma.server")
 PEER_SECONDS = 5.0
@@ -107,14 +107,21 @@ class Restorer:
             if source.kind is not SourceKind.PEER:
                 continue
             if not ask.sent and self.plane.shard.tables:
-                ask.sent = self.fetch(source.member or "", self.plane.slots.ids[ask.k], ask.source)
+                ask.sent = self._ask_peer(source.member or "", ask)
             if now - ask.since > PEER_SECONDS:
                 LOG.warning("%s did not give its copy within %s s", source.member, PEER_SECONDS)
                 self._asks.remove(ask)
                 self._next(ask.k, now)
 
+    def _ask_peer(self, member: str, ask: _Ask) -> bool:
+        """Ask for as many slots at once as one message holds; False: it is not connected yet."""
+        shard = self.plane.shard
+        layout = ShardLayout(shard.uid, shard.specs, self.plane.slots.ids[ask.k])
+        return all(self.fetch(member, part, ask.source) for part in split_slots(layout))
+
     def on_copy(self, member: str, number: int, state: State) -> None:
-        """Take a worker's copy."""
+        """Take a part of a worker's copy."""
+        now = time.monotonic()
         for ask in list(self._asks):
             source = self._source(ask)
             if source.member != member or ask.source != number:
@@ -124,27 +131,34 @@ class Restorer:
                 # Its answer overtook the Create of some table: it is asked again.
                 ask.sent = False
                 continue
-            self._asks.remove(ask)
-            ids = np.flatnonzero(state.slots)
-            k = self.plane.slots.index_of(ids)
-            good = np.isin(k, ask.k)
-            if not good.all() or len(state.values) != tables:
-                LOG.warning("%s gave slots that nobody asked it for", member)
-                self._next(ask.k, time.monotonic())
-                continue
-            try:
-                self.plane.shard.set_values(k, dict(enumerate(state.values)))
-            except ValueError as error:
-                LOG.warning("the copy of %s does not fit: %s", member, error)
-                self._next(ask.k, time.monotonic())
+            k = self.plane.slots.index_of(np.flatnonzero(state.slots))
+            if not np.isin(k, ask.k).all():
+                continue  # it was asked twice
+            if problem := self._set_values(k, state):
+                LOG.warning("the copy of %s does not fit: %s", member, problem)
+                self._asks.remove(ask)
+                self._next(ask.k, now)
                 continue
             slots = self.plane.slots
             slots.position[k] = state.position
             workers = min(slots.last.shape[1], state.last.shape[1])
             slots.last[k, :workers] = state.last[state.vector][:, :workers]
             slots.window[k, :workers] = state.window[state.vector][:, :workers]
+            ask.k, ask.since = np.setdiff1d(ask.k, k), now
+            if not len(ask.k):
+                self._asks.remove(ask)
             self._bring_moments(k, ask, sum(v.nbytes for v in state.values))
-            self._next(np.setdiff1d(ask.k, k), time.monotonic())
+
+    def _set_values(self, k: Ints, state: State) -> str | None:
+        """Write a copy's parameters; says what is wrong with it."""
+        tables = len(self.plane.shard.tables)
+        if len(state.values) != tables:
+            return f"{len(state.values)} of {tables} tables"
+        try:
+            self.plane.shard.set_values(k, dict(enumerate(state.values)))
+        except ValueError as error:
+            return str(error)
+        return None
 
     def load_cut(self, name: str, done: Callable[[Cut | None, str | None], None]) -> None:
         """Load every slot from a cut (a rollback); `done` runs on the loop's thread."""
@@ -267,6 +281,7 @@ class Restorer:
         def done(found: Found | None, error: StoreError | None) -> None:
             self._reading -= 1
             if self.plan is not plan:
+                self._check_end()
                 return
             if found is None:
                 LOG.warning("the moments start at zero: %s", error)
@@ -364,7 +379,9 @@ class _Intake:
     def whole(self, k: Ints) -> NDArray[np.bool_]:
         """Of which of the slots `k` every block came."""
         found = np.ones(len(k), np.bool_)
-        for table, got in zip(self._plane.shard.tables, self._got, strict=True):
+        for i, table in enumerate(self._plane.shard.tables):
+            # A table that was made since the save is not in it.
+            got = self._got[i] if i < len(self._got) else np.zeros(len(table.steps), np.bool_)
             lacking = np.concatenate([[0], np.cumsum(~got)])[table.layout.slot_blocks]
             found &= lacking[k + 1] == lacking[k]
         return found

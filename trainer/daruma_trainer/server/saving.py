@@ -30,6 +30,8 @@ from daruma_trainer.server.measuring import Distances
 from daruma_trainer.server.shard import TableArrays
 
 LOG = logging.getLogger("daruma.server")
+STUCK_SECONDS = 120.0
+"""A save that takes longer is said to be stuck; nothing else can be done about it."""
 SLICE_SECONDS = 0.001
 """The distance pass works so long, then looks whether there is something to serve."""
 PATIENCE_SECONDS = 0.05
@@ -94,6 +96,9 @@ class Saver:
         self._cursor = 0
         self._turn = 0
         self._writing = 0
+        self._began_at = 0.0
+        self._whole = False
+        """Whether every block of this incarnation, in this generation, is durable."""
         self._rng = np.random.default_rng(xxhash.xxh3_64_intdigest(f"{self._uid}/{index}".encode()))
         self._distances = Distances()
         self._measuring: Iterator[None] | None = None
@@ -136,12 +141,18 @@ class Saver:
 
     def tick(self) -> None:
         """Begin the partial save that is due, if there is one and the last has ended."""
+        if self._writing and time.monotonic() - self._began_at > STUCK_SECONDS:
+            self.error = f"a save is under way for {STUCK_SECONDS:.0f} s: the store does not answer"
         if not self.every or self._writing or not self._plane.slots.ready.all():
             return
         turn = int(self._plane.step / self.every)
         if turn <= self._turn or self._measuring is not None:
             return
         self._turn = turn
+        if not self._whole:
+            # A part would be mixed with what its predecessors, or another generation, had.
+            self.save_all("running", "", lambda _written, _error: None)
+            return
         tables = self._tables()
         # Where everything is saved there is nothing to choose.
         all_of_it = self._count() >= sum(len(t.layout.blocks) for t in tables)
@@ -178,12 +189,19 @@ class Saver:
         chosen = [np.arange(len(t.layout.blocks)) for t in self._plane.shard.tables]
         snapshot = self._copy(chosen, kind, number)
         if kind == "running":
-            self._measuring = None
-            self._write_running(snapshot, done)
+            self._measuring, self._whole = None, False
+
+            def whole(written: Written | None, error: str | None) -> None:
+                self._whole = written is not None
+                done(written, error)
+
+            self._write_running(snapshot, whole)
             return
 
         def finished(written: Written | None, error: StoreError | None) -> None:
             self._buffers.give(snapshot.buffer)
+            self.error = None
+            self._failed(error)
             done(written, None if error is None else str(error))
 
         self._background.submit(lambda: self._write(snapshot), finished)
@@ -195,8 +213,16 @@ class Saver:
         batches that are to come again. A store that fails does not hold the rollback up.
         """
         self._turn = int(step / self.every) if self.every else 0
+
+        def saved(written: Written | None, _error: str | None) -> None:
+            if written is not None:
+                # Those before it are of the abandoned lineage: nobody may fall back to them.
+                self._kept = self._kept[-1:]
+                self._retire()
+            then()
+
         if self._settings.running:
-            self.save_all("running", "", lambda _written, _error: then())
+            self.save_all("running", "", saved)
         else:
             then()
 
@@ -327,6 +353,7 @@ class Saver:
 
         # A manifest names what the ones before it saved, so the next waits until this is durable.
         self._writing += 1
+        self._began_at = time.monotonic()
         self._background.submit(write, finished)
 
     def _write(self, snapshot: Snapshot, before: Log | None = None, moved_to: str = "") -> Written:

@@ -206,7 +206,9 @@ class Server:
         if header.kind in DATA:
             self._dispatch_data(identity, header, frames)
         elif header.kind is Kind.COPY:
-            if self.life.restorer is not None:
+            # What was asked for before a rollback is of a lineage that is no more.
+            current = header.generation == self.life.generation
+            if self.life.restorer is not None and current:
                 self.life.restorer.on_copy(member, header.request, decode_state(frames))
         elif header.kind is Kind.REPORT:
             self._take_report(member, Report.from_json(decode_json(frames[1])))
@@ -430,6 +432,7 @@ class Server:
         index, generation = worker_of(worker), self.life.generation
         if report.state in ("Finished", "Left") and report.generation == generation:
             plane.ended[index] = report.step
+            plane.advance()
             workers = [m.id for m in self.membership.of(Role.WORKER)] if self.membership else []
             if self.reports.finished(workers, generation):
                 self.tell_workers(Kind.FINISHED, {})

@@ -387,6 +387,8 @@ class Client:
         self.resumed = False
         self.due.clear()
         self._live.pushes.drop_all(0)
+        # A copy of before it must not outrank what the servers have now.
+        self._live.copy.lineage[:] = 0
         if self.wanted is not None:
             # What was pulled before is of a lineage that is no more.
             self.wanted.missing[:] = True

@@ -38,6 +38,8 @@ class HostCopy:
         self.position: Ints = np.zeros(SLOTS, np.int64)
         self.last: Ints = np.zeros((SLOTS, workers), np.int64)
         self.window: NDArray[np.uint64] = np.full((SLOTS, workers), (1 << 64) - 1, np.uint64)
+        self.tables: Ints = np.zeros(SLOTS, np.int64)
+        """How many tables each slot was pulled with."""
         self.groups: list[Group] = []
         self.moved: dict[int, float] = {}
         """By server: a running mean of how far its part moved (L2) from one pull to the next."""
@@ -70,6 +72,7 @@ class HostCopy:
             step += float(np.vdot(change, change))
             self.data[i][layout.rows] = values
         slots = group.slots
+        self.tables[slots] = len(state.values)
         self.lineage[slots] = state.lineage
         self.position[slots] = state.position
         workers = min(self.last.shape[1], state.last.shape[1])
@@ -103,7 +106,8 @@ class HostCopy:
         found: dict[tuple[int, int], list[int]] = {}
         pairs = zip(self.lineage.tolist(), self.position.tolist(), strict=True)
         for slot, version in enumerate(pairs):
-            if version[0]:
+            # Of a table that came since, this copy has zeros.
+            if version[0] and self.tables[slot] == len(self.specs):
                 found.setdefault(version, []).append(slot)
         return tuple(Copies(a, b, slots_to_hex(slots)) for (a, b), slots in found.items())
 

@@ -189,6 +189,11 @@ class Job:
     def rebuild_with(self, spec: TableSpec, fn: Callable[[Ints], ArrayLike]) -> None:
         """See Table.on_restored."""
         self.begin()
+        if self._client.initial[spec.id].any():
+            raise ConfigurationError(
+                f"table {spec.name!r} begins with values of its own, and a sum that is made again "
+                "begins at zero: push them as the part of one worker instead of `initial`"
+            )
         self._rebuilders[spec.id] = fn
         # Under Sync a worker keeps its push until it has pulled what came of it: copies are exact.
         if not self._sync:
