@@ -13,10 +13,12 @@ from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import DirectoryStore
 from daruma_trainer.contract import Restore, Role, Source, SourceKind, slots_to_hex
 from daruma_trainer.identity import Identity
+from daruma_trainer.server import restoring
 from daruma_trainer.server.cuts import FIRST
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.restoring import Restorer
 from daruma_trainer.server.slots import SlotState
+from daruma_trainer.wire import State
 from saving_world import ByHand, World
 
 ME = Identity("n", "j", Role.SERVER, 0, 9, "")
@@ -231,3 +233,59 @@ def test_what_a_former_plan_still_reads_is_not_taken(tmp_path: Path) -> None:
     new.background.run()
     assert new.missing == len(new.lost)
     assert not new.plane.shard.tables
+
+
+def peer_state(world: World, ids: np.ndarray[Any, Any]) -> State:
+    k = world.plane.slots.index_of(ids)
+    return world.plane.state(k, 1)
+
+
+def test_a_copy_comes_in_as_many_messages_as_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restoring, "split_slots", lambda layout: np.array_split(layout.slots, 3))
+    world = saved_world(tmp_path)
+    new = Newcomer(world)
+    assert new.plane.add_table(world.plane.shard.specs[0]) is None
+    asked: list[np.ndarray[Any, Any]] = []
+
+    def fetch(_member: str, ids: np.ndarray[Any, Any], _number: int) -> bool:
+        asked.append(ids)
+        return True
+
+    new.restorer.fetch = fetch
+    source = Source(SourceKind.PEER, slots_to_hex(new.lost), "worker-0-1")
+    new.restorer.begin(Restore(1, 2, ME.id, (source,)))
+    assert sum(len(ids) for ids in asked) == len(new.lost)
+    for ids in (*asked[:2], asked[0], asked[2]):  # one of them twice
+        assert not new.back
+        new.restorer.on_copy("worker-0-1", 0, peer_state(world, ids))
+    assert new.back
+    assert (new.plane.shard.tables[0].data == world.plane.shard.tables[0].data).all()
+    report = new.restorer.report
+    assert report is not None
+    assert report.sources == {"peer": len(new.lost)}
+
+
+def test_after_a_rollback_nothing_of_a_restore_is_taken(tmp_path: Path) -> None:
+    world = saved_world(tmp_path)
+    new = Newcomer(world)
+    source = Source(SourceKind.RUNNING_CHECKPOINT, slots_to_hex(new.lost))
+    new.restorer.begin(Restore(1, 2, ME.id, (source,)))
+    new.restorer.drop()
+    new.background.run()
+    assert not new.back
+    assert new.restorer.report is None
+    assert not new.plane.shard.tables
+
+
+def test_a_table_made_during_a_restore_is_no_obstacle(tmp_path: Path) -> None:
+    world = saved_world(tmp_path)
+    new = Newcomer(world)
+    source = Source(SourceKind.RUNNING_CHECKPOINT, slots_to_hex(new.lost))
+    new.restorer.begin(Restore(1, 2, ME.id, (source,)))
+    assert new.plane.add_table(world.plane.shard.specs[0]) is None
+    late = replace(world.plane.shard.specs[0], id=1, name="late")
+    assert new.plane.add_table(late) is None
+    new.background.run()
+    assert new.missing > 0, "slots with blocks of a table that the save has not are not whole"

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from daruma_trainer.checkpoint.manifest import read_manifest
 from daruma_trainer.checkpoint.reading import read_blocks
+from daruma_trainer.server import saving
 from daruma_trainer.server.cuts import FIRST
-from saving_world import World
+from daruma_trainer.server.saving import Saver
+from saving_world import ROWS, World
 
 
 def step_until(world: World, condition: Callable[[], bool], limit: int = 200) -> None:
@@ -227,3 +230,47 @@ def test_a_save_that_failed_is_made_up_for(tmp_path: Path) -> None:
     blocks, _ = read_blocks(world.store, world.newest(), world.newest().blocks)
     assert max(float(b.data[0]) for b in blocks) == 9.0
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_first_save_that_failed_is_made_whole_before_the_predecessors_go(tmp_path: Path) -> None:
+    old = World(tmp_path)
+    old.begin()
+    old.background.run()
+    world = World(tmp_path)
+    world.saver = Saver(world.plane, world.store, world.background, world.membership, 0)
+    world.saver._folder = old.saver._folder.replace("00000001", "00000002")
+    world.store.full = True
+    failed: list[str | None] = []
+    world.saver.save_all("running", "", lambda _written, error: failed.append(error))
+    world.background.run()
+    assert failed[0] is not None
+    world.store.full = False
+    world.train(4)
+    world.save()
+    folder = tmp_path / world.saver._folder
+    newest = read_manifest(world.store, str(max(folder.glob("manifest-*")).relative_to(tmp_path)))
+    assert len(newest.blocks) == ROWS, "all of it, though a quarter was due"
+
+
+def test_cuts_that_come_faster_than_the_store_writes_are_left_out(tmp_path: Path) -> None:
+    world = World(tmp_path, running=False)
+    for _ in range(5):
+        world.train(4)
+        world.cuts.tick()
+        world.train(4)
+        world.cuts.tick()
+    assert sum(1 for _ in world.background.jobs) == 1, "one copy of the shard at a time"
+    world.background.run()
+    assert world.cuts.newest is not None
+
+
+def test_a_store_that_never_answers_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "STUCK_SECONDS", 0.0)
+    world = World(tmp_path)
+    world.begin()
+    world.saver.tick()
+    assert "does not answer" in (world.saver.error or "")
+    world.background.run()
+    assert world.saver.error is None
