@@ -21,7 +21,9 @@ def main() -> int:
             file = jobs.scratch / "job.yaml"
             file.write_text(yaml.safe_dump(manifest))
             command = [str(BIN / "daruma"), "bench", "recovery", "--cluster", str(file)]
-            done = made.run(*command, *sys.argv[1:], check=False, seconds=600.0)
+            # Where the cluster can be reached, this is not the current folder.
+            options = [a if a.startswith("-") else str(Path(a).resolve()) for a in sys.argv[1:]]
+            done = made.run(*command, *options, check=False, seconds=600.0)
             sys.stdout.write(done.stdout)
             sys.stderr.write(done.stderr)
             return done.returncode
