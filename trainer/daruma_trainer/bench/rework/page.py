@@ -151,10 +151,9 @@ def _standing(program: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     return [
         "All servers together: bytes written a step (without the first save, but "
-        "with the rewriting of everything once segments hold twice what lives, which selections "
-        "that leave old blocks lying pay more often), "
+        "with what compaction moved), "
         "milliseconds of CPU a step that requests waited and that the store's thread worked, and "
-        "bytes kept in memory between saves (running checkpoint; for Freshest the worker's host "
+        "bytes kept in memory between saves (running checkpoint and buffers; for Freshest the worker's host "
         "copy with its double buffer). Manifests outweigh the data of models as small as these.",
         "",
         *_table(
