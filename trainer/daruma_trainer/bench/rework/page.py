@@ -154,7 +154,8 @@ def _standing(program: Mapping[str, Any]) -> list[str]:
         "with what compaction moved), "
         "milliseconds of CPU a step that requests waited and that the store's thread worked, and "
         "bytes kept in memory between saves (running checkpoint and buffers; for Freshest the "
-        "worker's host copy with its double buffer). Manifests outweigh the data of models as small as these.",
+        "worker's host copy with its double buffer). Manifests outweigh the data of models as "
+        "small as these.",
         "",
         *_table(
             [
