@@ -5,13 +5,13 @@ A result that went through a failure is at most a tenth worse than the worst of 
 
 import pytest
 from members import Check, incarnations, kill, restarts
-from testjobs import JobNamespace
+from testjobs import JobNamespace, mlr
 
 from daruma_trainer.contract import Role
 
 
 def test_a_job_succeeds_and_says_where_its_result_is(jobs: JobNamespace) -> None:
-    jobs.cluster.apply(jobs.manifest("plain", steps=60))
+    jobs.cluster.apply(jobs.manifest("plain", program=mlr(60)))
     status = jobs.ended("plain")
     assert restarts(status, "servers") == restarts(status, "workers") == 0
     assert status["result"]["uri"].startswith("file:///")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import softmax
 from daruma_trainer.checkpoint.store import open_store
 from daruma_trainer.programs.data import classification
 from left_behind import left_by
@@ -23,7 +24,7 @@ metadata: {name: toy}
 spec:
   program:
     image: none
-    command: [python, PROGRAM, softmax, "STEPS"]
+    command: [python, PROGRAM, "STEPS"]
   servers: {replicas: 2}
   workers: {replicas: 2}
   checkpoint: CHECKPOINT
@@ -42,7 +43,7 @@ def daruma(folder: Path, *arguments: str) -> str:
 
 def run(folder: Path, steps: int, checkpoint: dict[str, object], *arguments: str) -> str:
     text = MANIFEST.replace("STEPS", str(steps)).replace("CHECKPOINT", json.dumps(checkpoint))
-    text = text.replace("PROGRAM", str(Path(__file__).with_name("worker_programs.py")))
+    text = text.replace("PROGRAM", softmax.__file__)
     (folder / "toy.yaml").write_text(text)
     daruma(folder, "run", "toy.yaml", "--out", "out", *arguments)
     assert left_by(folder) == []

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import softmax
 from daruma_trainer.programs.data import classification
 from left_behind import left_by
 
@@ -36,7 +37,7 @@ spec:
   recovery: {placement: PLACEMENT}
 """
 MLR = '-m, daruma_trainer.programs.mlr, --think-ms, "10", --steps'
-SOFTMAX = f"{Path(__file__).with_name('worker_programs.py')}, softmax"
+SOFTMAX = softmax.__file__
 """The same without torch: the tests of failures start many workers."""
 KEYS = {"job", "phase", "steps", "loss", "metrics", "recoveries", "seconds", "pushes", "result"}
 

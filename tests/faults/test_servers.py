@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import softmax
 from daruma_trainer.checkpoint.manifest import Manifest
 from daruma_trainer.contract import (
     SLOTS,
@@ -33,7 +34,7 @@ from local_cluster import LocalCluster, freshest, local_cluster, lose_and_replac
 from raw_member import RawMember
 
 pytestmark = pytest.mark.faults
-SOFTMAX = (str(Path(__file__).with_name("worker_programs.py")), "softmax", "120")
+SOFTMAX = (softmax.__file__, "120")
 ALL = mask_of(np.arange(SLOTS))
 SPEC = TableSpec(0, "t", (64, 4), 1, rule_to_json(Add()))
 
@@ -308,7 +309,7 @@ def test_a_job_starts_from_the_result_of_another_with_other_numbers(tmp_path: Pa
         learnt = cluster.result(first / "store")
         cut = next((first / "store").rglob("cuts/*.json"))
     config = Settings(store=f"file://{second}/store", every=0, restore_from=f"file://{cut}")
-    still = (SOFTMAX[0], "softmax", "0")
+    still = (SOFTMAX[0], "0")
     with local_cluster(second, servers=2, workers=2, settings=config, program=still) as cluster:
         cluster.finish()
         again = cluster.result(second / "store")

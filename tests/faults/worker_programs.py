@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 import daruma_trainer as daruma
-from daruma_trainer.programs.data import classification
 
 
 def tables(_: str) -> None:
@@ -146,28 +145,6 @@ def stops(_: str) -> None:
         job.report(ended=1.0 if job.stopped == "enough" else 0.0)
 
 
-def softmax(steps: str) -> None:
-    """The regression of programs/mlr.py without torch, which takes seconds to import."""
-    (x, y), (test_x, test_y) = classification("digits", 0)
-    with daruma.join() as job:
-        table = job.table("weight", (10, 64), rule=daruma.SGD())
-        weight = table.pull()
-
-        def score() -> dict[str, float]:
-            return {"test_accuracy": float(np.mean((test_x @ table.pull().T).argmax(1) == test_y))}
-
-        job.evaluate(score)
-        for inputs, labels in job.batches((x, y), 32, steps=int(steps)):
-            scores = np.exp(inputs @ weight.T)
-            chances = scores / scores.sum(axis=1, keepdims=True)
-            rows = np.arange(len(labels))
-            job.report(loss=float(-np.log(chances[rows, labels]).mean()))
-            chances[rows, labels] -= 1
-            time.sleep(0.01)
-            table.push(None, chances.T @ inputs / len(labels), lr=0.5)
-            weight = job.values(table.spec.id)
-
-
 def mismatch(_: str) -> None:
     """Workers that disagree about a table."""
     with daruma.join() as job:
@@ -200,7 +177,6 @@ PROGRAMS: dict[str, Callable[[str], None]] = {
         sums,
         careless,
         stops,
-        softmax,
         mismatch,
         raises,
         pushes_nothing,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 from testcluster import cluster, install
-from testjobs import job_namespace
+from testjobs import job_namespace, mlr
 
 BIN = Path(sys.executable).parent
 
@@ -16,7 +16,11 @@ def main() -> int:
         install(made)
         with job_namespace(made, "bench") as jobs:
             manifest = jobs.manifest(
-                "bench", servers=3, workers=2, steps=1_000_000, runPolicy={"backoffLimit": 100}
+                "bench",
+                servers=3,
+                workers=2,
+                program=mlr(1_000_000),
+                runPolicy={"backoffLimit": 100},
             )
             file = jobs.scratch / "job.yaml"
             file.write_text(yaml.safe_dump(manifest))

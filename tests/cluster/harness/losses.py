@@ -10,19 +10,20 @@ import numpy as np
 from testcluster import locked
 from testjobs import DATA, RATE, STEPS, JobNamespace
 
+import softmax
 from daruma_trainer.checkpoint.export import Arrays, load_state, open_cut
 from daruma_trainer.contract import Settings
 from daruma_trainer.programs.data import classification
 from local_cluster import local_cluster
 
 RUNS = 5
-PROGRAM = ["-m", "daruma_trainer.programs.mlr", "--data", DATA, "--lr", RATE]
+PROGRAM = [softmax.__file__, str(STEPS), DATA, RATE, "5"]
 
 
 def full_loss(tables: Arrays) -> float:
     """Return the mean cross-entropy over all training samples."""
     (x, y), _ = classification(DATA, 0)
-    scores = x @ tables["weight"].T + tables["bias"]
+    scores = x @ tables["weight"].T
     scores -= scores.max(axis=1, keepdims=True)
     right = scores[np.arange(len(y)), y]
     return float(np.mean(np.log(np.exp(scores).sum(axis=1)) - right))
@@ -50,9 +51,8 @@ def _run() -> float:
     with tempfile.TemporaryDirectory(prefix="daruma-undisturbed-") as name:
         store = Path(name) / "store"
         settings = Settings(store=f"file://{store}")
-        program = [*PROGRAM, "--steps", str(STEPS), "--think-ms", "5"]
         with local_cluster(
-            Path(name), servers=3, workers=2, settings=settings, program=program
+            Path(name), servers=3, workers=2, settings=settings, program=PROGRAM
         ) as members:
             members.finish()
         return full_loss(load_state(*open_cut(f"file://{store}/{members.membership.prefix}")))

@@ -13,14 +13,26 @@ from typing import Any
 import parts
 from testcluster import SYSTEM, TEST, Cluster
 
+import softmax
+
 CLAIM = "checkpoints"
 USER = 65532
-STEPS = 400
+STEPS = 300
 THINK_MS = "50"
 """An outage of seconds is a part of such a job, not most of it."""
 DATA = "synthetic:2000,32,5"
 RATE = "0.1"
 END = {"Succeeded", "Failed"}
+
+
+def mlr(steps: int) -> dict[str, Any]:
+    """Return the program that does the same with torch."""
+    options = {"--data": DATA, "--steps": str(steps), "--lr": RATE, "--think-ms": THINK_MS}
+    return {
+        "image": parts.tag("worker"),
+        "command": ["python", "-m", "daruma_trainer.programs.mlr"],
+        "args": [word for option in options.items() for word in option],
+    }
 
 
 class JobNamespace:
@@ -35,7 +47,7 @@ class JobNamespace:
     def manifest(
         self, name: str, *, servers: int = 3, workers: int = 2, steps: int = STEPS, **spec: Any
     ) -> dict[str, Any]:
-        """Return an MLR job on synthetic data; `spec` overrides whole parts."""
+        """Return a job of a regression on synthetic data; `spec` overrides whole parts."""
         return {
             "apiVersion": "daruma.dev/v1alpha1",
             "kind": "TrainingJob",
@@ -43,10 +55,8 @@ class JobNamespace:
             "spec": {
                 "program": {
                     "image": parts.tag("worker"),
-                    "command": ["python", "-m", "daruma_trainer.programs.mlr"],
-                    "args": [
-                        "--data", DATA, "--steps", str(steps), "--lr", RATE, "--think-ms", THINK_MS,
-                    ],
+                    "command": ["python", "-c", Path(softmax.__file__).read_text()],
+                    "args": [str(steps), DATA, RATE, THINK_MS],
                 },
                 "servers": {"replicas": servers, "image": parts.tag("server")},
                 "workers": {"replicas": workers},
