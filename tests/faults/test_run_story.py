@@ -22,6 +22,7 @@ from left_behind import left_by
 
 pytestmark = pytest.mark.faults
 DEADLINE = 180.0
+STEPS = 120
 MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
 kind: TrainingJob
@@ -46,7 +47,7 @@ KEYS = {"job", "phase", "steps", "loss", "metrics", "recoveries", "seconds", "pu
 def running(
     folder: Path,
     *arguments: str,
-    steps: int = 200,
+    steps: int = STEPS,
     mode: str = "Async",
     program: str = SOFTMAX,
     placement: str = "Replace",
@@ -117,7 +118,7 @@ def check_recovery(record: dict[str, Any]) -> None:
 
 
 def test_a_server_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
-    with running(tmp_path, "--kill", "server-1@step=60", program=MLR) as process:
+    with running(tmp_path, "--kill", "server-1@step=40", program=MLR) as process:
         assert ended(tmp_path, process) == 0, output(tmp_path)
     found = report(tmp_path)
     assert set(found) >= KEYS
@@ -126,8 +127,8 @@ def test_a_server_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
     assert (recovery["cause"], recovery["indexes"]) == ("ServerLost", [1])
     assert sum(recovery["sources"].values()) > 300, "a third of 1,024 slots"
     assert recovery["rework"]["redoneSteps"] == 0
-    assert (found["phase"], found["steps"]) == ("Succeeded", 200)
-    assert found["pushes"]["applied"] == 400
+    assert (found["phase"], found["steps"]) == ("Succeeded", STEPS)
+    assert found["pushes"]["applied"] == 2 * STEPS
     steps = [step for step, _, _ in found["loss"]]
     assert steps == sorted(steps), "the step count never goes back"
     assert found["metrics"]["test_accuracy"] >= 0.9
@@ -140,9 +141,9 @@ def test_a_server_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kills",
     [
-        pytest.param(["worker-1@step=60"], id="worker"),
-        pytest.param(["server-0@step=60", "server-2@step=60"], id="two-servers"),
-        pytest.param(["server-0@step=60", "worker-0@step=60"], id="server-and-worker"),
+        pytest.param(["worker-1@step=40"], id="worker"),
+        pytest.param(["server-0@step=40", "server-2@step=40"], id="two-servers"),
+        pytest.param(["server-0@step=40", "worker-0@step=40"], id="server-and-worker"),
     ],
 )
 def test_others_are_killed(tmp_path: Path, kills: list[str]) -> None:
@@ -155,14 +156,14 @@ def test_others_are_killed(tmp_path: Path, kills: list[str]) -> None:
     assert sorted(lost) == sorted((role.capitalize(), int(index)) for role, index in wanted)
     for record in found["recoveries"]:
         check_recovery(record)
-    assert found["steps"] == 200
+    assert found["steps"] == STEPS
     assert found["metrics"]["test_accuracy"] >= 0.9
 
 
 @pytest.mark.parametrize("mode", ["Async", "Sync"])
 @pytest.mark.parametrize("strategy", ["FullCheckpoint", "Partial", "Stateless"])
 def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> None:
-    kill = ("--kill", "server-2@step=80")
+    kill = ("--kill", "server-2@step=50")
     with running(tmp_path, "--strategy", strategy, *kill, "--json", mode=mode) as it:
         assert ended(tmp_path, it) == 0, output(tmp_path)
     found = report(tmp_path)
@@ -174,7 +175,7 @@ def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> Non
 
 @pytest.mark.parametrize("mode", ["Async", "Sync"])
 def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> None:
-    with running(tmp_path, "--kill", "server-2@step=50", mode=mode, placement="Adopt") as it:
+    with running(tmp_path, "--kill", "server-2@step=30", mode=mode, placement="Adopt") as it:
         assert ended(tmp_path, it) == 0, output(tmp_path)
     found = report(tmp_path)
     causes = [(r["cause"], r["placement"], r["indexes"]) for r in found["recoveries"]]
@@ -187,7 +188,7 @@ def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> 
     assert all(
         r["pushes"]["lost"] == 0 for r in (handed if mode == "Async" else found["recoveries"])
     )
-    assert (found["phase"], found["steps"]) == ("Succeeded", 200)
+    assert (found["phase"], found["steps"]) == ("Succeeded", STEPS)
     assert found["metrics"]["test_accuracy"] >= 0.9
 
 
@@ -219,6 +220,19 @@ def test_no_member_survives_a_killed_daruma(tmp_path: Path) -> None:
         until("none is left", lambda: left_by(tmp_path) == [])
 
 
+def test_ctrl_c_before_training_begins_ends_at_once(tmp_path: Path) -> None:
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import time; time.sleep(600)")
+    with running(tmp_path, program=str(sleeper)) as process:
+        until("members run", lambda: len(left_by(tmp_path)) == 5)
+        process.send_signal(signal.SIGINT)
+        assert ended(tmp_path, process) == 1
+    assert "there is nothing to save" in output(tmp_path)
+    assert "saving what there is" not in output(tmp_path)
+    found = report(tmp_path)
+    assert (found["interrupted"], found["steps"], found["result"]) == (True, 0, None)
+
+
 def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
     with running(tmp_path, steps=100_000) as process:
         until("members run", lambda: len(left_by(tmp_path)) == 5)
@@ -233,5 +247,5 @@ def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
         )
         assert second.returncode == 3
         assert "another `daruma run` uses this folder" in second.stderr
-        process.send_signal(signal.SIGINT)
-        assert ended(tmp_path, process) == 1
+        process.kill()
+        until("none is left", lambda: left_by(tmp_path) == [])

@@ -168,9 +168,14 @@ class _Run:
             self._aborted.set()
             return
         self.interrupted = True
+        status = self._substrate.job.status
+        if not status.initialised:
+            self._warn("interrupted before training began: there is nothing to save")
+            self._aborted.set()
+            return
         self._warn("interrupted: saving what there is; once more to kill")
         # With the result saved, workers leave on their own.
-        saved = self._substrate.job.status.result is not None
+        saved = status.result is not None
         workers = saved or self._substrate.terminate_workers()
         finish = _FINISH_SECONDS if workers else 0.0
         asyncio.get_running_loop().call_later(finish, self._aborted.set)
