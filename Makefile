@@ -7,7 +7,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests at once: most of them wait for processes and pods more than they compute.
+# Tests at once: most of them wait for processes and pods more than they compute. In the order of
+# the folders: the cluster's wait longest, so they begin first.
 JOBS ?= 4
 STAMP := $(VENV)/.installed
 
@@ -28,7 +29,7 @@ demo: $(STAMP) ## train on this machine, lose a server half-way, recover, and sa
 
 .PHONY: test
 test: $(STAMP) machine ## every test, a real cluster included
-	@$(BIN)/pytest -n $(JOBS) --dist loadfile
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: machine
 machine: ## what the test cluster needs from the system (apt packages, when root)

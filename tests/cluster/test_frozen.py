@@ -11,7 +11,7 @@ from daruma_trainer.contract import Role
 def test_a_frozen_server_that_goes_on_after_it_was_replaced(jobs: JobNamespace) -> None:
     manifest = jobs.manifest("frozen", steps=STEPS, recovery={"timeouts": {"detectSeconds": 5}})
     jobs.cluster.apply(manifest)
-    jobs.at_step("frozen", 40)
+    jobs.at_step("frozen", 20)
     before = jobs.pods("frozen")
     number = incarnations(jobs.status("frozen"), Role.SERVER)[1]
     seat = {"JOB": "frozen", "ROLE": Role.SERVER.value, "INDEX": "1", "INCARNATION": str(number)}

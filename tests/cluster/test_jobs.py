@@ -11,7 +11,7 @@ from daruma_trainer.contract import Role
 
 
 def test_a_job_succeeds_and_says_where_its_result_is(jobs: JobNamespace) -> None:
-    jobs.cluster.apply(jobs.manifest("plain", program=mlr(60)))
+    jobs.cluster.apply(jobs.manifest("plain", program=mlr(30)))
     status = jobs.ended("plain")
     assert restarts(status, "servers") == restarts(status, "workers") == 0
     assert status["result"]["uri"].startswith("file:///")
@@ -20,7 +20,7 @@ def test_a_job_succeeds_and_says_where_its_result_is(jobs: JobNamespace) -> None
 
 def test_kill_9_of_a_servers_process(jobs: JobNamespace, check: Check) -> None:
     jobs.cluster.apply(jobs.manifest("killed"))
-    jobs.at_step("killed", 40)
+    jobs.at_step("killed", 20)
     before = jobs.pods("killed")
     kill(jobs, "killed", Role.SERVER, 1)
     status = jobs.ended("killed")
@@ -33,7 +33,7 @@ def test_kill_9_of_a_servers_process(jobs: JobNamespace, check: Check) -> None:
 
 def test_a_deleted_server_pod(jobs: JobNamespace, check: Check) -> None:
     jobs.cluster.apply(jobs.manifest("deleted"))
-    jobs.at_step("deleted", 40)
+    jobs.at_step("deleted", 20)
     before = jobs.pods("deleted")
     number = incarnations(jobs.status("deleted"), Role.SERVER)[0]
     jobs.cluster.kubectl(
@@ -44,7 +44,7 @@ def test_a_deleted_server_pod(jobs: JobNamespace, check: Check) -> None:
 
 def test_kill_9_of_a_worker(jobs: JobNamespace, check: Check) -> None:
     jobs.cluster.apply(jobs.manifest("worker"))
-    jobs.at_step("worker", 40)
+    jobs.at_step("worker", 20)
     before = jobs.pods("worker")
     kill(jobs, "worker", Role.WORKER, 1)
     status = jobs.ended("worker")

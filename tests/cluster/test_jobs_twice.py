@@ -8,7 +8,7 @@ from daruma_trainer.contract import Role
 
 def test_two_servers_at_once(jobs: JobNamespace, check: Check) -> None:
     jobs.cluster.apply(jobs.manifest("two"))
-    jobs.at_step("two", 40)
+    jobs.at_step("two", 20)
     before = jobs.pods("two")
     kill(jobs, "two", Role.SERVER, 0)
     kill(jobs, "two", Role.SERVER, 2)
@@ -19,7 +19,7 @@ def test_two_servers_at_once(jobs: JobNamespace, check: Check) -> None:
 
 def test_a_server_and_a_worker_at_once(jobs: JobNamespace, check: Check) -> None:
     jobs.cluster.apply(jobs.manifest("both"))
-    jobs.at_step("both", 40)
+    jobs.at_step("both", 20)
     before = jobs.pods("both")
     kill(jobs, "both", Role.SERVER, 1)
     kill(jobs, "both", Role.WORKER, 0)
@@ -28,7 +28,7 @@ def test_a_server_and_a_worker_at_once(jobs: JobNamespace, check: Check) -> None
 
 def test_a_second_server_while_the_first_is_restored(jobs: JobNamespace, check: Check) -> None:
     jobs.cluster.apply(jobs.manifest("second"))
-    jobs.at_step("second", 40)
+    jobs.at_step("second", 20)
     before = jobs.pods("second")
     kill(jobs, "second", Role.SERVER, 1)
     jobs.cluster.until(

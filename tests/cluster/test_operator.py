@@ -107,8 +107,8 @@ def test_the_operator_killed_during_a_recovery(
 ) -> None:
     name = f"at-{point}"
     ended = _lines(watched, "/tmp/ends")
-    jobs.cluster.apply(jobs.manifest(name, servers=2, workers=1, steps=160))
-    jobs.at_step(name, 20)
+    jobs.cluster.apply(jobs.manifest(name, servers=2, workers=1, steps=80))
+    jobs.at_step(name, 10)
     before = jobs.pods(name)
     kill(jobs, name, Role.SERVER, 1)
     watched.until(
@@ -119,7 +119,7 @@ def test_the_operator_killed_during_a_recovery(
     watched.until(lambda: set(jobs.pods(name)) == members, "no pod is an orphan", 60)
 
     status = jobs.ended(name)
-    check_recovered(jobs, name, before, {"server-1"}, status, steps=160)
+    check_recovered(jobs, name, before, {"server-1"}, status, steps=80)
     assert [r["id"] for r in status["recoveries"]] == [recovered[0]["id"]], "a second recovery"
     assert restarts(status, "servers") == 1
     assert restarts(status, "workers") == 0
@@ -133,8 +133,8 @@ def test_a_status_write_that_loses_leads_to_no_act(watched: Cluster, jobs: JobNa
 
 
 def test_metrics_tell_what_status_tells(watched: Cluster, jobs: JobNamespace) -> None:
-    jobs.cluster.apply(jobs.manifest("counted", servers=2, workers=1, steps=160))
-    jobs.at_step("counted", 20)
+    jobs.cluster.apply(jobs.manifest("counted", servers=2, workers=1, steps=80))
+    jobs.at_step("counted", 10)
     kill(jobs, "counted", Role.SERVER, 0)
     (record,) = jobs.ended("counted")["recoveries"]
     text = watched.raw(METRICS)

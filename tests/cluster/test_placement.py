@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 from members import incarnations, kill
 from testjobs import JobNamespace
+from up import API_ADDRESS
 
 from daruma_trainer.contract import Role, member_id
 from s3_server import environment, s3_server
-
-API_HOST = "10.245.0.254"
-"""Of our own cluster's control plane; pods reach it."""
 
 
 def delete(jobs: JobNamespace, name: str, *servers: int) -> None:
@@ -34,9 +32,9 @@ def guests(status: dict[str, Any]) -> list[int]:
 
 def test_two_of_four_are_adopted_and_return_and_then_all_four_are_lost(jobs: JobNamespace) -> None:
     jobs.cluster.apply(
-        jobs.manifest("adopt", servers=4, steps=400, recovery={"placement": "Adopt"})
+        jobs.manifest("adopt", servers=4, steps=240, recovery={"placement": "Adopt"})
     )
-    jobs.at_step("adopt", 40)
+    jobs.at_step("adopt", 20)
     before = jobs.pods("adopt")
     delete(jobs, "adopt", 1, 3)
 
@@ -60,15 +58,15 @@ def test_two_of_four_are_adopted_and_return_and_then_all_four_are_lost(jobs: Job
     lost = [r for r in status["recoveries"] if r["cause"] != "HandBack"]
     assert {i for r in lost[1:] for i in r["indexes"]} == {0, 1, 2, 3}
     assert {r["outcome"] for r in status["recoveries"]} == {"Succeeded"}
-    assert status["progress"]["step"] >= 400
+    assert status["progress"]["step"] >= 240
     assert status["restarts"]["workers"] == 0
 
 
 def test_two_of_four_are_restored_from_s3(jobs: JobNamespace) -> None:
     if jobs.cluster.folder is None:
         pytest.skip("the S3 server stands beside our own cluster's control plane")
-    with s3_server("saves", host=API_HOST, prefix=jobs.cluster.prefix) as port:
-        reached = environment(port, API_HOST)
+    with s3_server("saves", host=API_ADDRESS, prefix=jobs.cluster.prefix) as port:
+        reached = environment(port, API_ADDRESS)
         jobs.cluster.apply(
             {
                 "apiVersion": "v1", "kind": "Secret", "stringData": reached,
@@ -77,7 +75,7 @@ def test_two_of_four_are_restored_from_s3(jobs: JobNamespace) -> None:
             jobs.manifest(
                 "bucket",
                 servers=4,
-                steps=200,
+                steps=120,
                 checkpoint={
                     "store": "s3://saves/jobs", "secretRef": {"name": "s3"},
                     "every": 40, "fraction": 0.25,
@@ -85,7 +83,7 @@ def test_two_of_four_are_restored_from_s3(jobs: JobNamespace) -> None:
                 recovery={"strategy": "Partial"},
             ),
         )  # fmt: skip
-        jobs.at_step("bucket", 60)
+        jobs.at_step("bucket", 30)
         delete(jobs, "bucket", 0, 2)
         status = jobs.ended("bucket")
         (record,) = status["recoveries"]

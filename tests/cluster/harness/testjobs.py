@@ -17,8 +17,8 @@ import softmax
 
 CLAIM = "checkpoints"
 USER = 65532
-STEPS = 300
-THINK_MS = "50"
+STEPS = 160
+THINK_MS = "100"
 """An outage of seconds is a part of such a job, not most of it."""
 DATA = "synthetic:2000,32,5"
 RATE = "0.1"
