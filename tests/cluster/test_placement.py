@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from members import incarnations, kill
+from testcluster import API_ADDRESS
 from testjobs import JobNamespace
-from up import API_ADDRESS
 
 from daruma_trainer.contract import Role, member_id
 from s3_server import environment, s3_server

@@ -30,6 +30,8 @@ TEST = "daruma.dev/test"
 START_SECONDS = 300.0
 DEADLINE = 120.0
 SHARED_SECONDS = 1500.0
+API_ADDRESS = "10.245.0.254"
+"""Of the control plane of a cluster of our own; pods reach it."""
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -209,6 +211,7 @@ def cluster() -> Iterator[Cluster]:
         "KUBE": str(parts.kube()),
         "ROOT": str(folder / "root"),
         "STORE": str(store),
+        "ADDRESS": API_ADDRESS,
     }
     hold = f"touch {folder}/ready; exec sleep infinity"
     with (folder / "up.log").open("wb") as log:

@@ -25,7 +25,7 @@ KUBE = os.environ["KUBE"]
 ROOT = pathlib.Path(os.environ.get("ROOT", "/tmp/daruma-cluster"))
 NODES = int(os.environ.get("NODES", "2"))
 STORE = pathlib.Path(os.environ["STORE"])
-API_ADDRESS = "10.245.0.254"
+API_ADDRESS = os.environ["ADDRESS"]
 DEADLINE_S = 60
 
 
