@@ -33,7 +33,7 @@ STORE_MOUNT: Final = "/var/lib/daruma/store"
 """Where a pod sees the claim that a `file://` store lies in."""
 
 SLOTS: Final = 1024
-"""Units of ownership, dedupe, restore and hand-over (design.md, "slot")."""
+"""Units of ownership, dedupe, restore and hand-over (docs/architecture.md)."""
 
 WINDOW: Final = 64
 """How many batches before the last one an applied entry remembers."""
@@ -322,10 +322,6 @@ class RestoreReport:
     missing: int = 0
     """Slots that no listed source could give."""
     damaged: tuple[str, ...] = ()
-    delta_norm: float | None = None
-    """L2: 0.0 exact, an upper bound, or None: unknown (see delta_kind)."""
-    delta_kind: str = "Unknown"
-    """Exact | UpperBound | Unknown."""
     done: bool = False
 
 
@@ -368,7 +364,7 @@ class Report:
     stale: int = 0
     lost: int = 0
     replayed: int = 0
-    """Pushes; counted by batches (see protocol.md, floor)."""
+    """Pushes; counted by batches."""
     acked_epoch: int = 0
     """Workers: the newest epoch E such that a batch first sent after E was seen is acknowledged
     by all slots."""

@@ -206,7 +206,7 @@ class Client:
 
         False: a rollback to another generation came meanwhile, so the pull has to be made again.
         Slots of servers that are younger than this worker were lost with its predecessor, or
-        after it: what they lack nobody can compute again (the floor, protocol "Losing workers").
+        after it: what they lack nobody can compute again (the floor).
         """
         with self.lock:
             if generation != self.generation:

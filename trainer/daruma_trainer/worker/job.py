@@ -346,7 +346,7 @@ class Job:
         """At the end of its batches a worker waits for what could send it back; True: it must.
 
         That is until all slots have its batches and, where a job can roll back, until all other
-        workers reached their ends too (protocol.md, "Ending").
+        workers reached their ends too.
         """
         client = self._client
         membership, pushes = client.membership, client.pushes
