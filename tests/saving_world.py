@@ -29,6 +29,7 @@ class World:
         servers: int = 1,
         thread: Background | None = None,
         store: Store | None = None,
+        incarnation: int = 1,
         **settings: Any,
     ) -> None:
         chosen = Settings(**{"every": 4, "fraction": 0.25, "cuts": True} | settings)
@@ -38,7 +39,7 @@ class World:
         self.store = store or DirectoryStore(folder)
         self.background = ByHand()
         background = thread or self.background
-        self.plane = DataPlane(self.membership, 0, 1)
+        self.plane = DataPlane(self.membership, 0, incarnation)
         spec = TableSpec(0, "t", (ROWS, COLS), 1, rule_to_json(SGD(momentum=0.9)))
         assert self.plane.add_table(spec) is None
         self.plane.slots.state[:] = SlotState.READY

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from daruma_trainer.checkpoint.manifest import read_manifest
+from daruma_trainer.checkpoint.manifest import read_manifest, shard_folder
 from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import DirectoryStore
 from daruma_trainer.errors import StoreFullError
 from daruma_trainer.server import saving
 from daruma_trainer.server.cuts import FIRST
-from daruma_trainer.server.saving import Saver
 from saving_world import ROWS, World
 
 
@@ -253,9 +252,7 @@ def test_a_first_save_that_failed_is_made_whole_before_the_predecessors_go(tmp_p
     old.begin()
     old.background.run()
     store = Full(tmp_path)
-    world = World(tmp_path, store=store)
-    world.saver = Saver(world.plane, world.store, world.background, world.membership, 0)
-    world.saver._folder = old.saver._folder.replace("00000001", "00000002")
+    world = World(tmp_path, store=store, incarnation=2)
     store.full = True
     failed: list[str | None] = []
     world.saver.save_all("running", "", lambda _written, error: failed.append(error))
@@ -264,7 +261,7 @@ def test_a_first_save_that_failed_is_made_whole_before_the_predecessors_go(tmp_p
     store.full = False
     world.train(4)
     world.save()
-    folder = tmp_path / world.saver._folder
+    folder = tmp_path / shard_folder(world.membership.prefix, 0, 2)
     newest = read_manifest(world.store, str(max(folder.glob("manifest-*")).relative_to(tmp_path)))
     assert len(newest.blocks) == ROWS, "all of it, though a quarter was due"
 

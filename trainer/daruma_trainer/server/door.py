@@ -51,7 +51,7 @@ class Door:
             frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return None
-        parts = [frame.buffer for frame in frames]
+        parts: list[Frame] = [frame.buffer for frame in frames]
         identity = bytes(parts[0])
         if len(frames) < 2 or self._gate.user_of(frames[1]) != identity:
             return identity, []

@@ -1,7 +1,7 @@
 """What a server says of itself, and what others told it."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,7 @@ class Board:
         self._shown_at = 0.0
 
     def show(
-        self, epoch: int, own: Report, others: Mapping[str, tuple[float, Report]], *, now: bool
+        self, epoch: int, own: Report, others: dict[str, tuple[float, Report]], *, now: bool
     ) -> bool:
         """Show what is known, where something important changed or it is time; True if it was.
 
