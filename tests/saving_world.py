@@ -1,7 +1,5 @@
 """A server's shard without sockets, whose store's thread works when it is told to."""
 
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,52 +7,17 @@ import numpy as np
 
 from daruma_trainer.checkpoint.manifest import Manifest, newest_manifest
 from daruma_trainer.checkpoint.reading import read_blocks
-from daruma_trainer.checkpoint.store import DirectoryStore
+from daruma_trainer.checkpoint.store import DirectoryStore, Store
 from daruma_trainer.contract import Member, Membership, Role, Settings
-from daruma_trainer.errors import StoreError, StoreFullError
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import SGD, rule_to_json
-from daruma_trainer.server.background import Background, Done, Job
+from daruma_trainer.server.background import Background, ByHand
 from daruma_trainer.server.cuts import Cuts
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.saving import Saver
 from daruma_trainer.server.slots import SlotState
 
 ROWS, COLS = 40, 4
-
-
-class ByHand(Background):
-    """Jobs wait until the test runs them, in order, as on the store's thread."""
-
-    def __init__(self) -> None:
-        self.jobs: deque[tuple[Job, Done]] = deque()
-
-    def submit(self, job: Job, done: Done) -> None:
-        self.jobs.append((job, done))
-
-    def post(self, call: Callable[[], None]) -> None:
-        call()
-
-    def run(self) -> None:
-        while self.jobs:
-            job, done = self.jobs.popleft()
-            try:
-                result = job()
-            except StoreError as error:
-                done(None, error)
-            else:
-                done(result, None)
-
-
-class Full(DirectoryStore):
-    """A store without space left while `full` is set."""
-
-    full = False
-
-    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        if self.full:
-            raise StoreFullError("no space left")
-        super().write(name, data)
 
 
 class World:
@@ -65,16 +28,18 @@ class World:
         folder: Path,
         servers: int = 1,
         thread: Background | None = None,
+        store: Store | None = None,
+        incarnation: int = 1,
         **settings: Any,
     ) -> None:
         chosen = Settings(**{"every": 4, "fraction": 0.25, "cuts": True} | settings)
         members = tuple(Member(Role.SERVER, i, 1, f"s{i}", f"a:{i}") for i in range(servers))
         self.membership = Membership("uid", "ns", "job", 1, servers, 1, members, chosen)
         self.folder = folder
-        self.store = Full(folder)
+        self.store = store or DirectoryStore(folder)
         self.background = ByHand()
         background = thread or self.background
-        self.plane = DataPlane(self.membership, 0, 1)
+        self.plane = DataPlane(self.membership, 0, incarnation)
         spec = TableSpec(0, "t", (ROWS, COLS), 1, rule_to_json(SGD(momentum=0.9)))
         assert self.plane.add_table(spec) is None
         self.plane.slots.state[:] = SlotState.READY

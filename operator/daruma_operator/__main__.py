@@ -73,6 +73,7 @@ async def operate(options: argparse.Namespace) -> int:
     start_http_server(int(options.metrics_port), registry=metrics.registry)
     async with client.ApiClient() as api:
         substrate = KubernetesSubstrate(api, options.namespace, namespaces)
+        metrics.watch_age.set_function(lambda: time.monotonic() - substrate.contact)
         health = await _serve_health(int(options.health_port), substrate)
         identity = os.environ.get("POD_ID") or socket.gethostname()
         election = Election(api, options.namespace, identity, utc_now)

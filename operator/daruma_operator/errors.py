@@ -4,9 +4,8 @@ DarumaError
 ├── ManifestError              fix the spec; `daruma` exits with 2, one line a problem
 ├── UsageError                 fix the command line; exit code 2
 ├── EnvironmentLacksError      install or free something; exit code 3
-└── TryAgainError              the pass is repeated with a growing delay
-    ├── AgentError             a member's agent did not do what was asked
-    └── ClusterError           the API server, or the substrate, did not do what was asked
+└── ClusterError               the API server did not do what was asked; the pass is repeated with
+                               a growing delay
 
 `substrate.protocol.StatusConflict` stands beside this tree: it is an outcome, not a fault.
 """
@@ -28,13 +27,5 @@ class EnvironmentLacksError(DarumaError):
     """This machine lacks something: the message says what to install or to free."""
 
 
-class TryAgainError(DarumaError):
-    """Something outside failed; nothing was decided by it."""
-
-
-class AgentError(TryAgainError):
-    """A member's agent could not be reached, or refused."""
-
-
-class ClusterError(TryAgainError):
+class ClusterError(DarumaError):
     """The substrate could not do what was asked."""

@@ -107,7 +107,7 @@ class Metrics:
             registry=r,
         )
         self.watch_age = Gauge(
-            "daruma_watch_age_seconds", "Since the last event or LIST.", registry=r
+            "daruma_watch_age_seconds", "Since the API server's last word.", registry=r
         )
         self.leader = Gauge("daruma_leader", "1 if this operator leads.", registry=r)
         self.build_info = Gauge("daruma_build_info", "Always 1.", ["version"], registry=r)

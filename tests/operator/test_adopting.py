@@ -94,6 +94,24 @@ def test_a_guest_that_ends_is_lost() -> None:
     assert (loss.index, loss.reason) == (1, "Signal9")
     assert world.status.restarts.servers == 2
     assert hosts(world) == {1: "j-server-0-1"}
+    said = [e.message for d in world.decisions for e in d.events if e.reason == "PodFailed"]
+    assert said[-1] == f"{guest}, in the pod j-server-0-1, was lost (Signal9)"
+
+
+def test_a_guest_that_its_host_does_not_start_is_named_with_the_host() -> None:
+    spec = spec_of(
+        recovery={"placement": "Adopt", "timeouts": {"replaceSeconds": 5}}, servers={"replicas": 2}
+    )
+    world = World(spec=spec, total=FOREVER).running()
+    world.kill("server-1")
+    world.tick()
+    (guest,) = [s.id for s in world.sims.values() if s.host]
+    del world.sims[guest]
+    world.sim("server-0").guests = ()
+    world.tick(6)
+    assert world.status.message == (
+        f"no replacement ran within 5 s: {guest}, in the pod j-server-0-1, was not heard of"
+    )
 
 
 def test_with_nobody_left_servers_are_replaced() -> None:
@@ -165,11 +183,15 @@ def test_a_job_ends_with_an_adopted_server_too() -> None:
     assert [p for p in world.pods.values() if p.state == "Running"] == []
 
 
-@pytest.mark.parametrize("strategy", ["FullCheckpoint", "Partial", "Stateless", "Freshest"])
-@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize(
+    ("strategy", "store"),
+    # Those that need a store are refused without one.
+    [
+        ("FullCheckpoint", True), ("Partial", True), ("Stateless", True), ("Freshest", True),
+        ("Stateless", False), ("Freshest", False),
+    ],
+)  # fmt: skip
 def test_a_hand_back_whose_guest_dies_becomes_an_ordinary_loss(strategy: str, store: bool) -> None:
-    if not store and strategy in ("FullCheckpoint", "Partial"):
-        return  # refused at the door
     recovery = {"placement": "Adopt", "strategy": strategy}
     spec = spec_of(recovery=recovery, **({} if store else {"checkpoint": {}}))
     world = World(spec=spec, total=FOREVER, store="file:///s" if store else None)

@@ -63,7 +63,7 @@ def test_what_is_no_geometric_decay_is_unknown(moves: list[Move]) -> None:
     assert fit([moves], 1, 12) is None
 
 
-def test_the_estimate_is_the_theorems() -> None:
+def test_the_estimate_is_the_bound() -> None:
     c, start, step = 0.97, 4.0, 96
     decay = found([contraction(c, start, step, 12)], 1, step)
     delta = Delta(0.3, DeltaKind.UPPER_BOUND)

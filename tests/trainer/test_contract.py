@@ -76,7 +76,7 @@ def a_membership() -> Membership:
 
 def a_view() -> View:
     saved = SavedState("ns/j/uid/0/1/manifest-2.json", 8, 100, 0.5, 0.25)
-    restore = RestoreReport(1, {"peer": 3}, 12, 0.1, 0, ("t/4",), 0.0, "Exact", done=True)
+    restore = RestoreReport(1, {"peer": 3}, 12, 0.1, 0, ("t/4",), done=True)
     own = Report("server-0-1", 3, "Ready", running=saved, cut=saved, restore=restore)
     other = Report(
         "worker-1-2",

@@ -14,12 +14,13 @@ from daruma_trainer.checkpoint.store import DirectoryStore
 from daruma_trainer.contract import Restore, Role, Source, SourceKind, slots_to_hex
 from daruma_trainer.identity import Identity
 from daruma_trainer.server import restoring
+from daruma_trainer.server.background import ByHand
 from daruma_trainer.server.cuts import FIRST
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.restoring import Restorer
 from daruma_trainer.server.slots import SlotState
 from daruma_trainer.wire import State
-from saving_world import ByHand, World
+from saving_world import World
 
 ME = Identity("n", "j", Role.SERVER, 0, 9, "")
 

@@ -6,12 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from daruma_trainer.checkpoint.manifest import read_manifest
+from daruma_trainer.checkpoint.manifest import read_manifest, shard_folder
 from daruma_trainer.checkpoint.reading import read_blocks
+from daruma_trainer.checkpoint.store import DirectoryStore
+from daruma_trainer.errors import StoreFullError
 from daruma_trainer.server import saving
 from daruma_trainer.server.cuts import FIRST
-from daruma_trainer.server.saving import Saver
 from saving_world import ROWS, World
+
+
+class Full(DirectoryStore):
+    """A store without space left while `full` is set."""
+
+    full = False
+
+    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        if self.full:
+            raise StoreFullError("no space left")
+        super().write(name, data)
 
 
 def step_until(world: World, condition: Callable[[], bool], limit: int = 200) -> None:
@@ -65,14 +77,15 @@ def test_a_slot_without_blocks_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_does_not_claim_what_it_did_not_write(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    store = Full(tmp_path)
+    world = World(tmp_path, store=store)
     world.begin()
     world.background.run()
     world.train(4)
-    world.store.full = True
+    store.full = True
     world.save()
     assert world.saver.error is not None
-    world.store.full = False
+    store.full = False
     world.train(4)
     world.save()
     assert world.saver.error is None
@@ -114,8 +127,9 @@ def test_after_a_rollback_nothing_of_the_abandoned_lineage_is_the_newest(tmp_pat
 
 
 def test_a_rollback_goes_on_when_the_store_is_full(tmp_path: Path) -> None:
-    world = World(tmp_path)
-    world.store.full = True
+    store = Full(tmp_path)
+    world = World(tmp_path, store=store)
+    store.full = True
     ended: list[bool] = []
     world.saver.rolled_back(0, lambda: ended.append(True))
     world.background.run()
@@ -217,14 +231,15 @@ def test_a_pass_that_a_rollback_interrupts_forgets_no_change(tmp_path: Path) -> 
 
 
 def test_a_save_that_failed_is_made_up_for(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    store = Full(tmp_path)
+    world = World(tmp_path, store=store)
     world.begin()
     world.background.run()
     world.train(1, 0.0)
     world.change([5], 9.0)
-    world.store.full = True
+    store.full = True
     world.save()
-    world.store.full = False
+    store.full = False
     world.train(1, 0.0)
     world.save()
     blocks, _ = read_blocks(world.store, world.newest(), world.newest().blocks)
@@ -236,18 +251,17 @@ def test_a_first_save_that_failed_is_made_whole_before_the_predecessors_go(tmp_p
     old = World(tmp_path)
     old.begin()
     old.background.run()
-    world = World(tmp_path)
-    world.saver = Saver(world.plane, world.store, world.background, world.membership, 0)
-    world.saver._folder = old.saver._folder.replace("00000001", "00000002")
-    world.store.full = True
+    store = Full(tmp_path)
+    world = World(tmp_path, store=store, incarnation=2)
+    store.full = True
     failed: list[str | None] = []
     world.saver.save_all("running", "", lambda _written, error: failed.append(error))
     world.background.run()
     assert failed[0] is not None
-    world.store.full = False
+    store.full = False
     world.train(4)
     world.save()
-    folder = tmp_path / world.saver._folder
+    folder = tmp_path / shard_folder(world.membership.prefix, 0, 2)
     newest = read_manifest(world.store, str(max(folder.glob("manifest-*")).relative_to(tmp_path)))
     assert len(newest.blocks) == ROWS, "all of it, though a quarter was due"
 

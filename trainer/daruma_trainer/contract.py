@@ -1,20 +1,36 @@
 """What the operator and the trainer must agree on: names, ports, exit codes, control messages.
 
 Standard library only, because the operator imports it and must not need numpy. Everything that
-crosses HTTP between operator and pods is a frozen dataclass here, with `to_json` and `from_json`;
-`from_json` raises `ContractError` for anything it does not understand, before it allocates.
+crosses HTTP between operator and pods is a frozen dataclass here (what members are told) or in
+`views` (what they say), with `to_json` and `from_json`; `from_json` raises `ContractError` for
+anything it does not understand, before it allocates.
 """
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
 from functools import lru_cache
 from typing import Any, Final
 
-from daruma_trainer.parsing import ContractError as ContractError  # noqa: PLC0414 - part of the contract
-from daruma_trainer.parsing import parse_message
+from daruma_trainer.parsing import ContractError, parse_message
+from daruma_trainer.views import (
+    Copies,
+    Guest,
+    Move,
+    Report,
+    RestoreReport,
+    SavedState,
+    Suspect,
+    View,
+)
+
+__all__ = [
+    "ContractError", "Copies", "Guest", "Move", "Report", "RestoreReport", "SavedState", "Suspect",
+    "View",
+]  # fmt: skip
+"""Of what is defined beside this module, what belongs to the contract too."""
 
 ENV_NAMESPACE: Final = "DARUMA_NAMESPACE"
 ENV_JOB: Final = "DARUMA_JOB"
@@ -33,7 +49,7 @@ STORE_MOUNT: Final = "/var/lib/daruma/store"
 """Where a pod sees the claim that a `file://` store lies in."""
 
 SLOTS: Final = 1024
-"""Units of ownership, dedupe, restore and hand-over (design.md, "slot")."""
+"""Units of ownership, dedupe, restore and hand-over (docs/architecture.md)."""
 
 WINDOW: Final = 64
 """How many batches before the last one an applied entry remembers."""
@@ -256,165 +272,6 @@ class Restore:
         return restore
 
 
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """Slots of one version that a member holds: a worker's last complete pull, or a manifest."""
-
-    lineage: int
-    position: int
-    slots: str
-
-
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """A member that another one cannot reach."""
-
-    id: str
-    age: float
-    """Seconds since the connection broke, or since the oldest unanswered request."""
-    reason: str
-    """Disconnected | Unanswered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """A server that lives in another one's pod, as its host sees it."""
-
-    id: str
-    address: str
-    exit_code: int | None = None
-    """None while its process runs; negative: the signal that ended it."""
-
-
-@dataclass(frozen=True, slots=True)
-class SavedState:
-    """The newest durable save of one kind that a member knows of."""
-
-    path: str
-    """In the store, below its root: of a manifest (running) or of a cut file."""
-    step: int
-    bytes: int
-    age: float
-    """Seconds since it became durable."""
-    distance: float | None = None
-    """L2 distance between the live shard and what is saved, where it was computed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """How far a shard moved between two steps."""
-
-    first: int
-    last: int
-    norm: float
-    """L2, estimated from a random sample of a large shard's parameters."""
-
-
-@dataclass(frozen=True, slots=True)
-class RestoreReport:
-    """How far a server is with a `Restore`, and what it cost; final when `done`."""
-
-    recovery: int
-    sources: Mapping[str, int] = field(default_factory=dict)
-    """Slots restored so far, by the kind of source of their parameters."""
-    bytes: int = 0
-    seconds: float = 0.0
-    missing: int = 0
-    """Slots that no listed source could give."""
-    damaged: tuple[str, ...] = ()
-    delta_norm: float | None = None
-    """L2: 0.0 exact, an upper bound, or None: unknown (see delta_kind)."""
-    delta_kind: str = "Unknown"
-    """Exact | UpperBound | Unknown."""
-    done: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What one member says of itself. Servers hand on what others told them, with its age."""
-
-    id: str
-    epoch: int
-    """Of the newest membership that it applied."""
-    state: str
-    """Servers: Joining | Empty | Restoring | Ready | Frozen (its successor takes its slots).
-    Workers: Joining | Training | Finished (its
-    batches are done, and a rollback could still bring it back) | Left | Failed."""
-    step: int = 0
-    """Servers: the step their shard is at. Workers: last batch all slots acknowledged."""
-    generation: int = 0
-    initialised: bool = False
-    """Servers: every slot was Ready and, with a store, manifest 0 is durable."""
-    ready: int = 0
-    """Servers: slots that are Ready."""
-    suspects: tuple[Suspect, ...] = ()
-    copies: tuple[Copies, ...] = ()
-    """Workers, while a recovery goes on: the slot versions of the copy they keep for it."""
-    running: SavedState | None = None
-    cut: SavedState | None = None
-    """Servers: the newest cut that exists, with its file."""
-    save_error: str | None = None
-    final: str | None = None
-    """Servers: path of the final cut once it is durable ("" without a store)."""
-    restore: RestoreReport | None = None
-    update_norm: float | None = None
-    """Servers: the largest L2 norm of their last 64 updates."""
-    guests: tuple[Guest, ...] = ()
-    """Servers: the adopted seats that live in its pod."""
-    moves: tuple[Move, ...] = ()
-    """Servers: how far their shard moved, over the whole of training, oldest first."""
-    applied: int = 0
-    duplicate: int = 0
-    stale: int = 0
-    lost: int = 0
-    replayed: int = 0
-    """Pushes; counted by batches (see protocol.md, floor)."""
-    acked_epoch: int = 0
-    """Workers: the newest epoch E such that a batch first sent after E was seen is acknowledged
-    by all slots."""
-    acked_age: float | None = None
-    """Workers: seconds since the first such acknowledgement of `acked_epoch`."""
-    loss: float | None = None
-    total_steps: int | None = None
-    pending: int = 0
-    """Workers: batches accumulated and not yet sent."""
-    stop: str | None = None
-    """Workers: the reason given to `job.stop`."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Workers: what `job.report` and `job.evaluate` said last, but the loss."""
-    error: str | None = None
-    """Why it is Failed, in a sentence."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, raw: Any) -> "Report":
-        """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
-        return parse_message(cls, raw)
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """`GET /v1/view?after=V&wait=S`: what this process knows; answers at once when it is newer."""
-
-    version: int
-    epoch: int
-    own: Report
-    others: Mapping[str, tuple[float, Report]] = field(default_factory=dict)
-    """By member id: the age in seconds of what it said, and what it said."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, raw: Any) -> "View":
-        """Parse what `to_json` wrote; ContractError names the first field that is wrong."""
-        return parse_message(cls, raw)
-
-
 def member_id(role: Role, index: int, incarnation: int) -> str:
     """Name a member as the wire and views do: `server-1-6`."""
     return f"{role.value.lower()}-{index}-{incarnation}"
@@ -424,6 +281,14 @@ def agent_address(address: str) -> str:
     """Return `host:port` of the agent beside a data port."""
     host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + AGENT_PORT - DATA_PORT}"
+
+
+def port_claim(port: int) -> str:
+    """Name the abstract socket (Linux) by which one process of a machine claims a pair of ports.
+
+    Their owner may not have bound them yet. `port` is the lower one.
+    """
+    return f"\0daruma-port-{port}"
 
 
 def token_for(operator_key: bytes, job_uid: str) -> str:

@@ -89,7 +89,7 @@ class TableSpec:
 
 
 def choose_block_rows(rows: int, cols: int, servers: int, block_bytes: int | None = None) -> int:
-    """Return how many rows make a block (design.md, "block").
+    """Return how many rows make a block.
 
     `block_bytes` is spec.blockBytes; None chooses: at most 64 KiB, and at least 64 blocks a server.
     """

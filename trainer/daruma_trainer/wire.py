@@ -49,7 +49,6 @@ class Kind(IntEnum):
     PULL = 5
     RESYNC = 6
     REPORT = 7
-    LEAVE = 8
     EPOCH = 9
     """What is your newest membership? The answer is a MEMBERSHIP."""
     CUT = 10

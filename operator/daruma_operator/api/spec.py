@@ -2,7 +2,7 @@
 
 import re
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict, Field
 
@@ -381,6 +381,3 @@ class TrainingJobSpec(SpecModel):
             (point.store is not None and not re.search(STORE_PATTERN, point.store), STORE_FORM),
         ]
         return [message for wrong, message in checks if wrong]
-
-
-ApiVersion = Literal["daruma.dev/v1alpha1"]

@@ -10,7 +10,7 @@ from daruma_operator.controller.acts import (
     PostRestore,
     PutMembership,
 )
-from daruma_operator.controller.draft import Policy, indexes
+from daruma_operator.controller.draft import Policy
 from daruma_operator.controller.membership import membership_of
 from daruma_operator.controller.observe import Seen, agent_of
 from daruma_operator.controller.sourcing import restores_of
@@ -119,15 +119,3 @@ def _clean(seen: Seen, policy: Policy) -> list[Act]:
 
 def _delete(pod: PodFacts, grace: float) -> DeletePod:
     return DeletePod(pod.name, pod.uid, grace)
-
-
-def all_told(seen: Seen, status: TrainingJobStatus) -> bool:
-    """Whether every member that runs has the newest membership."""
-    done = indexes(status.workers.succeeded_indexes)
-    for member in status.members:
-        report = seen.report(name_of(member))
-        known = max(seen.delivered.get(name_of(member), 0), 0 if report is None else report.epoch)
-        ended = member.role is Role.WORKER and member.index in done
-        if not ended and known < status.epoch:
-            return False
-    return True

@@ -37,27 +37,21 @@ def successor(d: Draft, role: Role, index: int, epoch: int) -> MemberStatus:
     return MemberStatus(role=role, index=index, incarnation=epoch, pod=name)
 
 
-def successors(
-    d: Draft, lost: Collection[MemberStatus], epoch: int, placement: Placement
-) -> list[MemberStatus]:
-    """Return the next incarnations of lost members: in their own pods, or with a host each."""
-    made = [successor(d, m.role, m.index, epoch) for m in lost]
-    if placement is not Placement.ADOPT or not d.status.initialised:
-        return made
+def adopt(d: Draft, lost: Collection[MemberStatus], epoch: int) -> None:
+    """Put the next incarnations of lost servers into the pods of those that live, if any do."""
     hosts = _hosts(d, lost)
-    for i, member in enumerate(made):
-        if member.role is not Role.SERVER or not hosts:
-            continue
+    made = []
+    for index in [m.index for m in lost if m.role is Role.SERVER and hosts]:
         # The one with the fewest guests; among equals the lowest index.
-        host = min(hosts, key=lambda name: hosts[name])
-        guests, index = hosts[host]
-        hosts[host] = (guests + 1, index)
-        made[i] = member.model_copy(update={"pod": host})
-        text = f"{seat(Role.SERVER, index)} takes in the slots of {seat(Role.SERVER, member.index)}"
-        d.tell("Adopted", text, member=seat(Role.SERVER, member.index))
-        if d.status.recovery is not None:
-            d.set_record(placement=Placement.ADOPT.value)
-    return made
+        pod = min(hosts, key=lambda name: hosts[name])
+        guests, host = hosts[pod]
+        hosts[pod] = (guests + 1, host)
+        made.append(successor(d, Role.SERVER, index, epoch).model_copy(update={"pod": pod}))
+        text = f"{seat(Role.SERVER, host)} takes in the slots of {seat(Role.SERVER, index)}"
+        d.tell("Adopted", text, member=seat(Role.SERVER, index))
+    if made:
+        d.replace_members(made)
+        d.set_record(placement=Placement.ADOPT.value)
 
 
 def _hosts(d: Draft, lost: Collection[MemberStatus]) -> dict[str, tuple[int, int]]:
@@ -78,7 +72,7 @@ def adopt_instead(d: Draft, waiting: Collection[MemberStatus]) -> bool:
     if not servers or not _hosts(d, waiting):
         return False
     epoch = d.raise_epoch()
-    d.replace_members(successors(d, servers, epoch, Placement.ADOPT))
+    adopt(d, servers, epoch)
     d.set_record(epoch=epoch, stage_since=d.now, planned_epoch=0)
     return True
 

@@ -16,13 +16,13 @@ from daruma_operator.api.status import (
     Rework,
     RollbackStatus,
 )
-from daruma_operator.controller.adopting import HAND_BACK, successor, successors
+from daruma_operator.controller.adopting import HAND_BACK, adopt, successor
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
 from daruma_operator.controller.membership import ladder_of
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import job_step
-from daruma_operator.controller.verdicts import Verdict, name_of
+from daruma_operator.controller.verdicts import Verdict, described, name_of
 from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
 from daruma_operator.recovery.price import counters
@@ -47,6 +47,7 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         d.set(handing=tuple(h for h in d.status.handing if h.index not in seats))
     for v in verdicts:
         d.tell(v.event, _sentence(v), warning=True, member=seat(v.member.role, v.member.index))
+    # Those that are to be adopted get their hosts below: who can be one follows from who is left.
     d.replace_members(successor(d, m.role, m.index, epoch) for m in lost)
     alone = not any(runs(d.seen.pod(m.pod)) for m in d.status.members)
     if not before.initialised:
@@ -59,8 +60,8 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         _join(d, verdicts, epoch)
     # What was too large for its own pod is too large for another's, beside what that holds.
     large = any(v.reason == "OOMKilled" for v in verdicts)
-    placement = Placement.REPLACE if large else d.spec.recovery.placement
-    d.replace_members(successors(d, lost, epoch, placement))
+    if d.spec.recovery.placement is Placement.ADOPT and not large:
+        adopt(d, lost, epoch)
     if any(v.member.role is Role.SERVER for v in verdicts):
         climb(d, d.record.rung, "a server was lost")
         if d.status.recovery is None:
@@ -281,4 +282,4 @@ def _reasons(verdicts: Sequence[Verdict]) -> str:
 def _sentence(v: Verdict) -> str:
     code = f" with exit code {v.pod.exit_code}" if v.pod and v.pod.exit_code is not None else ""
     text = f": {v.pod.message.strip()[-MAX_MESSAGE:]}" if v.pod and v.pod.message else ""
-    return f"{v.member.pod} was lost ({v.reason}){code}{text}"
+    return f"{described(v.member)} was lost ({v.reason}){code}{text}"

@@ -18,6 +18,7 @@ from daruma_operator.controller.adopting import HAND_BACK, adopt_instead
 from daruma_operator.controller.draft import Draft, indexes
 from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.losing import climb
+from daruma_operator.controller.observe import runs
 from daruma_operator.controller.sourcing import (
     copies_of,
     delta_of,
@@ -26,7 +27,7 @@ from daruma_operator.controller.sourcing import (
     rework_of,
     survivors,
 )
-from daruma_operator.controller.verdicts import name_of
+from daruma_operator.controller.verdicts import described, name_of
 from daruma_operator.names import seat
 from daruma_operator.recovery.plan import Plan
 from daruma_operator.recovery.price import EXACT, counters
@@ -117,8 +118,11 @@ def _waiting_reasons(d: Draft, waiting: list[MemberStatus]) -> str:
     for member in waiting:
         pod = d.seen.pod(member.pod)
         state = "was not made" if pod is None else f"is {pod.state}"
+        if runs(pod):
+            # A guest may not have been started there; any other has not said a word yet.
+            state = "was not heard of"
         detail = f" ({pod.reason}: {pod.message or ''})" if pod and pod.reason else ""
-        parts.append(f"{member.pod} {state}{detail}")
+        parts.append(f"{described(member)} {state}{detail}")
     return "; ".join(parts)[:600]
 
 

@@ -41,6 +41,11 @@ def name_of(member: MemberStatus) -> str:
     return member_id(member.role, member.index, member.incarnation)
 
 
+def described(member: MemberStatus) -> str:
+    """Name a member for people: by its pod, or as a guest in the pod of another."""
+    return f"{name_of(member)}, in the pod {member.pod}," if member.guest else member.pod
+
+
 def losses(
     seen: Seen, members: Iterable[MemberStatus], detect_seconds: float, done: frozenset[int]
 ) -> tuple[Verdict, ...]:

@@ -1,4 +1,4 @@
-"""Estimate the iterations that a perturbation costs (SCAR, Qiao et al., 2019, theorem 3.2). Pure.
+"""Estimate the iterations that a perturbation costs by SCAR's bound (Qiao et al., 2019). Pure.
 
 Where x(t) comes nearer to x* by a factor c a step, a perturbation δ at step T costs at most
 log(1 + ‖δ‖ / ‖x(T) − x*‖) / log(1/c) iterations. Neither c nor x* is known; but then the way gone

@@ -1,4 +1,4 @@
-"""The strategies: presets of three choices (design.md, section 1). The planner sees only those."""
+"""The strategies: presets of three choices (docs/architecture.md). The planner sees only those."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ import sys
 from collections import deque
 
 from daruma_operator.errors import EnvironmentLacksError
+from daruma_trainer.contract import port_claim
 
 _FIRST, _LAST = 20_000, 32_000
 """Below the range that the kernel takes ports of outgoing connections from."""
@@ -56,13 +57,13 @@ class Ports:
     def _reserve(self, port: int) -> bool:
         """Keep a pair from other processes like this one until its member has bound it.
 
-        The name of an abstract socket is taken by one process alone, and free when that ends.
+        An abstract socket's name is taken by one process alone, and free when that ends.
         """
         if sys.platform != "linux":
             return True
         holder = socket.socket(socket.AF_UNIX)
         try:
-            holder.bind(f"\0daruma-port-{port}")
+            holder.bind(port_claim(port))
         except OSError:
             holder.close()
             return False

@@ -26,12 +26,8 @@ one piece of fresh memory. *Cold*: the kernel was
 asked to forget the files before (posix_fadvise), *warm*: they had just been read.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -42,10 +38,11 @@ from typing import Any
 import numpy as np
 
 from daruma_trainer.bench.arena import BenchError
+from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.others import Other, others
 from daruma_trainer.bench.shard import Shard
 from daruma_trainer.checkpoint.reading import Chunk, chunks_of
-from daruma_trainer.contract import ExitCode, Settings
+from daruma_trainer.contract import Settings
 
 KIB = 1024
 Spread = tuple[float, float, float]
@@ -70,33 +67,19 @@ class Plan:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and write what was asked for; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="daruma bench checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="smaller, and fewer of each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write a page of them there")
+    parser = parser_of("checkpoint", __doc__, "smaller, and fewer of each")
     parser.add_argument("--store", metavar="URI", help="instead of a directory below TMPDIR")
     options = parser.parse_args(arguments)
-    try:
+
+    def measured() -> Result:
         with tempfile.TemporaryDirectory(prefix="daruma-bench-") as folder:
             uri = options.store or f"file://{folder}/store"
-            result = measure(uri, Path(folder), Plan.of(quick=options.quick))
-    except BenchError as error:
-        print(f"daruma bench: {error}", file=sys.stderr)
-        return ExitCode.FAILED
-    print(page(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(page(result))
-    return ExitCode.OK
+            return measure(uri, Path(folder), Plan.of(quick=options.quick))
+
+    return conclude(options, measured, page)
 
 
-def measure(uri: str, folder: Path, plan: Plan) -> dict[str, Any]:
+def measure(uri: str, folder: Path, plan: Plan) -> Result:
     """Take all measurements. BenchError: the store does not work."""
     saves = [
         measure_saves(uri, megabytes, block * KIB, fraction, plan.saves)
@@ -112,11 +95,10 @@ def measure(uri: str, folder: Path, plan: Plan) -> dict[str, Any]:
         notes.append("restores are measured on a directory only")
     return {
         "benchmark": "checkpoint",
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}, numpy {np.__version__}",
+        "machine": f"{machine()}, numpy {np.__version__}",
         "store": "a directory" if uri.startswith("file://") else uri.partition(":")[0],
         "load": round(os.getloadavg()[0], 1),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "date": today(),
         "saves": saves,
         "rates": rates,
         "restores": restores,
@@ -311,9 +293,8 @@ def spread(values: Sequence[float]) -> Spread:
     return statistics.median(values), min(values), max(values)
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: Result) -> str:
     """Return the result as a page in Markdown."""
-    how = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
     return "\n".join(
         [
             "# What checkpoints cost",
@@ -345,7 +326,7 @@ def page(result: dict[str, Any]) -> str:
             "",
             "## How it is measured",
             "",
-            how.strip(),
+            method(__doc__),
             "",
         ]
     )

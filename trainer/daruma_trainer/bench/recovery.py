@@ -18,12 +18,8 @@ has no clock of the kill, so its detect begins when a member first saw the conne
 as an installed package has it: PYTHONDONTWRITEBYTECODE is taken out of their environment.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from daruma_trainer.bench.arena import Arena, BenchError
+from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.cluster import ClusterArena
 from daruma_trainer.bench.local import LocalArena
 from daruma_trainer.bench.members import Process
-from daruma_trainer.contract import ExitCode, Role
+from daruma_trainer.contract import Role
 
 RECOVERY_SECONDS = 60.0
 SETTLE_SECONDS = 1.0
@@ -69,32 +66,17 @@ class Sample:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and write what was asked for; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="daruma bench recovery",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="3 kills instead of 10")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples there")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write a page of it there")
+    parser = parser_of("recovery", __doc__, "3 kills instead of 10")
     parser.add_argument(
         "--cluster", type=Path, metavar="JOB.yaml", help="on Kubernetes: the job to run there"
     )
     options = parser.parse_args(arguments)
-    try:
+
+    def measured() -> Result:
         arena: Arena = ClusterArena(options.cluster) if options.cluster else LocalArena()
-        samples = measure(arena, 3 if options.quick else 10)
-    except BenchError as error:
-        print(f"daruma bench: {error}", file=sys.stderr)
-        return ExitCode.FAILED
-    result = summary(samples, arena.where)
-    print(page(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(page(result))
-    return ExitCode.OK
+        return summary(measure(arena, 3 if options.quick else 10), arena.where)
+
+    return conclude(options, measured, page)
 
 
 def measure(arena: Arena, kills: int) -> list[Sample]:
@@ -113,17 +95,16 @@ def measure(arena: Arena, kills: int) -> list[Sample]:
     ]
 
 
-def summary(samples: Sequence[Sample], where: str) -> dict[str, Any]:
+def summary(samples: Sequence[Sample], where: str) -> Result:
     """Return the samples with their median and spread, and what machine it was."""
     seconds = [s.seconds for s in samples]
     return {
         "benchmark": "recovery",
         "where": where,
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}",
+        "machine": machine(),
         "store": _filesystem(Path(tempfile.gettempdir())),
         "load": round(os.getloadavg()[0], 1),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "date": today(),
         "kills": len(samples),
         "seconds": _spread(seconds),
         "phases": {p: _spread([s.phases[p] for s in samples]) for p in PHASES},
@@ -132,9 +113,8 @@ def summary(samples: Sequence[Sample], where: str) -> dict[str, Any]:
     }
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: Result) -> str:
     """Return the result as a page in Markdown."""
-    how = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
     lines = [
         "# Time to recover",
         "",
@@ -153,7 +133,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         "## How it is measured",
         "",
-        how.strip(),
+        method(__doc__),
         "",
     ]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ class Selection(StrEnum):
     """spec.checkpoint.selection."""
 
     PRIORITY = "Priority"
-    """SCAR (Qiao et al., 2019, §4.2): the blocks farthest from their last saved value."""
+    """SCAR (Qiao et al., 2019): the blocks farthest from their last saved value."""
     ROUND_ROBIN = "RoundRobin"
     RANDOM = "Random"
 

@@ -247,11 +247,11 @@ class Cuts:
                 store.delete(f"{prefix}/cuts/{name}")
 
         self.background.submit(clean, lambda _r, _e: None)
-        self.saver.forget_cuts(number)
+        self.saver.files.forget_cuts(number)
 
     def follow(self, newest: str) -> None:
         """Drop this shard's files of cuts that were given up or retired, once for each newest."""
         number = newest.rpartition("/")[2].removesuffix(".json")
         if number > self._followed:
             self._followed = number
-            self.saver.forget_cuts(number)
+            self.saver.files.forget_cuts(number)

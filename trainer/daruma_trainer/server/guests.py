@@ -23,6 +23,7 @@ from daruma_trainer.contract import (
     Guest,
     Member,
     Membership,
+    port_claim,
 )
 from daruma_trainer.identity import Identity
 
@@ -123,7 +124,7 @@ def _free_pair(host: str, first: int) -> tuple[int, socket.socket]:
 def _claimed(claim: socket.socket, port: int) -> bool:
     """Claim a pair by the abstract name that `daruma run` uses as well (Linux)."""
     try:
-        claim.bind(f"\0daruma-port-{port}")
+        claim.bind(port_claim(port))
     except OSError:
         return False
     return True

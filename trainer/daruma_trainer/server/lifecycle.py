@@ -247,6 +247,8 @@ class Lifecycle:
                 return  # rolled back meanwhile: these slots are of a lineage that is no more
             if error is not None:
                 LOG.error("the first save after the restore failed: %s", error)
+            # After an exact hand-over too: the predecessor's sums may have lacked parts of
+            # workers, and which those were does not come along.
             plane.sums.inexact = True
             plane.restored(lost)
             self.initialised = True

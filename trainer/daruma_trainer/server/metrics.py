@@ -63,4 +63,7 @@ def _counters(server: "Server") -> list[tuple[str, str, float]]:
             ("daruma_checkpoint_bytes", "Bytes saved.", server.life.saver.bytes_total),
             ("daruma_checkpoint_seconds", "Seconds spent writing.", server.life.saver.seconds),
         ]
+    if server.life.cuts is not None:
+        text = "Cuts that were given up, since a worker did not get that far in time."
+        found.append(("daruma_cuts_abandoned", text, server.life.cuts.abandoned))
     return found

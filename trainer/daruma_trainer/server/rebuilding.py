@@ -30,7 +30,7 @@ class Sums:
         self._has: dict[int, Ints] = {}
         """By table, (slots, workers): the last batch that the sum contains."""
         self.inexact = False
-        """Whether this incarnation's slots came from a copy: what they lack nobody knows."""
+        """Whether the slots came from elsewhere: what their sums lack is not known here."""
 
     def register(self, tables: Iterable[int]) -> None:
         """Workers can rebuild these tables from now on; what was restored before is cleared."""

@@ -5,12 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from daruma_trainer.agent import ViewCell
 from daruma_trainer.contract import Report
 from daruma_trainer.server.slots import SlotState
 
 if TYPE_CHECKING:
     from daruma_trainer.server.serve import Server
 
+QUICK_SECONDS = 0.1
+"""At most one new view in this time, unless something important changed: mere progress shall not
+keep the operator busy."""
 KEPT_SECONDS = 120.0
 """The last words of a member that was lost are kept so long: they price its recovery."""
 
@@ -56,6 +60,33 @@ class Reports:
         return {i: heard for i, heard in self._heard.items() if i != own_id}
 
 
+class Board:
+    """Where the operator looks: what was shown last, and when there is something new to show."""
+
+    def __init__(self, own_id: str) -> None:
+        self.cell = ViewCell(Report(own_id, 0, "Joining"))
+        self._shown: tuple[object, ...] = ()
+        self._shown_at = 0.0
+
+    def show(
+        self, epoch: int, own: Report, others: dict[str, tuple[float, Report]], *, now: bool
+    ) -> bool:
+        """Show what is known, where something important changed or it is time; True if it was.
+
+        `others`: who said what, and when (monotonic). `now`: something important did change.
+        """
+        important = (
+            own.state, own.epoch, own.initialised, own.final, own.restore, own.suspects, own.error,
+            own.guests,
+        )  # fmt: skip
+        now = now or important != self._shown
+        if not now and time.monotonic() - self._shown_at < QUICK_SECONDS:
+            return False
+        self._shown, self._shown_at = important, time.monotonic()
+        self.cell.publish(epoch, own, others)
+        return True
+
+
 def report_of(server: "Server") -> Report:
     """Say what this server is at."""
     life = server.life
@@ -66,7 +97,7 @@ def report_of(server: "Server") -> Report:
         "Joining",
         generation=life.generation,
         initialised=life.initialised,
-        suspects=tuple(server.suspects()),
+        suspects=server.suspects(),
         stale=server.stale,
         error=life.error,
         final=life.final,

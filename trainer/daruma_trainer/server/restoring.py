@@ -6,21 +6,18 @@ slots that a peer gave comes from the running checkpoint, or starts at zero with
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from daruma_trainer.checkpoint.manifest import Cut, Manifest
-from daruma_trainer.checkpoint.reading import Found, read_cut, read_slots
+from daruma_trainer.checkpoint.reading import Found, read_cut
 from daruma_trainer.checkpoint.segment import BlockState
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import (
-    ContractError,
     Restore,
     RestoreReport,
     Source,
@@ -32,7 +29,7 @@ from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints, ShardLayout
 from daruma_trainer.server.background import Background
 from daruma_trainer.server.data import DataPlane
-from daruma_trainer.server.handover import fetch as fetch_shard
+from daruma_trainer.server.intake import Intake, make_tables, set_blocks, set_slots
 from daruma_trainer.wire import State, split_slots
 
 LOG = logging.getLogger("daruma.server")
@@ -40,10 +37,6 @@ PEER_SECONDS = 5.0
 """How long a peer may take to connect and answer, before the next source is asked."""
 MAX_DAMAGED = 20
 """Sentences about damage in one report."""
-READ_AHEAD = 6
-"""Chunks that were read and not yet written into the tables."""
-TAKE_SECONDS = 30.0
-"""How long a chunk may wait for the loop to take an earlier one."""
 
 
 @dataclass(slots=True)
@@ -175,16 +168,21 @@ class Restorer:
                 return
             cut, manifest, blocks = result
             everything = np.arange(len(self.plane.slots.ids))
-            if problem := self.make_tables(manifest):
+            if problem := make_tables(self.plane, manifest):
                 done(None, problem)
                 return
             self.plane.shard.reset_optimizer(everything)
             set_blocks(self.plane, blocks, moments_only=False)
-            self._set_slots(manifest, everything)
+            set_slots(self.plane, manifest, everything)
             self.plane.restored(everything)
             done(cut, None)
 
         self.background.submit(lambda: read_cut(store, name, index), loaded)
+
+    @property
+    def _where(self) -> tuple[str, int, int]:
+        """Where saves lie, and which incarnations' are older than this one."""
+        return self.prefix, self.me.index, self.plane.incarnation
 
     def _lost(self) -> Ints:
         missing = np.flatnonzero(~self.plane.slots.ready)
@@ -225,11 +223,11 @@ class Restorer:
 
     def _read(self, ask: _Ask) -> None:
         source, store = self._source(ask), self.store
-        intake = _Intake(self, self.background, lambda: ask in self._asks)
+        intake = Intake(self.plane, self.background, lambda: ask in self._asks)
         if source.kind is SourceKind.PREDECESSOR and (agent := source.agent) is not None:
             read = partial(intake.take_over, agent, self.me.token)
         elif store is not None:
-            read = partial(intake.read, store, ask.k, moments_only=False)
+            read = partial(intake.read, store, self._where, ask.k)
         else:
             self._asks.remove(ask)
             self._next(ask.k, time.monotonic())
@@ -243,7 +241,7 @@ class Restorer:
         self.background.submit(read, done)
 
     def _take_read(
-        self, ask: _Ask, intake: "_Intake", found: Found | None, error: StoreError | None
+        self, ask: _Ask, intake: Intake, found: Found | None, error: StoreError | None
     ) -> None:
         now = time.monotonic()
         problem = str(error) if found is None else intake.problem
@@ -256,7 +254,7 @@ class Restorer:
             return
         self._damaged(found.damaged)
         whole = ask.k[intake.whole(ask.k)]
-        self._set_slots(found.manifest, whole)
+        set_slots(self.plane, found.manifest, whole)
         self._taken(self._source(ask).kind, whole, intake.size)
         self._next(np.setdiff1d(ask.k, whole), now)
 
@@ -276,7 +274,7 @@ class Restorer:
         if store is None or not (stored and has_state):
             self._taken(kind, k, size)
             return
-        intake = _Intake(self, background, lambda: self.plan is plan)
+        intake = Intake(self.plane, background, lambda: self.plan is plan, moments_only=True)
 
         def done(found: Found | None, error: StoreError | None) -> None:
             self._reading -= 1
@@ -290,26 +288,7 @@ class Restorer:
             self._taken(kind, k, size)
 
         self._reading += 1
-        background.submit(lambda: intake.read(store, k, moments_only=True), done)
-
-    def make_tables(self, manifest: Manifest) -> str | None:
-        """Make the tables of a save; says what is wrong where they are not the job's."""
-        for spec in manifest.tables:
-            try:
-                refused = self.plane.add_table(spec) is not None
-            except ContractError as error:
-                return f"table {spec.name!r} of the checkpoint: {error}"
-            if refused:
-                return f"table {spec.name!r} of the checkpoint is not the job's"
-        return None
-
-    def _set_slots(self, manifest: Manifest, k: Ints) -> None:
-        slots, saved = self.plane.slots, manifest.slots
-        where = np.searchsorted(saved.ids, slots.ids[k])
-        slots.position[k] = saved.position[where]
-        workers = min(slots.last.shape[1], saved.last.shape[1])
-        slots.last[k, :workers] = saved.last[where, :workers]
-        slots.window[k, :workers] = saved.window[where, :workers]
+        background.submit(lambda: intake.read(store, self._where, k), done)
 
     def _damaged(self, sentences: Sequence[str]) -> None:
         if self.report is not None:
@@ -335,96 +314,3 @@ class Restorer:
             seconds = time.monotonic() - self._started
             self.report = replace(self.report, seconds=seconds, done=True)
             self.complete()
-
-
-class _Intake:
-    """Takes what the store's thread reads, chunk by chunk, into the tables of the loop's thread."""
-
-    def __init__(
-        self, restorer: Restorer, background: Background, wanted: Callable[[], bool]
-    ) -> None:
-        self._restorer = restorer
-        self._plane = restorer.plane
-        self._background = background
-        self._wanted = wanted
-        self._ahead = threading.BoundedSemaphore(READ_AHEAD)
-        self._got: list[NDArray[np.bool_]] = []
-        """For each table which blocks came."""
-        self.problem: str | None = None
-        self.size = 0
-        """Bytes of parameters."""
-
-    def read(self, store: Store, k: Ints, *, moments_only: bool) -> Found:
-        """Read the slots `k`; on the store's thread."""
-        restorer = self._restorer
-        where = restorer.prefix, restorer.me.index, self._plane.incarnation
-        take = partial(self._hand, moments_only=moments_only)
-        return read_slots(store, where, self._plane.slots.ids[k], self._announce, take)
-
-    def take_over(self, agent: str, token: str) -> Found:
-        """Take all that a predecessor hands over; on the store's thread."""
-        manifest, blocks, damaged = fetch_shard(agent, token)
-        self._announce(manifest)
-        self._hand(blocks, moments_only=False)
-        return Found(manifest, tuple(damaged))
-
-    def _announce(self, manifest: Manifest) -> None:
-        self._background.post(lambda: self._begin(manifest))
-
-    def _hand(self, blocks: list[BlockState], *, moments_only: bool) -> None:
-        if not self._ahead.acquire(timeout=TAKE_SECONDS):
-            raise StoreError(f"the serve loop took nothing for {TAKE_SECONDS:.0f} s")
-        self._background.post(lambda: self._take(blocks, moments_only=moments_only))
-
-    def whole(self, k: Ints) -> NDArray[np.bool_]:
-        """Of which of the slots `k` every block came."""
-        found = np.ones(len(k), np.bool_)
-        for i, table in enumerate(self._plane.shard.tables):
-            # A table that was made since the save is not in it.
-            got = self._got[i] if i < len(self._got) else np.zeros(len(table.steps), np.bool_)
-            lacking = np.concatenate([[0], np.cumsum(~got)])[table.layout.slot_blocks]
-            found &= lacking[k + 1] == lacking[k]
-        return found
-
-    def _begin(self, manifest: Manifest) -> None:
-        if self._wanted():
-            self.problem = self._restorer.make_tables(manifest)
-            self._got = [np.zeros(len(t.steps), np.bool_) for t in self._plane.shard.tables]
-
-    def _take(self, blocks: list[BlockState], *, moments_only: bool) -> None:
-        self._ahead.release()
-        # A newer plan may have given these slots to another source meanwhile.
-        if self.problem or not self._wanted():
-            return
-        for table, index in set_blocks(self._plane, blocks, moments_only=moments_only):
-            self._got[table][index] = True
-        self.size += sum(b.data.nbytes for b in blocks)
-
-
-def set_blocks(
-    plane: DataPlane, blocks: Sequence[BlockState], *, moments_only: bool
-) -> list[tuple[int, Ints]]:
-    """Write blocks into the tables; returns which fitted, as indices by table."""
-    fitted: list[tuple[int, Ints]] = []
-    for number in {b.table for b in blocks if b.table < len(plane.shard.tables)}:
-        table = plane.shard.tables[number]
-        mine = [b for b in blocks if b.table == number]
-        at = table.layout.index_of(np.array([b.block for b in mine], np.int64))
-        starts, cols = table.layout.block_starts, table.layout.table.cols
-        flat = table.data.reshape(-1)
-        states = [array.reshape(-1) for array in table.state]
-        for n, (b, i) in enumerate(zip(mine, at.tolist(), strict=True)):
-            part = slice(int(starts[i]) * cols, int(starts[i + 1]) * cols)
-            if i < 0 or b.data.size != part.stop - part.start or len(b.state) != len(states):
-                at[n] = -1
-                continue
-            if not moments_only:
-                flat[part] = b.data
-            for array, saved in zip(states, b.state, strict=True):
-                array[part] = saved
-            table.steps[i] = b.steps
-        found = at[at >= 0]
-        if not moments_only:
-            table.changed[found] = True
-        fitted.append((number, found))
-    return fitted

@@ -25,6 +25,7 @@ from daruma_trainer.server.background import Background
 from daruma_trainer.server.compacting import compact
 from daruma_trainer.server.copying import Buffers, Piece, copy_blocks, record_floats
 from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.keeping import Keeper
 from daruma_trainer.server.log import Log
 from daruma_trainer.server.measuring import Distances
 from daruma_trainer.server.shard import TableArrays
@@ -90,8 +91,10 @@ class Saver:
         self._settings = membership.settings
         self._uid = membership.job_uid
         self._index = index
-        self._prefix = membership.prefix
         self._folder = shard_folder(membership.prefix, index, plane.incarnation)
+        self.files = Keeper(
+            store, background, (membership.prefix, self._folder), self._settings.keep, self._failed
+        )
         self._number = 0
         self._cursor = 0
         self._turn = 0
@@ -107,10 +110,6 @@ class Saver:
         self._buffers = Buffers()
         self._log = Log()
         self._slots: SlotStates | None = None
-        self._kept: list[tuple[str, frozenset[str]]] = []
-        """The newest manifests, and the segments that each names."""
-        self._files: set[str] = set()
-        """What may lie in the store of this incarnation's running checkpoints."""
         self.newest: SavedState | None = None
         self.newest_at = 0.0
         self.saves = 0
@@ -217,45 +216,13 @@ class Saver:
         def saved(written: Written | None, _error: str | None) -> None:
             if written is not None:
                 # Those before it are of the abandoned lineage: nobody may fall back to them.
-                self._kept = self._kept[-1:]
-                self._retire()
+                self.files.only_newest()
             then()
 
         if self._settings.running:
             self.save_all("running", "", saved)
         else:
             then()
-
-    def forget_cuts(self, newest: str) -> None:
-        """Delete this shard's files of cuts before `newest` that do not exist (any more)."""
-        prefix, store, folders = self._prefix, self._store, self._folders
-
-        def clean() -> None:
-            exist = {n.removesuffix(".json") for n in store.list(f"{prefix}/cuts")}
-            for folder in folders():
-                for name in store.list(folder):
-                    number = name.split(".")[0].removeprefix("cut-")
-                    if name.startswith("cut-") and number < newest and number not in exist:
-                        store.delete(f"{folder}/{name}")
-
-        self._background.submit(clean, lambda _result, error: self._failed(error))
-
-    def _folders(self) -> list[str]:
-        """Return the folders of this incarnation and of those before it."""
-        top, _, own = self._folder.rpartition("/")
-        return [f"{top}/{name}" for name in self._store.list(top) if name <= own]
-
-    def _forget_predecessors(self) -> None:
-        """This incarnation's first save is durable: older running checkpoints are of no use."""
-        store, folders, own = self._store, self._folders, self._folder
-
-        def clean() -> None:
-            for folder in folders():
-                for name in store.list(folder) if folder != own else []:
-                    if name.startswith(("manifest-", "segment-")):
-                        store.delete(f"{folder}/{name}")
-
-        self._background.submit(clean, lambda _result, error: self._failed(error))
 
     def _select(self) -> list[Ints]:
         counts = [len(t.layout.blocks) for t in self._tables()]
@@ -338,9 +305,9 @@ class Saver:
 
         def finished(written: Written | None, error: StoreError | None) -> None:
             self._writing -= 1
-            self._files |= {snapshot.segment, snapshot.name}
+            self.files.wrote((snapshot.segment, snapshot.name))
             if written is None or written.moved:
-                self._files.add(moved_to)
+                self.files.wrote((moved_to,))
             self._failed(error)
             if written is not None:
                 self._note(snapshot, written)
@@ -380,10 +347,7 @@ class Saver:
         for piece in snapshot.pieces:
             self._distances.saved_now(piece.table, piece.blocks)
         self._distances.lost(written.bad)
-        if not self._kept:
-            self._forget_predecessors()
         self._recycle(snapshot.buffer)
-        self._kept.append((written.name, frozenset(written.log.segments)))
         self.saves += 1
         self.moved_total += written.moved
         self.bytes_total += written.size + written.moved
@@ -392,7 +356,7 @@ class Saver:
         self.newest = SavedState(
             written.name, written.manifest.step, written.size, 0.0, self._distances.total()
         )
-        self._retire()
+        self.files.add(written.name, written.log.segments)
 
     def _recycle(self, buffer: Floats) -> None:
         """Keep a save's memory for the next; after a full save make some of a partial one's size.
@@ -408,26 +372,6 @@ class Saver:
                 lambda: np.full(need, 0.0, np.float32),
                 lambda made, _error: self._buffers.give(made),
             )
-
-    def _retire(self) -> None:
-        """Delete manifests beyond `keep`, and segments here that none of the others names."""
-        self._kept = self._kept[-self._settings.keep :]
-        named = frozenset[str]().union(*({name} | segments for name, segments in self._kept))
-        dead, self._files = self._files - named, self._files & named
-        store = self._store
-
-        def clean() -> None:
-            # Manifests first: while one exists, so does what it names.
-            for name in sorted(dead):
-                store.delete(name)
-
-        def cleaned(_result: object, error: StoreError | None) -> None:
-            if error is not None:
-                self._files |= dead
-            self._failed(error)
-
-        if dead:
-            self._background.submit(clean, cleaned)
 
     def _failed(self, error: StoreError | None) -> None:
         if error is not None:

@@ -12,32 +12,33 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import zmq
 
-from daruma_trainer.agent import COMMAND_SECONDS, Agent, Command, Outcome, ViewCell
+from daruma_trainer.agent import COMMAND_SECONDS, Agent, Command, Outcome
 from daruma_trainer.contract import (
     ContractError,
     ExitCode,
-    Member,
     Membership,
     Report,
     Restore,
     Role,
+    Settings,
+    Suspect,
 )
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints
-from daruma_trainer.links import Link, open_socket
-from daruma_trainer.server.authentication import Gate
+from daruma_trainer.links import Link
 from daruma_trainer.server.data import DataPlane, Reply, refuse, worker_of
+from daruma_trainer.server.door import LINGER_MS, Door
 from daruma_trainer.server.fencing import Fence
 from daruma_trainer.server.guests import Guests
 from daruma_trainer.server.lifecycle import Lifecycle
 from daruma_trainer.server.metrics import exposition
-from daruma_trainer.server.reporting import Reports, report_of
+from daruma_trainer.server.reporting import Board, Reports, report_of
+from daruma_trainer.server.siblings import Siblings
 from daruma_trainer.wire import (
     Frame,
     Header,
@@ -53,9 +54,6 @@ from daruma_trainer.wire import (
 
 LOG = logging.getLogger("daruma.server")
 HEARTBEAT_SECONDS = 0.25
-QUICK_SECONDS = 0.1
-"""At most one new view in this time, unless something important changed: mere progress shall not
-keep the operator busy."""
 SAVE_SECONDS = 5.0
 """How long a server that is told to end waits for saves that it began."""
 BATCH = 64
@@ -71,31 +69,20 @@ class Server:
         self.membership: Membership | None = None
         self.life = Lifecycle(identity, self)
         self.stale = 0
-        self._relink_due = False
         self._exit: int | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._gate = Gate(self._context, identity.token)
-        self._router = open_socket(self._context, zmq.ROUTER)
-        self._router.router_handover = True
-        self._router.router_mandatory = True
-        self._gate.guard(self._router)
-        host, port = identity.listen
-        self._router.bind(f"tcp://{host}:{port}")
+        self._poller = zmq.Poller()
+        self._door = Door(identity, self._context, self._poller)
+        self._siblings = Siblings(identity, self._context, self._poller)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._poller = zmq.Poller()
-        for socket in (self._router, self._gate.socket, self._wake):
-            self._poller.register(socket, zmq.POLLIN)
-        self._links: dict[str, Link] = {}
-        self._connected: dict[str, float] = {}
+        self._poller.register(self._wake, zmq.POLLIN)
         self.reports = Reports()
         self._fence = Fence(self._ask_around)
-        self._cell = ViewCell(Report(identity.id, 0, "Joining"))
-        self._published = 0.0
-        self._shown: tuple[object, ...] = ()
+        self._board = Board(identity.id)
         self.guests = Guests(identity, os.environ)
         self._agent = Agent(
-            identity.agent_listen, identity.token, self._cell, self.command, self._scrape,
+            identity.agent_listen, identity.token, self._board.cell, self.command, self._scrape,
             self.life.hand_over,
         )  # fmt: skip
 
@@ -108,15 +95,12 @@ class Server:
             while self._exit is None:
                 ready = dict(self._poller.poll(self._timeout(beat)))
                 self._fence.turn()
-                if self._gate.socket in ready:
-                    self._gate.answer()
+                comes = self._door.let_in(ready)
                 if self._wake in ready:
                     self._run_inbox()
-                if self._router in ready:
+                if comes:
                     self._serve()
-                for link in self._links.values():
-                    link.receive(self._from_sibling)
-                self._relink()
+                self._siblings.turn(self._from_sibling)
                 if time.monotonic() - beat > HEARTBEAT_SECONDS:
                     beat = time.monotonic()
                     self._tell_siblings()
@@ -182,27 +166,25 @@ class Server:
 
     def _serve(self) -> None:
         for _ in range(BATCH):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            message = self._door.receive()
+            if message is None:
                 return
             self._fence.turn()
-            parts = [frame.buffer for frame in frames]
-            identity = bytes(parts[0])
-            if len(frames) < 2 or self._gate.user_of(frames[1]) != identity:
-                continue  # a peer that took another's name: nothing of it is read
+            identity, frames = message
+            if not frames:
+                continue
             try:
-                self._dispatch(identity, parts[1:])
+                self._dispatch(identity, frames)
             except ContractError as error:
                 header = self._header(Kind.REFUSED)
                 with contextlib.suppress(ContractError):
-                    header = Header.decode(parts[1:])
+                    header = Header.decode(frames)
                 self._reply(identity, header, refuse(Refusal.MALFORMED, str(error)))
 
     def _dispatch(self, identity: bytes, frames: Sequence[Frame]) -> None:
         header = Header.decode(frames)
         member = identity.decode()
-        self._connected[member] = time.monotonic()
+        self._door.members.add(member)
         if header.kind in DATA:
             self._dispatch_data(identity, header, frames)
         elif header.kind is Kind.COPY:
@@ -252,7 +234,7 @@ class Server:
             self.stale += 1
             return refuse(Refusal.STALE_INCARNATION, f"this is {self.me.id}")
         if header.epoch > membership.epoch:
-            self._send(identity, self._header(Kind.EPOCH), [b"{}"])
+            self._door.send(identity, self._header(Kind.EPOCH), [b"{}"])
             return refuse(Refusal.UNSURE, "a newer membership is on its way")
         index = worker_of(identity.decode())
         sender = membership.member(Role.WORKER, index)
@@ -272,16 +254,9 @@ class Server:
             reply.kind, request.request, self._epoch, self.me.incarnation, self.life.generation,
             reply.flags,
         )  # fmt: skip
-        self._send(identity, header, reply.body)
+        self._door.send(identity, header, reply.body)
         if request.epoch < self._epoch:
             self._tell_membership(identity, 0)
-
-    def _send(self, identity: bytes, header: Header, body: Sequence[Frame]) -> bool:
-        try:
-            self._router.send_multipart([identity, header.encode(), *body], zmq.NOBLOCK, copy=False)
-        except zmq.ZMQError:
-            return False  # gone, or it does not read: it will ask again
-        return True
 
     def _from_sibling(self, link: Link, header: Header, frames: Sequence[Frame]) -> None:
         """What a sibling sends unasked over the connection that this server opened to it."""
@@ -336,48 +311,23 @@ class Server:
         elif mine is not None:
             self.guests.follow(new, mine)
             self.life.adopt(new)
-        self._relink_due = True
-        for identity in [i for i in self._connected if i in self._members()]:
+        self._siblings.follow(new)
+        for identity in self._door.members & self._members():
             self._tell_membership(identity.encode(), 0)
         self.publish()
         return Outcome()
 
-    def _relink(self) -> None:
-        """Follow the membership; not while a link is being read, since this closes links."""
-        membership = self.membership
-        if membership is None or not self._relink_due:
-            return
-        self._relink_due = False
-        wanted = {
-            m.id: m
-            for m in membership.of(Role.SERVER)
-            if m.index != self.me.index and m.address is not None
-        }
-        for gone in [i for i in self._links if i not in wanted]:
-            self._links.pop(gone).close()
-        for peer_id, member in wanted.items():
-            if peer_id not in self._links:
-                self._links[peer_id] = self._link(member)
-
-    def _link(self, member: Member) -> Link:
-        return Link(self._context, self.me.id, self.me.token, member, self._poller)
-
     def _tell_membership(self, identity: bytes, request: int) -> None:
         if self.membership is not None:
             header = self._header(Kind.MEMBERSHIP, request)
-            self._send(identity, header, [encode_json(self.membership.to_json())])
+            self._door.send(identity, header, [encode_json(self.membership.to_json())])
 
     def _ask_around(self, count: int) -> list[str]:
         """Ask members for their newest membership: siblings first, then workers."""
-        asked: list[str] = []
-        for peer_id, link in self._links.items():
-            if len(asked) < count and link.connected:
-                answer = partial(self._answer_epoch, peer_id)
-                link.request(self._header(Kind.EPOCH), [b"{}"], answer)
-                asked.append(peer_id)
         header = self._header(Kind.EPOCH)
-        for member in [m for m in self._connected if m.startswith("worker-")]:
-            if len(asked) < count and self._send(member.encode(), header, [b"{}"]):
+        asked = self._siblings.ask(count, header, [b"{}"], self._answer_epoch)
+        for member in self._door.workers:
+            if len(asked) < count and self._door.send(member.encode(), header, [b"{}"]):
                 asked.append(member)
         return asked
 
@@ -390,22 +340,20 @@ class Server:
 
     def fetch(self, member: str, ids: Ints, number: int) -> bool:
         """See Surroundings."""
-        if member not in self._connected:
+        if member not in self._door.members:
             return False
         header = self._header(Kind.FETCH, number)
-        return self._send(member.encode(), header, [bitmap(mask_of(ids))])
+        return self._door.send(member.encode(), header, [bitmap(mask_of(ids))])
 
     def tell_cut(self, index: int, message: dict[str, Any]) -> None:
         """See Surroundings."""
-        for link in self._links.values():
-            if link.peer.index == index:
-                link.request(self._header(Kind.CUT), [encode_json(message)], None)
+        self._siblings.tell(index, self._header(Kind.CUT), [encode_json(message)])
 
     def tell_workers(self, kind: Kind, message: dict[str, Any]) -> None:
         """See Surroundings."""
         header = self._header(kind)
-        for member in [m for m in self._connected if m.startswith("worker-")]:
-            self._send(member.encode(), header, [encode_json(message)])
+        for member in self._door.workers:
+            self._door.send(member.encode(), header, [encode_json(message)])
 
     def publish(self) -> None:
         """See Surroundings."""
@@ -440,39 +388,21 @@ class Server:
             plane.worker_left(index, report.step)
 
     def _tell_siblings(self) -> None:
-        body = [encode_json(report_of(self).to_json())]
-        for link in self._links.values():
-            link.expire(5.0)
-            link.request(self._header(Kind.REPORT), body, None)
+        report = encode_json(report_of(self).to_json())
+        self._siblings.report(self._header(Kind.REPORT), [report])
         self.reports.forget(self._members())
         self._show()
 
     def _show(self, *, now: bool = False) -> None:
-        """Show what is known, at once where something important changed."""
         own = report_of(self)
-        shown = (
-            own.state,
-            own.epoch,
-            own.initialised,
-            own.final,
-            own.restore,
-            own.suspects,
-            own.error,
-            own.guests,
-        )
-        now = now or shown != self._shown
-        if not now and time.monotonic() - self._published < QUICK_SECONDS:
-            return
-        self._shown, self._published = shown, time.monotonic()
-        self._cell.publish(self._epoch, own, self.reports.others(self.me.id))
-        if own.final is not None:
+        shown = self._board.show(self._epoch, own, self.reports.others(self.me.id), now=now)
+        if shown and own.final is not None:
             self.tell_workers(Kind.RELEASED, {"final": own.final})
 
-    def suspects(self) -> list[Any]:
+    def suspects(self) -> tuple[Suspect, ...]:
         """Siblings that this server cannot reach."""
-        seconds = self.membership.settings.suspect_seconds if self.membership else 1.0
-        found = (link.suspect(seconds) for link in self._links.values())
-        return [s for s in found if s is not None]
+        settings = Settings() if self.membership is None else self.membership.settings
+        return self._siblings.suspects(settings.suspect_seconds)
 
     def _scrape(self) -> bytes:
         return exposition(self)
@@ -482,9 +412,7 @@ class Server:
         # One that was replaced has nothing to save that counts.
         self.life.close(0.0 if self._exit == ExitCode.STALE else SAVE_SECONDS)
         self._agent.close()
-        for link in self._links.values():
-            link.close()
-        self._router.close(linger=200)
-        self._gate.close()
-        self._context.destroy(linger=200)
+        self._siblings.close()
+        self._door.close()
+        self._context.destroy(linger=LINGER_MS)
         os.close(self._wake)

@@ -1,6 +1,6 @@
 """The state of a shard's slots: Empty, Restoring or Ready; versions; what has been applied.
 
-Pure bookkeeping, the heart of "a push is applied at most once by each slot" (design.md §9.1). Of
+Pure bookkeeping, the heart of "a push is applied at most once by each slot". Of
 each slot and worker it knows the last applied batch and a window of 64 batches before it; what is
 older than the window counts as applied, because a worker's pushes reach a slot in order and what
 a recovery lost is marked (the floor).
@@ -93,14 +93,6 @@ class Slots:
     def complete_until(self, k: Ints, worker: int) -> int:
         """Return the largest batch up to which none of the slots misses any of a worker's."""
         return min((complete_until(*entry) for entry, _ in self._entries(k, worker)), default=0)
-
-    def grow(self, workers: int) -> None:
-        """Make room for more workers; never shrinks, since batches of those gone stay applied."""
-        more = workers - self.last.shape[1]
-        if more > 0:
-            n = len(self.ids)
-            self.last = np.hstack([self.last, np.zeros((n, more), np.int64)])
-            self.window = np.hstack([self.window, np.full((n, more), FULL, np.uint64)])
 
     def version(self, k: int) -> Version:
         """Return one slot's version."""

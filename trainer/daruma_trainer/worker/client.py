@@ -47,6 +47,7 @@ from daruma_trainer.wire import (
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.metrics import exposition
 from daruma_trainer.worker.pushes import Held, Pushes, Update
+from daruma_trainer.worker.reporting import Reporter
 from daruma_trainer.worker.sessions import Sessions, Wanted
 
 LOG = logging.getLogger("daruma")
@@ -82,14 +83,13 @@ class Client:
         self.due: dict[int, set[int]] = {}
         """By server: tables that it cleared, and that lack this worker's part."""
         self.resumed = False
-        self._acked_epoch_at: tuple[int, float] = (0, 0.0)
+        self._reporter = Reporter()
         self._sessions: Sessions | None = None
         self._todo: list[Callable[[], None]] = []
         """Sends that the training thread wants: sockets belong to the I/O thread alone."""
         self.announced = 0
         """Number of tables that the servers were told of."""
         self._follow_later = False
-        self._shown: tuple[object, ...] = ()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -163,7 +163,7 @@ class Client:
             self.batch += 1
             sessions, pushes = self._live, self._live.pushes
             pushes.begin(self.batch)
-            held = Held(self.batch, self._epoch, updates)
+            held = Held(self.batch, self.epoch, updates)
             pushes.hold(held)
             now = time.monotonic()
             replay = self.replays
@@ -206,7 +206,7 @@ class Client:
 
         False: a rollback to another generation came meanwhile, so the pull has to be made again.
         Slots of servers that are younger than this worker were lost with its predecessor, or
-        after it: what they lack nobody can compute again (the floor, protocol "Losing workers").
+        after it: what they lack nobody can compute again (the floor).
         """
         with self.lock:
             if generation != self.generation:
@@ -292,7 +292,8 @@ class Client:
                 if time.monotonic() - beat > HEARTBEAT_SECONDS:
                     beat = time.monotonic()
                     self._heartbeat()
-                self._publish()
+                if self._reporter.is_news(self._report()):
+                    self._heartbeat()
                 self.lock.notify_all()
 
     def _turn(self) -> None:
@@ -311,44 +312,12 @@ class Client:
 
     def _heartbeat(self, answer: Answer = lambda _header, _frames: None) -> None:
         own = self._report()
-        self.cell.publish(self._epoch, own, {})
+        self.cell.publish(self.epoch, own, {})
         if self._sessions is not None:
             self._sessions.report([encode_json(own.to_json())], answer)
 
-    def _publish(self) -> None:
-        own = self._report()
-        shown = (
-            own.state, own.epoch, own.acked_epoch, own.copies, own.stop, own.error,
-            {s.id for s in own.suspects},
-        )  # fmt: skip
-        if shown != self._shown:
-            self._shown = shown
-            self._heartbeat()
-
     def _report(self) -> Report:
-        sessions = self._sessions
-        report = Report(
-            self.me.id, self._epoch, self.state, generation=self.generation, loss=self.loss,
-            total_steps=self.total_steps, stop=self.own_stop, metrics=dict(self.values),
-            error=None if self.failure is None else str(self.failure),
-        )  # fmt: skip
-        if sessions is None:
-            return report
-        pushes = sessions.pushes
-        if pushes.acked_epoch > self._acked_epoch_at[0]:
-            self._acked_epoch_at = (pushes.acked_epoch, time.monotonic())
-        recovers = sessions.membership.recovery is not None
-        return replace(
-            report,
-            step=pushes.acked,
-            suspects=sessions.suspects(),
-            copies=sessions.copy.versions() if recovers else (),
-            acked_epoch=pushes.acked_epoch,
-            acked_age=time.monotonic() - self._acked_epoch_at[1] if pushes.acked_epoch else None,
-            pending=pushes.pending,
-            replayed=pushes.replayed,
-            lost=len(pushes.lost),
-        )
+        return self._reporter.report(self, self._sessions)
 
     # Membership
 
@@ -418,10 +387,11 @@ class Client:
 
     def header(self, kind: Kind) -> Header:
         """Return a header of this worker's epoch and generation; the link adds the rest."""
-        return Header(kind, 0, self._epoch, 0, self.generation)
+        return Header(kind, 0, self.epoch, 0, self.generation)
 
     @property
-    def _epoch(self) -> int:
+    def epoch(self) -> int:
+        """Of the newest membership; 0 before the first."""
         return 0 if self.membership is None else self.membership.epoch
 
     @property

@@ -16,6 +16,7 @@ from daruma_trainer.rules import Rule, rule_from_json, rule_to_json
 from daruma_trainer.worker.batches import batch_indices, batches_in
 from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.pushes import Update
+from daruma_trainer.worker.rebuilding import Rebuilder, Rebuilders
 from daruma_trainer.worker.table import Table
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Job:
         """The same, when the batch at hand was taken from `batches`."""
         self._evaluation: tuple[Callable[[], float | Mapping[str, float]], int] | None = None
         self._writers: list[Callable[[], None]] = []
-        self._rebuilders: dict[int, Callable[[Ints], ArrayLike]] = {}
+        self._rebuilders = Rebuilders(client, self._specs)
 
     # Who and where
 
@@ -186,48 +187,18 @@ class Job:
         self._settle(client.batch if self._sync else 0)
         self._evaluate()
 
-    def rebuild_with(self, spec: TableSpec, fn: Callable[[Ints], ArrayLike]) -> None:
+    def rebuild_with(self, spec: TableSpec, fn: Rebuilder) -> None:
         """See Table.on_restored."""
         self.begin()
-        if self._client.initial[spec.id].any():
-            raise ConfigurationError(
-                f"table {spec.name!r} begins with values of its own, and a sum that is made again "
-                "begins at zero: push them as the part of one worker instead of `initial`"
-            )
-        self._rebuilders[spec.id] = fn
-        # Under Sync a worker keeps its push until it has pulled what came of it: copies are exact.
-        if not self._sync:
-            self._client.register(spec.id)
+        self._rebuilders.add(spec, fn, sync=self._sync)
 
     def check_sum(self, spec: TableSpec) -> None:
         """Refuse a sum that a recovery would leave wrong for ever."""
-        membership = self._client.membership
-        if membership is None or not membership.settings.inexact:
-            return
-        if self._sync or spec.id not in self._rebuilders:
-            raise ConfigurationError(
-                f"table {spec.name!r} has rule add, and this job's strategy restores lost slots "
-                "from the running checkpoint, which lacks what was added since: call "
-                "table.on_restored(fn) before its first push (Async), or take a strategy with "
-                "other sources (Freshest, Stateless, FullCheckpoint)"
-            )
+        self._rebuilders.check(spec, sync=self._sync)
 
     def wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
         """Wait, and meanwhile make again what a restored server asks for."""
-        client = self._client
-        while True:
-            client.wait(lambda: ready() or bool(client.due), seconds, what)
-            due = client.take_due()
-            if not due:
-                return
-            for server, table, rows in due:
-                spec = self._specs[table]
-                part = np.ascontiguousarray(self._rebuilders[table](rows), np.float32)
-                if part.size != len(rows) * spec.cols:
-                    raise ConfigurationError(
-                        f"table {spec.name!r}: on_restored gave {part.shape} for {len(rows)} rows"
-                    )
-                client.rebuild(server, Update(table, 1.0, part.reshape(-1, spec.cols), rows))
+        self._rebuilders.wait(ready, seconds, what)
 
     @property
     def _sync(self) -> bool:
@@ -346,7 +317,7 @@ class Job:
         """At the end of its batches a worker waits for what could send it back; True: it must.
 
         That is until all slots have its batches and, where a job can roll back, until all other
-        workers reached their ends too (protocol.md, "Ending").
+        workers reached their ends too.
         """
         client = self._client
         membership, pushes = client.membership, client.pushes

@@ -6,9 +6,7 @@ its own; a lost server comes back through the real `Restorer`, into a new plane.
 module of the benchmark that knows how those are made.
 """
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +28,10 @@ from daruma_trainer.contract import (
     SourceKind,
     slots_to_hex,
 )
-from daruma_trainer.errors import StoreError
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints, TableSpec, choose_block_rows
 from daruma_trainer.rules import rule_to_json
-from daruma_trainer.server.background import Background, Done, Job
+from daruma_trainer.server.background import ByHand
 from daruma_trainer.server.cuts import FIRST, Cuts
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.restoring import Restorer
@@ -44,41 +41,6 @@ from daruma_trainer.wire import TablePush, mask_of
 from daruma_trainer.worker.copies import HostCopy
 
 WORKER = "worker-0-1"
-JOBS = 100_000
-"""Bound on what one drain may run: a job that always submits another is a bug."""
-
-
-class Drained(Background):
-    """The store's thread, run by hand; counts its seconds of CPU."""
-
-    def __init__(self) -> None:
-        self._pending: deque[tuple[Job, Done]] = deque()
-        self._lock = threading.Lock()
-        self.seconds = 0.0
-
-    def post(self, call: Callable[[], None]) -> None:
-        """See Background.post. Threads that read may do this."""
-        with self._lock:
-            call()
-
-    def submit(self, job: Job, done: Done) -> None:
-        """See Background.submit."""
-        self._pending.append((job, done))
-
-    def drain(self) -> None:
-        """Run everything that was submitted."""
-        began = time.process_time()
-        for _ in range(JOBS):
-            if not self._pending:
-                break
-            job, done = self._pending.popleft()
-            try:
-                result = job()
-            except StoreError as error:
-                done(None, error)
-            else:
-                done(result, None)
-        self.seconds += time.process_time() - began
 
 
 def membership(uid: str, saving: Saving | None = None, *, initialised: bool = False) -> Membership:
@@ -222,11 +184,13 @@ class Saves:
         self.store = MemoryStore()
         self.held_up = 0.0
         """Seconds of CPU of the serve loop: choosing and copying."""
+        self.background = 0.0
+        """Seconds of CPU of the store's thread."""
         self._servers = servers
-        self._background = Drained()
+        self._store_thread = ByHand()
         self._membership = membership(servers.uid, saving)
         self._savers = [
-            Saver(plane, self.store, self._background, self._membership, i)
+            Saver(plane, self.store, self._store_thread, self._membership, i)
             for i, plane in enumerate(servers.planes)
         ]
         full = saving.strategy is Strategy.FULL
@@ -239,7 +203,7 @@ class Saves:
             cuts.take(FIRST)
         for saver in self._savers if not self._cuts else []:
             saver.save_all("running", "", lambda _written, error: errors.append(error))
-        self._background.drain()
+        self._work()
         if any(errors):
             raise BenchError(f"the first save failed: {errors}")
 
@@ -252,12 +216,9 @@ class Saves:
             while saver.pending:
                 saver.work(idle=True)
         self.held_up += time.process_time() - began
-        self._background.drain()
-
-    @property
-    def background(self) -> float:
-        """Seconds of CPU of the store's thread."""
-        return self._background.seconds
+        self._work()
+        if errors := [saver.error for saver in self._savers if saver.error]:
+            raise BenchError(f"a save under {self.saving.name} failed: {errors[0]}")
 
     @property
     def memory(self) -> int:
@@ -276,7 +237,7 @@ class Saves:
         if peer is not None:
             for ids, number in asked:
                 restorer.on_copy(WORKER, number, peer.copy.give(mask_of(ids)))
-        self._background.drain()
+        self._work()
         report = restorer.report
         if report is None or not report.done or report.damaged:
             raise BenchError(
@@ -295,10 +256,13 @@ class Saves:
             plane, restorer, _ = self._successor(server)
             restorer.load_cut(found[0], lambda _cut, problem: problems.append(problem))
             planes.append(plane)
-        self._background.drain()
+        self._work()
         if len(problems) != SERVERS or any(problems):
             raise BenchError(f"the rollback to {found[0]} failed: {problems}")
         return planes
+
+    def _work(self) -> None:
+        self.background += seconds_of(self._store_thread.run)
 
     def _successor(self, server: int) -> tuple[DataPlane, Restorer, list[tuple[Ints, int]]]:
         member = membership(self._servers.uid, self.saving, initialised=True)
@@ -313,7 +277,13 @@ class Saves:
             plane.restored(np.arange(len(plane.slots.ids)))
 
         restorer = Restorer(
-            plane, self.store, self._background, member.prefix, _successor(server), fetch, complete
+            plane,
+            self.store,
+            self._store_thread,
+            member.prefix,
+            _successor(server),
+            fetch,
+            complete,
         )
         return plane, restorer, asked
 
@@ -323,7 +293,7 @@ class Saves:
 
         plane = self._servers.planes[index]
         saver, member = self._savers[index], self._membership
-        return Cuts(plane, saver, self.store, self._background, index, tell, member)
+        return Cuts(plane, saver, self.store, self._store_thread, index, tell, member)
 
 
 def _successor(server: int) -> Identity:

@@ -8,23 +8,18 @@ failures of small programs. `--write` makes the page and its plots; nothing in i
 """
 
 import argparse
-import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from daruma_trainer.bench.arena import BenchError
+from daruma_trainer.bench.cli import Result, conclude, machine, parser_of, today
 from daruma_trainer.bench.rework.arms import Grid
 from daruma_trainer.bench.rework.catalogue import PROGRAMS
 from daruma_trainer.bench.rework.experiment import Size, measure
 from daruma_trainer.bench.rework.page import page, text
 from daruma_trainer.bench.rework.perturbation import study
-from daruma_trainer.contract import ExitCode
-from daruma_trainer.errors import MissingError
+from daruma_trainer.errors import ConfigurationError
 
 WHOLE = Grid()
 QUICK = Grid(every=(8,), fractions=(1.0, 0.125))
@@ -34,29 +29,13 @@ STUDIES = ("all", "rework", "perturbation")
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and write what was asked for; returns the exit code."""
     options = _parse(arguments)
-    unknown = sorted(set(options.programs) - set(PROGRAMS))
-    if unknown:
-        known = ", ".join(PROGRAMS)
-        print(f"daruma bench: no program {unknown[0]}; there are {known}", file=sys.stderr)
-        return ExitCode.USAGE
-    try:
-        result = run(options)
-        print(text(result))
-        if options.json:
-            options.json.write_text(json.dumps(result) + "\n")
-        if options.write:
-            write(options.write, result)
-    except BenchError as error:
-        print(f"daruma bench: {error}", file=sys.stderr)
-        return ExitCode.FAILED
-    except MissingError as error:
-        print(f"daruma bench: {error}", file=sys.stderr)
-        return ExitCode.MISSING
-    return ExitCode.OK
+    return conclude(options, lambda: run(options), text, written)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Run what was asked for; plain JSON values."""
+def run(options: argparse.Namespace) -> Result:
+    """Run what was asked for. ConfigurationError: there is no such program."""
+    if unknown := sorted(set(options.programs) - set(PROGRAMS)):
+        raise ConfigurationError(f"no program {unknown[0]}; there are {', '.join(PROGRAMS)}")
     began = time.monotonic()
     quick = options.quick
     size = Size(
@@ -70,35 +49,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "rework",
         "quick": quick,
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}, {options.jobs} processes",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": f"{machine()}, {options.jobs} processes",
+        "date": today(),
         "programs": [measure(name, size) for name in options.programs] if rework else [],
         "perturbation": [s.to_json() for s in study(200 if quick else 5000)] if bounds else [],
         "seconds": time.monotonic() - began,
     }
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write the page, and its plots into a folder beside it."""
+def written(path: Path, result: Result) -> str:
+    """Return the page that is to lie at `path`; its plots are put into a folder beside it."""
     from daruma_trainer.bench.rework.plots import draw
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     plots = {p["program"]: draw(path.parent / path.stem, p) for p in result["programs"]}
-    path.write_text(
-        page(result, {n: f.relative_to(path.parent).as_posix() for n, f in plots.items()})
-    )
+    return page(result, {n: f.relative_to(path.parent).as_posix() for n, f in plots.items()})
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="daruma bench rework",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="a small part: under two minutes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every κ there")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write a page of it there")
+    parser = parser_of("rework", __doc__, "a small part: under two minutes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--seeds", type=int, metavar="N", help="training seeds (10)")
     parser.add_argument("--failures", type=int, metavar="N", help="failures a seed (30)")

@@ -6,7 +6,6 @@ from typing import Any
 from daruma_trainer.bench.rework.arms import LOST, SERVERS
 from daruma_trainer.errors import MissingError
 
-SMALLEST = 0.125
 SHOWN = ("Partial all", "Partial Priority r=1/8", "Partial RoundRobin r=1/8",
          "Partial Random r=1/8", "Freshest Sync", "Freshest Async, oldest")  # fmt: skip
 

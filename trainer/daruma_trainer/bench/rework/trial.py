@@ -75,7 +75,6 @@ class Run:
     """By arm, ‖δ‖ of the parameters."""
     cap: int = 0
     costs: dict[str, Cost] = field(default_factory=dict)
-    step_seconds: float = 0.0
 
 
 def stream(problem: Problem, seed: int, *purpose: int) -> np.random.Generator:

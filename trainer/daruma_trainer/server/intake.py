@@ -1,0 +1,147 @@
+"""Write into the tables what was read: of a save, of a cut, or of a shard that is handed over.
+
+The store's thread reads, and the tables belong to the loop's thread; what is large comes across in
+chunks, of which few are under way at once.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daruma_trainer.checkpoint.manifest import Manifest
+from daruma_trainer.checkpoint.reading import Found, read_slots
+from daruma_trainer.checkpoint.segment import BlockState
+from daruma_trainer.checkpoint.store import Store
+from daruma_trainer.contract import ContractError
+from daruma_trainer.errors import StoreError
+from daruma_trainer.layout import Ints
+from daruma_trainer.server.background import Background
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.handover import fetch
+
+READ_AHEAD = 6
+"""Chunks that were read and not yet written into the tables."""
+TAKE_SECONDS = 30.0
+"""How long a chunk may wait for the loop to take an earlier one."""
+
+
+class Intake:
+    """One read: `read` and `take_over` are for the store's thread, the rest is for the loop's.
+
+    What comes once `wanted()` is false is dropped: a newer plan may have given its slots to another
+    source meanwhile.
+    """
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        background: Background,
+        wanted: Callable[[], bool],
+        *,
+        moments_only: bool = False,
+    ) -> None:
+        self._plane = plane
+        self._background = background
+        self._wanted = wanted
+        self._moments_only = moments_only
+        self._ahead = threading.BoundedSemaphore(READ_AHEAD)
+        self._got: list[NDArray[np.bool_]] = []
+        """For each table which blocks came."""
+        self.problem: str | None = None
+        self.size = 0
+        """Bytes of parameters."""
+
+    def read(self, store: Store, where: tuple[str, int, int], k: Ints) -> Found:
+        """Read the slots `k` from saves; `where` as for `read_slots`."""
+        return read_slots(store, where, self._plane.slots.ids[k], self._announce, self._hand)
+
+    def take_over(self, agent: str, token: str) -> Found:
+        """Take all that a predecessor hands over."""
+        manifest, blocks, damaged = fetch(agent, token)
+        self._announce(manifest)
+        self._hand(blocks)
+        return Found(manifest, tuple(damaged))
+
+    def whole(self, k: Ints) -> NDArray[np.bool_]:
+        """Of which of the slots `k` every block came."""
+        found = np.ones(len(k), np.bool_)
+        for i, table in enumerate(self._plane.shard.tables):
+            # A table that was made since the save is not in it.
+            got = self._got[i] if i < len(self._got) else np.zeros(len(table.steps), np.bool_)
+            lacking = np.concatenate([[0], np.cumsum(~got)])[table.layout.slot_blocks]
+            found &= lacking[k + 1] == lacking[k]
+        return found
+
+    def _announce(self, manifest: Manifest) -> None:
+        self._background.post(lambda: self._begin(manifest))
+
+    def _hand(self, blocks: list[BlockState]) -> None:
+        if not self._ahead.acquire(timeout=TAKE_SECONDS):
+            raise StoreError(f"the serve loop took nothing for {TAKE_SECONDS:.0f} s")
+        self._background.post(lambda: self._take(blocks))
+
+    def _begin(self, manifest: Manifest) -> None:
+        if self._wanted():
+            self.problem = make_tables(self._plane, manifest)
+            self._got = [np.zeros(len(t.steps), np.bool_) for t in self._plane.shard.tables]
+
+    def _take(self, blocks: list[BlockState]) -> None:
+        self._ahead.release()
+        if self.problem or not self._wanted():
+            return
+        for table, index in set_blocks(self._plane, blocks, moments_only=self._moments_only):
+            self._got[table][index] = True
+        self.size += sum(b.data.nbytes for b in blocks)
+
+
+def make_tables(plane: DataPlane, manifest: Manifest) -> str | None:
+    """Make the tables of a save; says what is wrong where they are not the job's."""
+    for spec in manifest.tables:
+        try:
+            refused = plane.add_table(spec) is not None
+        except ContractError as error:
+            return f"table {spec.name!r} of the checkpoint: {error}"
+        if refused:
+            return f"table {spec.name!r} of the checkpoint is not the job's"
+    return None
+
+
+def set_slots(plane: DataPlane, manifest: Manifest, k: Ints) -> None:
+    """Give the slots `k` the positions and the `applied` that they have in a save."""
+    slots, saved = plane.slots, manifest.slots
+    where = np.searchsorted(saved.ids, slots.ids[k])
+    slots.position[k] = saved.position[where]
+    workers = min(slots.last.shape[1], saved.last.shape[1])
+    slots.last[k, :workers] = saved.last[where, :workers]
+    slots.window[k, :workers] = saved.window[where, :workers]
+
+
+def set_blocks(
+    plane: DataPlane, blocks: Sequence[BlockState], *, moments_only: bool
+) -> list[tuple[int, Ints]]:
+    """Write blocks into the tables; returns which fitted, as indices by table."""
+    fitted: list[tuple[int, Ints]] = []
+    for number in {b.table for b in blocks if b.table < len(plane.shard.tables)}:
+        table = plane.shard.tables[number]
+        mine = [b for b in blocks if b.table == number]
+        at = table.layout.index_of(np.array([b.block for b in mine], np.int64))
+        starts, cols = table.layout.block_starts, table.layout.table.cols
+        flat = table.data.reshape(-1)
+        states = [array.reshape(-1) for array in table.state]
+        for n, (b, i) in enumerate(zip(mine, at.tolist(), strict=True)):
+            part = slice(int(starts[i]) * cols, int(starts[i + 1]) * cols)
+            if i < 0 or b.data.size != part.stop - part.start or len(b.state) != len(states):
+                at[n] = -1
+                continue
+            if not moments_only:
+                flat[part] = b.data
+            for array, saved in zip(states, b.state, strict=True):
+                array[part] = saved
+            table.steps[i] = b.steps
+        found = at[at >= 0]
+        if not moments_only:
+            table.changed[found] = True
+        fitted.append((number, found))
+    return fitted

@@ -1,0 +1,54 @@
+"""What a worker says of itself. For the I/O thread, under the client's lock."""
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from daruma_trainer.contract import Report
+from daruma_trainer.worker.sessions import Sessions
+
+if TYPE_CHECKING:
+    from daruma_trainer.worker.client import Client
+
+
+class Reporter:
+    """Makes reports, and knows what the last one said."""
+
+    def __init__(self) -> None:
+        self._acked_epoch, self._acked_at = 0, 0.0
+        self._shown: tuple[object, ...] = ()
+
+    def report(self, client: "Client", sessions: Sessions | None) -> Report:
+        """Say what this worker is at; `sessions` is None before the first membership."""
+        report = Report(
+            client.me.id, client.epoch, client.state, generation=client.generation,
+            loss=client.loss, total_steps=client.total_steps, stop=client.own_stop,
+            metrics=dict(client.values),
+            error=None if client.failure is None else str(client.failure),
+        )  # fmt: skip
+        if sessions is None:
+            return report
+        pushes, now = sessions.pushes, time.monotonic()
+        if pushes.acked_epoch > self._acked_epoch:
+            self._acked_epoch, self._acked_at = pushes.acked_epoch, now
+        recovers = sessions.membership.recovery is not None
+        return replace(
+            report,
+            step=pushes.acked,
+            suspects=sessions.suspects(),
+            copies=sessions.copy.versions() if recovers else (),
+            acked_epoch=pushes.acked_epoch,
+            acked_age=now - self._acked_at if pushes.acked_epoch else None,
+            pending=pushes.pending,
+            replayed=pushes.replayed,
+            lost=len(pushes.lost),
+        )
+
+    def is_news(self, own: Report) -> bool:
+        """Whether a report says something that servers should hear before the next heartbeat."""
+        shown = (
+            own.state, own.epoch, own.acked_epoch, own.copies, own.stop, own.error,
+            {s.id for s in own.suspects},
+        )  # fmt: skip
+        before, self._shown = self._shown, shown
+        return shown != before
