@@ -107,6 +107,7 @@ class World:
     planned: dict[str, Planned] = field(default_factory=dict)
     saving: dict[str, str] = field(default_factory=dict)
     failing: dict[str, float] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
     created: list[str] = field(default_factory=list)
     last: dict[str, Report] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
@@ -130,6 +131,7 @@ class World:
             heard,
             frozenset(reached),
             dict(self.failing),
+            frozenset(self.refused),
             dict(self.delivered),
             dict(self.planned),
             dict(self.saving),
@@ -302,6 +304,21 @@ class World:
             pod, state=PodState.TERMINATED, exit_code=code, reason=reason, message="boom"
         )
         return pod.name
+
+    def hang_up(self, seat: str) -> str:
+        """End a process; its port is closed and workers lost it, but its pod says nothing yet."""
+        pod = self.pod(seat)
+        name = member_id(pod.role, pod.index, pod.incarnation)
+        self._silence(pod)
+        self.failing[name] = 0.0
+        self.refused.add(name)
+        self.suspect(name)
+        return pod.name
+
+    def suspect(self, name: str) -> None:
+        for sim in self.sims.values():
+            if sim.role is Role.WORKER:
+                sim.suspects = (Suspect(name, 0.05, "Disconnected"),)
 
     def pod(self, seat: str) -> PodFacts:
         role, index = seat.split("-")

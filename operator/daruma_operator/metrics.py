@@ -4,11 +4,10 @@ They are fed from won status writes alone: what changed between the status befor
 written is counted once, whichever operator wrote it and however often a pass is repeated.
 """
 
-from collections.abc import Sequence
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from daruma_operator.api.status import RecoveryRecord, TrainingJobStatus
+from daruma_operator.controller.verdicts import PROCESS_ENDED
 
 CONDITIONS = ("Stalled", "Unreachable", "CheckpointStale", "StateLost", "Degraded")
 SECONDS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -181,11 +180,8 @@ class Metrics:
 
 
 def _losses(status: TrainingJobStatus) -> dict[tuple[str, int, int], tuple[str, str]]:
-    records: Sequence[RecoveryRecord] = status.recoveries
+    """Causes by member; while a recovery goes on, only those that are known for good."""
+    found = [x for record in status.recoveries for x in record.losses]
     if status.recovery is not None:
-        records = [*records, status.recovery]
-    return {
-        (str(x.role), x.index, x.incarnation): (str(x.role), x.reason)
-        for record in records
-        for x in record.losses
-    }
+        found += [x for x in status.recovery.losses if x.reason != PROCESS_ENDED]
+    return {(str(x.role), x.index, x.incarnation): (str(x.role), x.reason) for x in found}

@@ -1,11 +1,13 @@
 """The controller as it runs: real HTTP to agents, status writes that lose, operators that die."""
 
+import asyncio
+import socket
 from collections.abc import Iterator
 
 import pytest
 
-from controller_live import LiveSubstrate, LiveWorld, operate
-from daruma_operator.controller.agents import news
+from controller_live import KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
+from daruma_operator.controller.agents import Agents, news
 from daruma_trainer.contract import Report, View
 
 FOREVER = 10**9
@@ -53,6 +55,23 @@ def test_a_lost_server_comes_back(world: LiveWorld) -> None:
     count = operator.metrics.registry.get_sample_value("daruma_recovery_seconds_count", labels)
     assert count == 1
     assert len(world.created) == 6
+
+
+def test_a_closed_port_is_told_from_silence() -> None:
+    async def ask() -> dict[str, bool]:
+        agents = Agents(SETTINGS, lambda _key: None)
+        talk = agents.begin(KEY, "u", TOKEN)
+        with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))  # taken, but nobody listens
+            targets = {
+                "silent": f"127.0.0.1:{silent.getsockname()[1]}",
+                "closed": f"127.0.0.1:{closed.getsockname()[1]}",
+            }
+            await agents.look(talk, targets)
+        await agents.close()
+        return {member: silence.refused for member, silence in talk.failing.items()}
+
+    assert asyncio.run(ask()) == {"silent": False, "closed": True}
 
 
 @pytest.mark.parametrize(

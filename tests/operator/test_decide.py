@@ -13,6 +13,7 @@ from daruma_operator.api.status import Phase, TrainingJobStatus
 from daruma_operator.controller.acts import CreatePod, PutMembership
 from daruma_operator.controller.decide import TRANSITIONS
 from daruma_operator.controller.membership import membership_of
+from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import Membership, SavedState, Suspect
 
 FOREVER = 10**9
@@ -336,6 +337,92 @@ def test_a_suspicion_alone_is_no_verdict() -> None:
     world = World(total=FOREVER).running()
     world.sim("worker-0").suspects = (Suspect("server-1-1", 60.0, "Unanswered"),)
     assert world.tick().phase is Phase.RUNNING
+
+
+def told(world: World, name: str, code: int = 137, **facts: object) -> None:
+    """At last a pod says how its container ended."""
+    ended = replace(world.pods[name], state=PodState.TERMINATED, exit_code=code, message="boom")
+    world.pods[name] = replace(ended, **facts)  # type: ignore[arg-type]
+
+
+def test_a_servers_closed_port_and_a_members_word_are_a_verdict() -> None:
+    world = World(total=FOREVER).running()
+    name = world.hang_up("server-1")
+    assert world.tick().phase is Phase.RECOVERING
+    assert world.status.recovery is not None
+    assert world.status.recovery.losses[0].reason == "ProcessEnded"
+    assert name in world.pods, "what it says last is waited for"
+    told(world, name, reason="OOMKilled")
+    decision = world.tick()
+    (event,) = [e for e in decision.events if e.reason == "OOMKilled"]
+    assert "j-server-1-1 was lost (OOMKilled) with exit code 137: boom" in event.message
+    assert world.status.recovery.losses[0].reason == "OOMKilled"
+    last = world.status.last_failure
+    assert last is not None
+    assert (last.pod, last.reason, last.exit_code, last.message) == (name, "OOMKilled", 137, "boom")
+    world.running()
+    assert world.status.recoveries[-1].losses[0].reason == "OOMKilled"
+    assert world.status.restarts.servers == 1
+    assert len(world.status.restarts.counted) == 1
+    world.tick()
+    assert name not in world.pods
+
+
+def test_a_process_that_ended_because_its_pod_was_taken_does_not_count() -> None:
+    world = World(total=FOREVER).running()
+    names = [world.hang_up("server-1"), world.hang_up("server-2")]
+    world.suspect("server-1-1")
+    world.sim("worker-0").suspects += (Suspect("server-2-1", 0.05, "Disconnected"),)
+    world.tick()
+    assert len(world.status.restarts.counted) == 2
+    told(world, names[0], disrupted=True)
+    told(world, names[1], reason="Error")
+    world.running()
+    reasons = [x.reason for x in world.status.recoveries[-1].losses]
+    assert reasons == ["Disrupted", "Error"]
+    assert len(world.status.restarts.counted) == 1
+    assert world.status.restarts.disruptions == 1
+
+
+def test_a_pod_that_never_says_how_it_ended_is_removed_with_the_recovery() -> None:
+    world = World(total=FOREVER).running()
+    name = world.hang_up("server-1")
+    world.running()
+    assert world.status.recoveries[-1].losses[0].reason == "ProcessEnded"
+    world.tick()
+    assert name not in world.pods
+
+
+@pytest.mark.parametrize(
+    ("seat", "changes"),
+    [
+        ("worker-1", {}),
+        ("server-1", {"runPolicy": {"backoffLimit": 0}}),
+        ("server-1", {"recovery": {"placement": "Adopt"}}),
+    ],
+)
+def test_how_it_ended_is_waited_for_where_it_decides_what_follows(
+    seat: str, changes: dict[str, object]
+) -> None:
+    world = World(spec=spec_of(**changes), total=FOREVER).running()
+    world.hang_up(seat)
+    assert world.tick().phase is Phase.RUNNING
+
+
+def test_a_port_that_only_the_operator_finds_closed_is_no_verdict() -> None:
+    world = World(total=FOREVER).running()
+    world.hang_up("server-1")
+    for sim in world.sims.values():
+        sim.suspects = ()
+    assert world.tick().phase is Phase.RUNNING
+
+
+def test_before_training_begins_a_closed_port_is_no_verdict() -> None:
+    world = World(slow=True)
+    world.until(lambda w: any(s.membership for s in w.sims.values()))
+    world.hang_up("server-1")
+    world.tick()
+    assert world.status.restarts.servers == 0
 
 
 def test_a_worker_that_was_told_to_end_is_not_done() -> None:

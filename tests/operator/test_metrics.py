@@ -70,6 +70,21 @@ def test_a_recovery_is_counted_once_when_it_ends() -> None:
     assert value(metrics, "daruma_pod_failures_total", **failures) == 1
 
 
+def test_how_a_process_ended_is_counted_once_it_is_known() -> None:
+    metrics = Metrics()
+    loss = Loss(role=Role.SERVER, index=1, incarnation=1, pod="p", reason="ProcessEnded")
+    gone = TrainingJobStatus(recovery=record(losses=(loss,)))
+    known = loss.model_copy(update={"reason": "Error"})
+    told = TrainingJobStatus(recovery=record(losses=(known,)))
+    metrics.note_write("n", TrainingJobStatus(), gone, 6)
+    failures = {"namespace": "n", "role": "Server"}
+    assert value(metrics, "daruma_pod_failures_total", cause="Error", **failures) is None
+    metrics.note_write("n", gone, told, 6)
+    assert value(metrics, "daruma_pod_failures_total", cause="Error", **failures) == 1
+    metrics.note_write("n", gone, TrainingJobStatus(recoveries=(record(losses=(loss,)),)), 6)
+    assert value(metrics, "daruma_pod_failures_total", cause="ProcessEnded", **failures) == 1
+
+
 def test_a_higher_rung_is_an_escalation() -> None:
     metrics = Metrics()
     first = TrainingJobStatus(recovery=record())

@@ -14,7 +14,7 @@ from daruma_operator.controller.draft import Policy
 from daruma_operator.controller.membership import membership_of
 from daruma_operator.controller.observe import Seen, agent_of
 from daruma_operator.controller.sourcing import restores_of
-from daruma_operator.controller.verdicts import name_of
+from daruma_operator.controller.verdicts import PROCESS_ENDED, name_of
 from daruma_operator.names import cut_number, pod_plan
 from daruma_operator.substrate.protocol import PodFacts, PodState
 from daruma_trainer.contract import Role
@@ -97,12 +97,14 @@ def _deletions(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[Ac
     """Pods of incarnations that were replaced. A dead one's log is kept until it is over."""
     current = {m.pod for m in (*status.members, *status.returning, *status.handing)}
     active = status.recovery is not None
+    losses = status.recovery.losses if status.recovery is not None else ()
+    ended = {loss.pod for loss in losses if loss.reason == PROCESS_ENDED}
     return [
         _delete(pod, policy.superseded_grace_seconds)
         for pod in seen.pods
         if pod.name not in current
         and not pod.deleting
-        and not (active and pod.state is PodState.TERMINATED)
+        and not (active and (pod.state is PodState.TERMINATED or pod.name in ended))
     ]
 
 

@@ -6,6 +6,7 @@ long as something happens, every member that can be reached is polled.
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,16 @@ FORGET_SECONDS = 120.0
 """The last words of members of the past are kept so long: they price a recovery."""
 
 
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """A member that does not answer."""
+
+    since: float
+    """The loop's time of the first question in vain."""
+    refused: bool
+    """Whether its host answered the last one: nobody listens there."""
+
+
 @dataclass(slots=True)
 class Talk:
     """What the operator remembers of a job's members. It may be lost with the operator."""
@@ -39,7 +50,7 @@ class Talk:
     token: str
     views: dict[str, tuple[float, View]] = field(default_factory=dict)
     """When (the loop's time) each view came."""
-    failing: dict[str, float] = field(default_factory=dict)
+    failing: dict[str, Silence] = field(default_factory=dict)
     delivered: dict[str, int] = field(default_factory=dict)
     planned: dict[str, tuple[float, Planned]] = field(default_factory=dict)
     saving: dict[str, str] = field(default_factory=dict)
@@ -52,6 +63,14 @@ class Talk:
         for told in (self.failing, self.delivered, self.planned, self.saving):
             for gone in [i for i in told if i not in targets and i not in self.views]:
                 del told[gone]
+
+    def fails(self, member: str, error: Exception) -> bool:
+        """Note that a member did not answer; True if that, or that it is refused, is new."""
+        refused = isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
+        known = self.failing.get(member)
+        since = _now() if known is None else known.since
+        self.failing[member] = Silence(since, refused)
+        return known is None or refused > known.refused
 
     def heard(self, now: float) -> dict[str, Heard]:
         """Merge what all said."""
@@ -148,9 +167,8 @@ class Agents:
             try:
                 view = await self._view(talk, agent, after, settings.poll_seconds)
             except FAILURES as error:
-                if member not in talk.failing:
+                if talk.fails(member, error):
                     LOG.debug("%s: %s does not answer: %r", talk.key, member, error)
-                    talk.failing[member] = _now()
                     self._notify(talk.key)
                 failures += 1
                 slow = failures > PATIENCE
@@ -173,8 +191,8 @@ class Agents:
     async def _look(self, talk: Talk, member: str, agent: str) -> None:
         try:
             self._keep(talk, member, await self._view(talk, agent, 0, 0.0))
-        except FAILURES:
-            talk.failing.setdefault(member, _now())
+        except FAILURES as error:
+            talk.fails(member, error)
 
     def _keep(self, talk: Talk, member: str, view: View) -> None:
         talk.failing.pop(member, None)

@@ -13,6 +13,7 @@ from daruma_operator.controller.acts import Act
 from daruma_operator.controller.adopting import hand_back, successor
 from daruma_operator.controller.draft import Draft, Policy, indexes
 from daruma_operator.controller.ending import all_left, deadline, end, result_saved, wants_result
+from daruma_operator.controller.failures import explain, hasty
 from daruma_operator.controller.losing import lose
 from daruma_operator.controller.observe import Seen, newest_pods, runs
 from daruma_operator.controller.progress import fold, show
@@ -68,6 +69,7 @@ def _advance(d: Draft) -> None:
     if d.status.phase is None:
         _begin(d)
     _catch_up(d)
+    explain(d)
     fold(d)
     if deadline(d):
         return
@@ -104,7 +106,9 @@ def _catch_up(d: Draft) -> None:
 
 def _losses(d: Draft) -> tuple[Verdict, ...]:
     done = indexes(d.status.workers.succeeded_indexes)
-    found = losses(d.seen, d.status.members, d.spec.recovery.timeouts.detect_seconds, done)
+    found = losses(
+        d.seen, d.status.members, d.spec.recovery.timeouts.detect_seconds, done, early=hasty(d)
+    )
     if all_left(d) and (result_saved(d) or not wants_result(d)):
         # The result is safe: no server is needed but to release the workers, and a worker that
         # was released closes its agent before its process is gone.

@@ -5,9 +5,7 @@ from datetime import timedelta
 
 from daruma_operator.api.spec import Placement
 from daruma_operator.api.status import (
-    Counted,
     DeltaNorm,
-    Failure,
     Loss,
     Phase,
     Phases,
@@ -19,18 +17,16 @@ from daruma_operator.api.status import (
 from daruma_operator.controller.adopting import HAND_BACK, adopt, successor
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
+from daruma_operator.controller.failures import MAX_COUNTED, count, over_limit, sentence
 from daruma_operator.controller.membership import ladder_of
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import job_step
-from daruma_operator.controller.verdicts import Verdict, described, name_of
+from daruma_operator.controller.verdicts import Verdict, name_of
 from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
 from daruma_operator.recovery.price import counters
 from daruma_operator.recovery.strategies import PRESETS
-from daruma_trainer.contract import SLOTS, ExitCode, Role, SourceKind
-
-MAX_COUNTED = 100
-MAX_MESSAGE = 400
+from daruma_trainer.contract import SLOTS, Role, SourceKind
 
 
 def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
@@ -46,7 +42,7 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         seats = {m.index for m in lost if m.role is Role.SERVER}
         d.set(handing=tuple(h for h in d.status.handing if h.index not in seats))
     for v in verdicts:
-        d.tell(v.event, _sentence(v), warning=True, member=seat(v.member.role, v.member.index))
+        d.tell(v.event, sentence(v), warning=True, member=seat(v.member.role, v.member.index))
     # Those that are to be adopted get their hosts below: who can be one follows from who is left.
     d.replace_members(successor(d, m.role, m.index, epoch) for m in lost)
     alone = not any(runs(d.seen.pod(m.pod)) for m in d.status.members)
@@ -71,61 +67,6 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         d.phase(Phase.PENDING, "AllPodsLost", "no pod is left; all are made anew and restored")
     else:
         d.phase(Phase.RECOVERING, d.record.cause, f"{_names(verdicts)} lost; {d.record.strategy}")
-
-
-def count(d: Draft, verdicts: Sequence[Verdict]) -> None:
-    """Note failures, and which of them count."""
-    restarts = d.status.restarts
-    since = d.now - timedelta(seconds=d.spec.run_policy.window_seconds)
-    counted = [c for c in restarts.counted if c.at > since]
-    counted += [Counted(role=v.member.role, at=d.now) for v in verdicts if v.counts]
-    roles = [v.member.role for v in verdicts]
-    update = {
-        "servers": restarts.servers + roles.count(Role.SERVER),
-        "workers": restarts.workers + roles.count(Role.WORKER),
-        "disruptions": restarts.disruptions + sum(not v.counts for v in verdicts),
-        "counted": tuple(counted[-2 * MAX_COUNTED :]),
-    }
-    worst = max(verdicts, key=lambda v: v.counts)
-    pod = worst.pod
-    d.set(
-        restarts=restarts.model_copy(update=update),
-        last_failure=Failure(
-            role=worst.member.role,
-            index=worst.member.index,
-            pod=worst.member.pod,
-            node=pod.node if pod else None,
-            exit_code=pod.exit_code if pod else None,
-            reason=worst.reason,
-            message=((pod.message if pod else None) or "")[-MAX_MESSAGE:],
-            time=d.now,
-        ),
-    )
-
-
-def over_limit(d: Draft, verdicts: Sequence[Verdict]) -> bool:
-    """Fail the job if a program asks for what cannot be, or too many failures count."""
-    for v in verdicts:
-        if v.member.role is Role.WORKER and v.pod and v.pod.exit_code == ExitCode.USAGE:
-            text = (v.pod.message or "its program was used wrongly").strip()
-            fail(d, "ProgramRefused", f"{v.member.pod} ended with exit code 2: {text}")
-            return True
-    limit = d.spec.run_policy.backoff_limit
-    for role in Role:
-        used = sum(c.role is role for c in d.status.restarts.counted)
-        if used > limit and any(v.counts and v.member.role is role for v in verdicts):
-            last = d.status.last_failure
-            text = f"; the last one: {last.reason} {last.message}" if last else ""
-            window = d.spec.run_policy.window_seconds
-            d.tell("LimitReached", f"{used} failures of {role}s count", warning=True)
-            fail(
-                d,
-                "BackoffLimitExceeded",
-                f"{used} failures of {role.lower()}s within {window:g} s are more than "
-                f"runPolicy.backoffLimit = {limit}{text}",
-            )
-            return True
-    return False
 
 
 def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
@@ -277,9 +218,3 @@ def _names(verdicts: Sequence[Verdict]) -> str:
 
 def _reasons(verdicts: Sequence[Verdict]) -> str:
     return ", ".join(sorted({v.reason for v in verdicts}))
-
-
-def _sentence(v: Verdict) -> str:
-    code = f" with exit code {v.pod.exit_code}" if v.pod and v.pod.exit_code is not None else ""
-    text = f": {v.pod.message.strip()[-MAX_MESSAGE:]}" if v.pod and v.pod.message else ""
-    return f"{described(v.member)} was lost ({v.reason}){code}{text}"

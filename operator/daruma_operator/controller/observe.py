@@ -38,6 +38,8 @@ class Seen:
     """Members that answered when they were last asked."""
     failing: Mapping[str, float] = field(default_factory=dict)
     """Members that do not answer the operator: seconds since the first question in vain."""
+    refused: frozenset[str] = frozenset()
+    """Those of them whose hosts refuse the connection: nobody listens there."""
     delivered: Mapping[str, int] = field(default_factory=dict)
     """The newest epoch that each member accepted from this operator."""
     planned: Mapping[str, Planned] = field(default_factory=dict)

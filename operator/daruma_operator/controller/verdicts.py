@@ -1,8 +1,9 @@
 """Who is lost, who is done, who cannot be reached: facts turned into verdicts. Pure.
 
 A member is dead when its container ended, when its pod is gone or going, or when it answers
-neither the operator (for detectSeconds) nor a member that does answer. Nothing else is a verdict:
-not a node that is NotReady, not the operator's failure alone.
+neither the operator (for detectSeconds) nor a member that does answer. A server whose host refuses
+connections, and that a member lost as well, has ended before its container says so (decision 16).
+Nothing else is a verdict: not a node that is NotReady, not the operator's failure alone.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,8 @@ from daruma_operator.substrate.protocol import PodFacts, PodState
 from daruma_trainer.contract import ExitCode, Role, member_id
 
 UNRESPONSIVE = "Unresponsive"
+PROCESS_ENDED = "ProcessEnded"
+"""Nobody listens there any more; how it ended is not known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class Verdict:
 
     member: MemberStatus
     reason: str
-    """OOMKilled, Error, … of its container; PodDeleted, Disrupted, Unresponsive."""
+    """OOMKilled, Error, … of its container; PodDeleted, Disrupted, Unresponsive, ProcessEnded."""
     counts: bool
     """Whether it counts towards runPolicy.backoffLimit; what the cluster took does not."""
     age: float | None
@@ -47,14 +50,24 @@ def described(member: MemberStatus) -> str:
 
 
 def losses(
-    seen: Seen, members: Iterable[MemberStatus], detect_seconds: float, done: frozenset[int]
+    seen: Seen,
+    members: Iterable[MemberStatus],
+    detect_seconds: float,
+    done: frozenset[int],
+    *,
+    early: bool = False,
 ) -> tuple[Verdict, ...]:
-    """Return the members that are lost; workers in `done` ended well and are none."""
+    """Return the members that are lost; workers in `done` ended well and are none.
+
+    early: take a server's word of its own end from its closed port, before its container's.
+    """
     found = []
     for member in members:
         if member.role is Role.WORKER and member.index in done:
             continue
         verdict = _verdict(seen, member, detect_seconds)
+        if verdict is None and early:
+            verdict = _closed(seen, member)
         if verdict is not None:
             found.append(verdict)
     return tuple(found)
@@ -72,11 +85,7 @@ def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict
             return None
         return Verdict(member, "PodDeleted", False, age, None)
     if pod.state is PodState.TERMINATED:
-        taken = pod.deleting or pod.disrupted
-        reason = _taken(pod) if taken else (pod.reason or "Error")
-        # A guest that goes with its host is no failure of its own.
-        counts = not (taken or member.guest)
-        return Verdict(member, reason, counts, age, pod)
+        return ended(member, pod, age)
     if pod.deleting or pod.disrupted:
         return Verdict(member, _taken(pod), False, age, pod)
     failing = seen.failing.get(name)
@@ -86,6 +95,24 @@ def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict
     if failing >= detect_seconds and confirmed(seen, member):
         return Verdict(member, UNRESPONSIVE, False, age or failing, pod)
     return None
+
+
+def ended(member: MemberStatus, pod: PodFacts, age: float | None) -> Verdict:
+    """Judge by a pod whose container ended."""
+    taken = pod.deleting or pod.disrupted
+    reason = _taken(pod) if taken else (pod.reason or "Error")
+    # A guest that goes with its host is no failure of its own.
+    counts = not (taken or member.guest)
+    return Verdict(member, reason, counts, age, pod)
+
+
+def _closed(seen: Seen, member: MemberStatus) -> Verdict | None:
+    """A server that was heard before, whose port is closed to the operator and to a member."""
+    name = name_of(member)
+    closed = name in seen.refused and name in seen.heard and confirmed(seen, member)
+    if not closed or member.guest or member.role is not Role.SERVER:
+        return None
+    return Verdict(member, PROCESS_ENDED, True, seen.suspected(name), seen.pod(member.pod))
 
 
 def _guest_ended(seen: Seen, name: str) -> int | None:
