@@ -1,16 +1,12 @@
 """Fixtures of the cluster tests: one cluster a run, the operator in it, a namespace a test."""
 
-import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import parts
 import pytest
-from losses import loss_of, undisturbed
-from members import Check, check_recovered
 from testcluster import Cluster, installed, shared
 from testjobs import JobNamespace, job_namespace
 
@@ -54,15 +50,3 @@ def jobs(operated: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNames
         yield made
         if request.session.testsfailed:
             sys.stderr.write(made.story())
-
-
-@pytest.fixture
-def check(jobs: JobNamespace, run_folder: Path) -> Check:
-    """What holds after every recovery, whoever was lost; the loss at most a tenth worse."""
-
-    def run(name: str, before: dict[str, str], lost: set[str], status: dict[str, Any]) -> None:
-        check_recovered(jobs, name, before, lost, status)
-        loss = loss_of(jobs, status["result"]["uri"])
-        assert math.isnan(loss) or loss <= 1.1 * undisturbed(run_folder)
-
-    return run

@@ -1,40 +1,66 @@
-"""Whole jobs on a real cluster that lose two members, at once or one after the other."""
+"""A job on a real cluster that loses two members, at once or one after the other, or one that is
+not quite dead.
+"""
 
-from members import Check, kill, restarts
-from testjobs import JobNamespace
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from longjob import LongJob
+from losses import check_loss
+from members import incarnations, kill
+from testcluster import Cluster
+from testjobs import job_namespace
 
 from daruma_trainer.contract import Role
 
 
-def test_two_servers_at_once(jobs: JobNamespace, check: Check) -> None:
-    jobs.cluster.apply(jobs.manifest("two"))
-    jobs.at_step("two", 20)
-    before = jobs.pods("two")
-    kill(jobs, "two", Role.SERVER, 0)
-    kill(jobs, "two", Role.SERVER, 2)
-    status = jobs.ended("two")
-    check("two", before, {"server-0", "server-2"}, status)
-    assert restarts(status, "servers") == 2
+@pytest.fixture(scope="module")
+def long(operated: Cluster) -> Iterator[LongJob]:
+    """The job of this file; a member that stands still is noticed soon."""
+    with job_namespace(operated, "jobs-twice") as jobs:
+        yield LongJob(jobs, "long", recovery={"timeouts": {"detectSeconds": 5}})
 
 
-def test_a_server_and_a_worker_at_once(jobs: JobNamespace, check: Check) -> None:
-    jobs.cluster.apply(jobs.manifest("both"))
-    jobs.at_step("both", 20)
-    before = jobs.pods("both")
-    kill(jobs, "both", Role.SERVER, 1)
-    kill(jobs, "both", Role.WORKER, 0)
-    check("both", before, {"server-1", "worker-0"}, jobs.ended("both"))
+def test_two_servers_at_once(long: LongJob) -> None:
+    with long.losing("server-0", "server-2") as name:
+        kill(long.jobs, name, Role.SERVER, 0)
+        kill(long.jobs, name, Role.SERVER, 2)
 
 
-def test_a_second_server_while_the_first_is_restored(jobs: JobNamespace, check: Check) -> None:
-    jobs.cluster.apply(jobs.manifest("second"))
-    jobs.at_step("second", 20)
-    before = jobs.pods("second")
-    kill(jobs, "second", Role.SERVER, 1)
-    jobs.cluster.until(
-        lambda: jobs.status("second").get("phase") == "Recovering", "the recovery begins", 30
-    )
-    kill(jobs, "second", Role.SERVER, 2)
-    status = jobs.ended("second")
-    check("second", before, {"server-1", "server-2"}, status)
-    assert restarts(status, "servers") == 2
+def test_a_server_and_a_worker_at_once(long: LongJob) -> None:
+    with long.losing("server-1", "worker-0") as name:
+        kill(long.jobs, name, Role.SERVER, 1)
+        kill(long.jobs, name, Role.WORKER, 0)
+
+
+def test_a_second_server_while_the_first_is_restored(long: LongJob) -> None:
+    with long.losing("server-1", "server-2") as name:
+        kill(long.jobs, name, Role.SERVER, 1)
+        long.jobs.cluster.until(
+            lambda: long.status().get("phase") == "Recovering", "the recovery begins", 30
+        )
+        kill(long.jobs, name, Role.SERVER, 2)
+
+
+def test_a_frozen_server_that_goes_on_after_it_was_replaced(long: LongJob) -> None:
+    """Nothing that it accepts counts, and it ends by itself."""
+    with long.losing("server-1") as name:
+        known = len(long.status()["recoveries"])
+        number = incarnations(long.status(), Role.SERVER)[1]
+        seat = {"JOB": name, "ROLE": Role.SERVER.value, "INDEX": "1", "INCARNATION": str(number)}
+        cluster = long.jobs.cluster
+        pid = cluster.kill(signal.SIGSTOP, **seat)
+        cluster.until(
+            lambda: len(long.status()["recoveries"]) > known, "the frozen server is replaced", 120
+        )
+        assert cluster.pids(**seat)[:1] == [pid], "it goes on within its grace period"
+        cluster.kill(signal.SIGCONT, **seat)
+        cluster.until(lambda: not cluster.pids(**seat), "the old process ends", 60)
+    (record,) = long.status()["recoveries"][known:]
+    assert [x["reason"] for x in record["losses"]] == ["Unresponsive"]
+
+
+def test_the_job_that_went_through_this_succeeds(long: LongJob, run_folder: Path) -> None:
+    check_loss(long.jobs, long.ended(), run_folder)

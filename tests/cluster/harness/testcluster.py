@@ -170,7 +170,7 @@ class Cluster:
                 return found
             if time.monotonic() > end:
                 raise AssertionError(f"{what}: not within {seconds:.0f} s")
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     def pids(self, **labels: str) -> list[int]:
         """Find the processes of a member by its environment: JOB, ROLE, INDEX, INCARNATION, …"""

@@ -17,9 +17,9 @@ import softmax
 
 CLAIM = "checkpoints"
 USER = 65532
-STEPS = 160
+STEPS = 800
 THINK_MS = "100"
-"""An outage of seconds is a part of such a job, not most of it."""
+"""Outages of seconds are a part of such a job, not most of it."""
 DATA = "synthetic:2000,32,5"
 RATE = "0.1"
 END = {"Succeeded", "Failed"}

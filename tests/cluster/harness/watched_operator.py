@@ -1,6 +1,7 @@
 """The operator, with somebody at its elbow: run in its pod instead of its own entry point.
 
-* A job named `at-<point>` gets it killed with SIGKILL at that point of a recovery's pass, once.
+* With a point's name in /tmp/die-at it gets SIGKILL there, in a pass of the recovery of a job named
+  `at-…`, once.
 * A job named `conflict`: just before its first status write somebody else writes the status.
 
 What happens to `conflict` is noted in /tmp/passes, a word a line.
@@ -21,6 +22,7 @@ entry: Any = import_module("daruma_operator.__main__")
 loop: Any = import_module("daruma_operator.controller.loop")
 
 ACCOUNT = pathlib.Path("/var/run/secrets/kubernetes.io/serviceaccount")
+DIE_AT = pathlib.Path("/tmp/die-at")
 PASSES = pathlib.Path("/tmp/passes")
 decide, apply, controller = loop.decide, loop.apply, entry.Controller
 job: contextvars.ContextVar[Any] = contextvars.ContextVar("job", default=None)
@@ -45,9 +47,9 @@ async def noted(acts: Any, *rest: Any) -> bool:
 
 def point(name: str) -> None:
     """Do what is due here."""
-    done = pathlib.Path(f"/tmp/killed-at-{name}")
-    if job.get().name == f"at-{name}" and recovers.get() and not done.exists():
-        done.touch()
+    due = DIE_AT.exists() and DIE_AT.read_text().strip() == name
+    if due and job.get().name.startswith("at-") and recovers.get():
+        DIE_AT.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     if job.get().name == "conflict" and job.get().status.phase is None and name == "decided":
         note("decided")

@@ -1,0 +1,93 @@
+"""A job that several tests hurt, one after the other, and what must hold after each."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from members import restarts
+from testjobs import END, JobNamespace
+
+MORE_STEPS = 5
+"""A job trains again when it made so many."""
+SECONDS = 180.0
+
+
+class LongJob:
+    """One job at a time: when a test made it end, the next has another."""
+
+    def __init__(self, jobs: JobNamespace, stem: str, **manifest: Any) -> None:
+        self.jobs = jobs
+        self.stem = stem
+        self._manifest = manifest
+        self._number = 0
+        self._furthest = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the present one."""
+        return f"{self.stem}-{self._number}"
+
+    def status(self) -> dict[str, Any]:
+        """Return its status; its step must never go back."""
+        status = self.jobs.status(self.name)
+        step = (status.get("progress") or {}).get("step", 0)
+        if step < self._furthest:
+            raise AssertionError(f"{self.name} went back from step {self._furthest} to {step}")
+        self._furthest = step
+        return status
+
+    def trains(self) -> dict[str, Any]:
+        """Wait until it makes steps, whatever was before; returns its status then."""
+        if not self._number or self.status().get("phase") in END:
+            self._number += 1
+            self._furthest = 0
+            self.jobs.cluster.apply(self.jobs.manifest(self.name, **self._manifest))
+        until = self.jobs.cluster.until
+        until(lambda: self.status().get("phase") == "Running", f"{self.name} runs", SECONDS)
+        goal = self.jobs.step_of(self.name) + MORE_STEPS
+        until(
+            lambda: self.jobs.step_of(self.name) >= goal, f"{self.name} is at step {goal}", SECONDS
+        )
+        return self.status()
+
+    @contextmanager
+    def losing(self, *seats: str) -> Iterator[str]:
+        """Have it train, lose members in the block (`server-1`), and check how it went on.
+
+        Nobody else was touched, and status tells what it cost.
+        """
+        before = self.trains()
+        pods = self.jobs.pods(self.name)
+        yield self.name
+        after = self.jobs.cluster.until(
+            lambda: self._recovered(before, seats), f"{self.name} recovers {seats}", SECONDS
+        )
+        lost = tuple(f"{self.name}-{seat}-" for seat in seats)
+        now, members = self.jobs.pods(self.name), {m["pod"] for m in after["members"]}
+        for pod, uid in pods.items():
+            assert (pod in members) is not pod.startswith(lost), f"{pod}: {members}"
+            if not pod.startswith(lost):
+                assert now.get(pod) == uid, f"{pod} is another one"
+        for record in after["recoveries"]:
+            assert record["outcome"] == "Succeeded"
+            spent = sum(v or 0 for v in record["phases"].values())
+            assert spent == pytest.approx(record["seconds"], abs=0.01)
+        for role in ("server", "worker"):
+            times = restarts(after, f"{role}s") - restarts(before, f"{role}s")
+            assert times == sum(seat.startswith(role) for seat in seats)
+
+    def _recovered(self, before: dict[str, Any], seats: tuple[str, ...]) -> dict[str, Any] | None:
+        status = self.status()
+        known = {r["id"] for r in before["recoveries"]}
+        new = [r for r in status["recoveries"] if r["id"] not in known]
+        lost = {f"{x['role'].lower()}-{x['index']}" for r in new for x in r["losses"]}
+        if status["phase"] in END:
+            raise AssertionError(f"{self.name} ended: {json.dumps(status)[:3000]}")
+        return status if status["phase"] == "Running" and lost == set(seats) else None
+
+    def ended(self) -> dict[str, Any]:
+        """Wait until it succeeds; returns its status."""
+        self.trains()
+        return self.jobs.ended(self.name)
