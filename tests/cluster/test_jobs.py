@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from longjob import LongJob
+from longjob import LongJob, recoveries
 from losses import check_loss
 from members import incarnations, kill, restarts
 from testcluster import Cluster
@@ -34,9 +34,10 @@ def test_a_job_succeeds_and_says_where_its_result_is(jobs: JobNamespace) -> None
 def test_kill_9_of_a_servers_process(long: LongJob) -> None:
     with long.losing("server-1") as name:
         kill(long.jobs, name, Role.SERVER, 1)
-    status = long.status()
-    assert status["recoveries"][-1]["sources"] == {"peer": pytest.approx(341, abs=20)}
-    assert status["lastFailure"]["exitCode"] == 137
+    (record,) = recoveries(long.status())
+    assert record["sources"] == {"peer": pytest.approx(341, abs=20)}
+    (loss,) = record["losses"]
+    assert loss["reason"] in ("Error", "ProcessEnded"), "its container's end, if that was seen"
     events = long.jobs.cluster.get("events", namespace=long.jobs.name)["items"]
     assert {"PodFailed", "RecoveryStarted", "RecoverySucceeded"} <= {e["reason"] for e in events}
 

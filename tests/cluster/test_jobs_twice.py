@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from longjob import LongJob
+from longjob import LongJob, recoveries
 from losses import check_loss
 from members import incarnations, kill
 from testcluster import Cluster
@@ -47,18 +47,18 @@ def test_a_second_server_while_the_first_is_restored(long: LongJob) -> None:
 def test_a_frozen_server_that_goes_on_after_it_was_replaced(long: LongJob) -> None:
     """Nothing that it accepts counts, and it ends by itself."""
     with long.losing("server-1") as name:
-        known = len(long.status()["recoveries"])
+        known = len(recoveries(long.status()))
         number = incarnations(long.status(), Role.SERVER)[1]
         seat = {"JOB": name, "ROLE": Role.SERVER.value, "INDEX": "1", "INCARNATION": str(number)}
         cluster = long.jobs.cluster
         pid = cluster.kill(signal.SIGSTOP, **seat)
         cluster.until(
-            lambda: len(long.status()["recoveries"]) > known, "the frozen server is replaced", 120
+            lambda: len(recoveries(long.status())) > known, "the frozen server is replaced", 120
         )
         assert cluster.pids(**seat)[:1] == [pid], "it goes on within its grace period"
         cluster.kill(signal.SIGCONT, **seat)
         cluster.until(lambda: not cluster.pids(**seat), "the old process ends", 60)
-    (record,) = long.status()["recoveries"][known:]
+    (record,) = recoveries(long.status())[known:]
     assert [x["reason"] for x in record["losses"]] == ["Unresponsive"]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import parts
 import pytest
 import yaml
-from longjob import LongJob
+from longjob import LongJob, recoveries
 from members import kill
 from testcluster import ROOT, SYSTEM, Cluster
 from testjobs import JobNamespace, job_namespace
@@ -112,7 +112,7 @@ def test_kubectl_apply_of_the_manifests_works_as_well(jobs: JobNamespace) -> Non
 @pytest.mark.parametrize("point", POINTS)
 def test_the_operator_killed_during_a_recovery(watched: Cluster, long: LongJob, point: str) -> None:
     with long.losing("server-1") as name:
-        known = len(long.status()["recoveries"])
+        known = len(recoveries(long.status()))
         ended = _lines(watched, "/tmp/ends")
         watched.kubectl(
             "exec", "-n", SYSTEM, DEPLOYMENT, "--", "sh", "-c", f"echo {point} > /tmp/die-at"
@@ -121,7 +121,7 @@ def test_the_operator_killed_during_a_recovery(watched: Cluster, long: LongJob, 
         watched.until(
             lambda: _lines(watched, "/tmp/ends") == [*ended, "137"], f"it is killed at {point}", 60
         )
-    assert len(long.status()["recoveries"]) == known + 1, "a second recovery"
+    assert len(recoveries(long.status())) == known + 1, "a second recovery"
     members = {m["pod"] for m in long.status()["members"]}
     watched.until(lambda: set(long.jobs.pods(name)) == members, "no pod is an orphan", 60)
 
@@ -155,7 +155,8 @@ def test_metrics_tell_what_status_tells(watched: Cluster, jobs: JobNamespace) ->
     here = {"namespace": jobs.name}
     what = {"strategy": record["strategy"], "cause": record["cause"]}
     assert value("daruma_recoveries_total", **here, **what, outcome="Succeeded") == 1
-    assert value("daruma_pod_failures_total", **here, role="Server", cause="Error") == 1
+    (loss,) = record["losses"]
+    assert value("daruma_pod_failures_total", **here, role="Server", cause=loss["reason"]) == 1
     assert value("daruma_jobs", **here, phase="Succeeded") == 1
     assert value("daruma_recovery_seconds_count", **what) >= 1
     assert value("daruma_recovery_seconds_sum", **what) >= record["seconds"] - 0.001

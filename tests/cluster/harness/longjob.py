@@ -14,6 +14,12 @@ MORE_STEPS = 5
 SECONDS = 180.0
 
 
+def recoveries(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of those that ended."""
+    found: list[dict[str, Any]] = status.get("recoveries", [])
+    return found
+
+
 class LongJob:
     """One job at a time: when a test made it end, the next has another."""
 
@@ -70,7 +76,7 @@ class LongJob:
             assert (pod in members) is not pod.startswith(lost), f"{pod}: {members}"
             if not pod.startswith(lost):
                 assert now.get(pod) == uid, f"{pod} is another one"
-        for record in after["recoveries"]:
+        for record in recoveries(after):
             assert record["outcome"] == "Succeeded"
             spent = sum(v or 0 for v in record["phases"].values())
             assert spent == pytest.approx(record["seconds"], abs=0.01)
@@ -80,8 +86,8 @@ class LongJob:
 
     def _recovered(self, before: dict[str, Any], seats: tuple[str, ...]) -> dict[str, Any] | None:
         status = self.status()
-        known = {r["id"] for r in before["recoveries"]}
-        new = [r for r in status["recoveries"] if r["id"] not in known]
+        known = {r["id"] for r in recoveries(before)}
+        new = [r for r in recoveries(status) if r["id"] not in known]
         lost = {f"{x['role'].lower()}-{x['index']}" for r in new for x in r["losses"]}
         if status["phase"] in END:
             raise AssertionError(f"{self.name} ended: {json.dumps(status)[:3000]}")
@@ -89,5 +95,6 @@ class LongJob:
 
     def ended(self) -> dict[str, Any]:
         """Wait until it succeeds; returns its status."""
-        self.trains()
+        if not self._number:
+            self.trains()
         return self.jobs.ended(self.name)
