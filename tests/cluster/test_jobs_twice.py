@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from longjob import LongJob, recoveries
 from losses import check_loss
-from members import incarnations, kill
+from members import kill, seat
 from testcluster import Cluster
 from testjobs import job_namespace
 
@@ -48,16 +48,14 @@ def test_a_frozen_server_that_goes_on_after_it_was_replaced(long: LongJob) -> No
     """Nothing that it accepts counts, and it ends by itself."""
     with long.losing("server-1") as name:
         known = len(recoveries(long.status()))
-        number = incarnations(long.status(), Role.SERVER)[1]
-        seat = {"JOB": name, "ROLE": Role.SERVER.value, "INDEX": "1", "INCARNATION": str(number)}
-        cluster = long.jobs.cluster
-        pid = cluster.kill(signal.SIGSTOP, **seat)
+        frozen, cluster = seat(long.jobs, name, Role.SERVER, 1), long.jobs.cluster
+        pid = cluster.kill(signal.SIGSTOP, **frozen)
         cluster.until(
             lambda: len(recoveries(long.status())) > known, "the frozen server is replaced", 120
         )
-        assert cluster.pids(**seat)[:1] == [pid], "it goes on within its grace period"
-        cluster.kill(signal.SIGCONT, **seat)
-        cluster.until(lambda: not cluster.pids(**seat), "the old process ends", 60)
+        assert cluster.pids(**frozen)[:1] == [pid], "it goes on within its grace period"
+        cluster.kill(signal.SIGCONT, **frozen)
+        cluster.until(lambda: not cluster.pids(**frozen), "the old process ends", 60)
     (record,) = recoveries(long.status())[known:]
     assert [x["reason"] for x in record["losses"]] == ["Unresponsive"]
 

@@ -18,9 +18,15 @@ def restarts(status: dict[str, Any], what: str) -> int:
     return int(status["restarts"][what])
 
 
+def seat(jobs: JobNamespace, name: str, role: Role, index: int) -> dict[str, str]:
+    """Return what tells a member's newest incarnation from all processes (`Cluster.pids`)."""
+    number = incarnations(jobs.status(name), role)[index]
+    return {
+        "NAMESPACE": jobs.name, "JOB": name, "ROLE": role.value, "INDEX": str(index),
+        "INCARNATION": str(number),
+    }  # fmt: skip
+
+
 def kill(jobs: JobNamespace, name: str, role: Role, index: int) -> None:
     """kill -9 of the process of a member's newest incarnation."""
-    number = incarnations(jobs.status(name), role)[index]
-    jobs.cluster.kill(
-        signal.SIGKILL, JOB=name, ROLE=role.value, INDEX=str(index), INCARNATION=str(number)
-    )
+    jobs.cluster.kill(signal.SIGKILL, **seat(jobs, name, role, index))

@@ -17,7 +17,7 @@ import softmax
 
 CLAIM = "checkpoints"
 USER = 65532
-STEPS = 800
+STEPS = 600
 THINK_MS = "100"
 """Outages of seconds are a part of such a job, not most of it."""
 DATA = "synthetic:2000,32,5"
