@@ -38,8 +38,8 @@ def test_kill_9_of_a_servers_process(long: LongJob) -> None:
     assert record["sources"] == {"peer": pytest.approx(341, abs=20)}
     (loss,) = record["losses"]
     assert loss["reason"] in ("Error", "ProcessEnded"), "its container's end, if that was seen"
-    events = long.jobs.cluster.get("events", namespace=long.jobs.name)["items"]
-    assert {"PodFailed", "RecoveryStarted", "RecoverySucceeded"} <= {e["reason"] for e in events}
+    told = {"PodFailed", "RecoveryStarted", "RecoverySucceeded"}
+    long.jobs.cluster.until(lambda: told <= long.jobs.events(), f"events {told}")
 
 
 def test_a_deleted_server_pod(long: LongJob) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from members import restarts
-from testjobs import END, JobNamespace
+from testjobs import END, STEPS, JobNamespace
 
+ENOUGH_STEPS = 100
+"""What a job must have before it to be hurt once more."""
 MORE_STEPS = 5
 """A job trains again when it made so many."""
 SECONDS = 180.0
@@ -46,7 +48,7 @@ class LongJob:
 
     def trains(self) -> dict[str, Any]:
         """Wait until it makes steps, whatever was before; returns its status then."""
-        if not self._number or self.status().get("phase") in END:
+        if not self._number or self._almost_over():
             self._number += 1
             self._furthest = 0
             self.jobs.cluster.apply(self.jobs.manifest(self.name, **self._manifest))
@@ -57,6 +59,10 @@ class LongJob:
             lambda: self.jobs.step_of(self.name) >= goal, f"{self.name} is at step {goal}", SECONDS
         )
         return self.status()
+
+    def _almost_over(self) -> bool:
+        progress = self.status().get("progress") or {}
+        return int(progress.get("step", 0)) > STEPS - ENOUGH_STEPS
 
     @contextmanager
     def losing(self, *seats: str) -> Iterator[str]:

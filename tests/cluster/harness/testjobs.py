@@ -17,7 +17,7 @@ import softmax
 
 CLAIM = "checkpoints"
 USER = 65532
-STEPS = 600
+STEPS = 400
 THINK_MS = "100"
 """Outages of seconds are a part of such a job, not most of it."""
 DATA = "synthetic:2000,32,5"
@@ -75,6 +75,11 @@ class JobNamespace:
         """Return the job's status; empty before the first."""
         found: dict[str, Any] = self.job(name).get("status", {})
         return found
+
+    def events(self) -> set[str]:
+        """Return the reasons of all events here."""
+        found = self.cluster.get("events", namespace=self.name)
+        return {e["reason"] for e in found["items"]}
 
     def pods(self, name: str) -> dict[str, str]:
         """Return the uid of each pod of a job that is there, by name."""
