@@ -2,12 +2,14 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from controller_live import KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
 from daruma_operator.controller.agents import Agents, news
+from daruma_operator.controller.gather import observe, reachable
 from daruma_trainer.contract import Report, View
 
 FOREVER = 10**9
@@ -106,6 +108,32 @@ def test_a_status_write_that_loses_leads_to_no_act(world: LiveWorld) -> None:
     operate(substrate, lambda: recovered(world))
     assert substrate.acts_after_conflict == 0
     assert len(world.created) == 6
+
+
+def test_what_a_worker_said_just_before_its_end_is_asked_for(world: LiveWorld) -> None:
+    """Its metrics are no news, so that a view just got may lack them."""
+    substrate = LiveSubstrate(world)
+    operate(substrate, lambda: trains(world))
+
+    async def heard() -> dict[str, float]:
+        agents = Agents(SETTINGS, lambda _key: None)
+        talk = agents.begin(KEY, "u", TOKEN)
+        job, server = world.job, world.cells["server-1-1"]
+
+        def tell(**metrics: float) -> None:
+            last = Report("worker-0-1", 1, "Left", metrics=metrics)
+            server.publish(1, server.wait(0, 0.0).own, {"worker-0-1": (time.monotonic(), last)})
+
+        tell()
+        await agents.look(talk, reachable(job, tuple(world.pods.values())))
+        tell(accuracy=0.5)
+        world.finish("worker-0")
+        seen = await observe(job, tuple(world.pods.values()), talk, agents)
+        await agents.close()
+        report = seen.report("worker-0-1")
+        return {} if report is None else dict(report.metrics)
+
+    assert asyncio.run(heard()) == {"accuracy": 0.5}
 
 
 def test_news_is_what_a_decision_may_turn_on() -> None:

@@ -10,7 +10,7 @@ from daruma_operator.api.status import Phase
 from daruma_operator.controller.agents import Agents, Talk
 from daruma_operator.controller.observe import Seen, runs
 from daruma_operator.substrate.protocol import PodFacts
-from daruma_trainer.contract import agent_address, member_id
+from daruma_trainer.contract import Role, agent_address, member_id
 
 FRESH_SECONDS = 1.0
 """A view younger than this need not be asked for again before a decision."""
@@ -29,11 +29,14 @@ async def observe(job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk, agen
         return seen
     agents.follow(talk, targets, calm=False)
     now = asyncio.get_running_loop().time()
+    # The last words of a worker that ended, its result's metrics, came just before its end.
+    ended = any(p.role is Role.WORKER and p.exit_code == 0 for p in pods)
+    fresh = 0.0 if ended else FRESH_SECONDS
     stale = {
         member: agent
         for member, agent in targets.items()
         if member not in talk.failing
-        and (member not in talk.views or now - talk.views[member][0] > FRESH_SECONDS)
+        and (member not in talk.views or now - talk.views[member][0] > fresh)
     }
     # A suspect's long poll would take long to fail; others are asked so that a decision taken now
     # rests on what they know now. One that was never heard is still starting: its poll will tell.

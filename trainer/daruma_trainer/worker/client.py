@@ -69,7 +69,7 @@ class Client:
         self.released = False
         self.finished = -1
         """The generation in which all workers reached the end of their batches."""
-        self.said = False
+        self._answers = 0
         self.stopped: str | None = None
         self.own_stop: str | None = None
         self.loss: float | None = None
@@ -227,11 +227,16 @@ class Client:
         return True
 
     def say(self) -> None:
-        """Send the report now; `said` becomes true once a server has it."""
+        """Send the report now; `said` becomes true once all servers have it."""
         with self.lock:
-            self.said = False
+            self._answers = 0
             self._todo.append(partial(self._heartbeat, self._heard))
         self.wake()
+
+    @property
+    def said(self) -> bool:
+        """Whether all servers have what `say` sent: the operator may listen to any of them."""
+        return self._sessions is not None and self._answers >= len(self._sessions.by_server)
 
     @property
     def replays(self) -> bool:
@@ -308,7 +313,7 @@ class Client:
         self._sessions.turn(self._unasked)
 
     def _heard(self, _header: Header, _frames: Sequence[Frame]) -> None:
-        self.said = True
+        self._answers += 1
 
     def _heartbeat(self, answer: Answer = lambda _header, _frames: None) -> None:
         own = self._report()

@@ -29,6 +29,8 @@ BEGIN_SECONDS = 600.0
 """How long a program waits for all servers at its beginning."""
 RESULT_SECONDS = 30.0
 """How long worker 0 waits for the parameters that were saved, to evaluate them."""
+ANSWER_SECONDS = 5.0
+"""How long it waits until all servers know what it found; one that is gone is not replaced now."""
 
 
 class Job:
@@ -392,7 +394,7 @@ class Job:
         self._run_evaluation(self._evaluation[0])
         self._client.say()
         with contextlib.suppress(GaveUpError):
-            self._client.wait(lambda: self._client.said, RESULT_SECONDS, "a server's answer")
+            self._client.wait(lambda: self._client.said, ANSWER_SECONDS, "the servers' answers")
 
     def _evaluate(self) -> None:
         if self._evaluation is None or self.index != 0:
