@@ -125,7 +125,8 @@ def test_what_a_worker_said_just_before_its_end_is_asked_for(world: LiveWorld) -
             server.publish(1, server.wait(0, 0.0).own, {"worker-0-1": (time.monotonic(), last)})
 
         tell()
-        await agents.look(talk, reachable(job, tuple(world.pods.values())))
+        agents_of = reachable(job, tuple(world.pods.values()))
+        await agents.look(talk, {"server-1-1": agents_of["server-1-1"]})
         tell(accuracy=0.5)
         world.finish("worker-0")
         seen = await observe(job, tuple(world.pods.values()), talk, agents)
