@@ -4,11 +4,12 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from controller_live import KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
-from daruma_operator.controller.agents import Agents, news
+from daruma_operator.controller.agents import Agents, Talk, Targets, news
 from daruma_operator.controller.gather import observe, reachable
 from daruma_trainer.contract import Report, View
 
@@ -110,31 +111,37 @@ def test_a_status_write_that_loses_leads_to_no_act(world: LiveWorld) -> None:
     assert len(world.created) == 6
 
 
+class Asking(Agents):
+    """Notes who was asked at once."""
+
+    asked: frozenset[str] = frozenset()
+
+    async def look(self, talk: Talk, targets: Targets) -> None:
+        self.asked = frozenset(targets)
+        await super().look(talk, targets)
+
+
 def test_what_a_worker_said_just_before_its_end_is_asked_for(world: LiveWorld) -> None:
     """Its metrics are no news, so that a view just got may lack them."""
     substrate = LiveSubstrate(world)
     operate(substrate, lambda: trains(world))
 
-    async def heard() -> dict[str, float]:
-        agents = Agents(SETTINGS, lambda _key: None)
+    async def asked(exit_code: int | None) -> frozenset[str]:
+        agents = Asking(SETTINGS, lambda _key: None)
         talk = agents.begin(KEY, "u", TOKEN)
-        job, server = world.job, world.cells["server-1-1"]
-
-        def tell(**metrics: float) -> None:
-            last = Report("worker-0-1", 1, "Left", metrics=metrics)
-            server.publish(1, server.wait(0, 0.0).own, {"worker-0-1": (time.monotonic(), last)})
-
-        tell()
-        agents_of = reachable(job, tuple(world.pods.values()))
-        await agents.look(talk, {"server-1-1": agents_of["server-1-1"]})
-        tell(accuracy=0.5)
-        world.finish("worker-0")
-        seen = await observe(job, tuple(world.pods.values()), talk, agents)
+        server = world.cells["server-1-1"]
+        last = Report("worker-0-1", 1, "Left")
+        server.publish(1, server.wait(0, 0.0).own, {"worker-0-1": (time.monotonic() + 60, last)})
+        pods = tuple(world.pods.values())
+        await agents.look(talk, reachable(world.job, pods))
+        pods = tuple(replace(p, exit_code=exit_code) if "worker-0" in p.name else p for p in pods)
+        agents.asked = frozenset()
+        await observe(world.job, pods, talk, agents)
         await agents.close()
-        report = seen.report("worker-0-1")
-        return {} if report is None else dict(report.metrics)
+        return agents.asked
 
-    assert asyncio.run(heard()) == {"accuracy": 0.5}
+    assert {"server-0-1", "server-1-1", "server-2-1"} <= asyncio.run(asked(0))
+    assert not asyncio.run(asked(None))
 
 
 def test_news_is_what_a_decision_may_turn_on() -> None:
