@@ -9,16 +9,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from testcluster import locked
-from testjobs import DATA, RATE, STEPS, JobNamespace
+from testjobs import DATA, RATE, SOFTMAX, STEPS, JobNamespace
 
-import softmax
 from daruma_trainer.checkpoint.export import Arrays, load_state, open_cut
 from daruma_trainer.contract import Settings
 from daruma_trainer.programs.data import classification
 from local_cluster import local_cluster
 
 RUNS = 5
-PROGRAM = [softmax.__file__, str(STEPS), DATA, RATE, "0"]
+PROGRAM = [str(SOFTMAX), str(STEPS), DATA, RATE, "0"]
 
 
 def full_loss(tables: Arrays) -> float:

@@ -13,8 +13,7 @@ from typing import Any
 import parts
 from testcluster import SYSTEM, TEST, Cluster
 
-import softmax
-
+SOFTMAX = Path(__file__).parents[2] / "softmax.py"
 CLAIM = "checkpoints"
 USER = 65532
 STEPS = 400
@@ -55,7 +54,7 @@ class JobNamespace:
             "spec": {
                 "program": {
                     "image": parts.tag("worker"),
-                    "command": ["python", "-c", Path(softmax.__file__).read_text()],
+                    "command": ["python", "-c", SOFTMAX.read_text()],
                     "args": [str(steps), DATA, RATE, THINK_MS],
                 },
                 "servers": {"replicas": servers, "image": parts.tag("server")},
