@@ -148,7 +148,7 @@ def test_files_of_old_cuts_go(tmp_path: Path, servers: int) -> None:
         world.background.run()
         if servers == 2:
             other = {"index": 1, "manifest": "m", "size": 1, "step": 4 * step, "batches": [4]}
-            world.cuts.receive({"op": "part", "number": number, **other})
+            world.cuts.receive({"op": "part", "number": number, **other}, 0)
         world.background.run()
     assert world.cuts.newest is not None
     assert world.cuts.newest.step == 20

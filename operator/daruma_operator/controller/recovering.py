@@ -17,7 +17,7 @@ from daruma_operator.api.status import (
 from daruma_operator.controller.adopting import HAND_BACK, adopt_instead
 from daruma_operator.controller.draft import Draft, indexes
 from daruma_operator.controller.ending import all_left, fail
-from daruma_operator.controller.losing import climb
+from daruma_operator.controller.losing import ROLLED_FURTHER, climb, roll_further
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.sourcing import (
     copies_of,
@@ -35,9 +35,13 @@ from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import (
     SLOTS,
     TRAINS,
+    Report,
     Role,
     SourceKind,
 )
+
+STORE_AWAY = "StoreUnreachable"
+"""status.reason, and an event, while a recovery waits for the store."""
 
 
 def recover(d: Draft) -> None:
@@ -62,19 +66,47 @@ def recover(d: Draft) -> None:
             _message(d, "waiting for replacements to start")
             return
         if not _restored(d):
-            _message(d, "waiting for the lost slots to be Ready")
+            _waits(d)
             return
     _resumed(d)
 
 
-def _message(d: Draft, what: str) -> None:
+def _waits(d: Draft) -> None:
+    """Say that slots are waited for; and for what, where the store cannot be asked for them."""
+    what, away = "waiting for the lost slots to be Ready", _store_away(d)
+    if away is None:
+        _message(d, what)
+        return
+    limit = d.spec.recovery.timeouts.restore_seconds
+    text = f"the store is asked again, for up to {limit:g} s: {away}"
+    if d.seen.job.status.reason != STORE_AWAY:
+        d.tell(STORE_AWAY, f"{d.record.strategy}: {text}", warning=True)
+    _message(d, text, STORE_AWAY)
+
+
+def _store_away(d: Draft) -> str | None:
+    """What a server says that waits for the store in this recovery, or None."""
+    for name, report in _servers(d):
+        if report.waiting is not None and report.epoch >= d.record.epoch:
+            return f"{name}: {report.waiting}"
+    return None
+
+
+def _servers(d: Draft) -> list[tuple[str, Report]]:
+    """What the servers that count said last, as far as they were heard."""
+    reports = [(name_of(m), d.seen.report(name_of(m))) for m in d.members(Role.SERVER)]
+    return [(name, report) for name, report in reports if report is not None]
+
+
+def _message(d: Draft, what: str, reason: str | None = None) -> None:
     names = ", ".join(sorted({f"{x.role.lower()}-{x.index}" for x in d.record.losses}))
     phase = d.status.phase
     if phase is Phase.PENDING and d.record.phases.replace is not None:
         phase = Phase.RECOVERING
     begun = "takes its slots back" if d.record.cause == HAND_BACK else "lost"
     if phase is not None:
-        d.phase(phase, d.record.cause, f"{names} {begun}; {d.record.strategy}: {what}")
+        reason = reason or d.record.cause
+        d.phase(phase, reason, f"{names} {begun}; {d.record.strategy}: {what}")
 
 
 # Replace
@@ -134,6 +166,8 @@ def _planned(d: Draft) -> bool:
     record = d.record
     if record.phases.replace is not None and _stage_expired(d):
         return False
+    if preset_of(record.strategy).rollback and _tell_unread(d):
+        return False
     broken = _broken(d)
     if broken is not None:
         _tell_damage(d)
@@ -186,7 +220,7 @@ def _reason(plans: Iterable[Plan]) -> str:
 def _broken(d: Draft) -> str | None:
     """Why the present rung cannot work, as the servers found out, or None."""
     if preset_of(d.record.strategy).rollback:
-        return "there is no full checkpoint" if d.status.rollback.cut is None else _unread_cut(d)
+        return "there is no full checkpoint" if d.status.rollback.cut is None else None
     missing = _missing(d)
     return f"{missing} slots could not be had from any source" if missing else None
 
@@ -195,24 +229,41 @@ def _stage_expired(d: Draft) -> bool:
     limit = d.spec.recovery.timeouts.restore_seconds
     if d.left(d.record.stage_since, limit) > 0:
         return False
+    away = _store_away(d)
+    why = f"the lost slots were not Ready within {limit:g} s{'' if away is None else f'; {away}'}"
     if d.record.cause == HAND_BACK:
         _next_rung(d, f"the slots were not handed back within {limit:g} s")
     elif d.record.rung < len(d.spec.recovery.fallback):
-        climb(d, d.record.rung + 1, f"the lost slots were not Ready within {limit:g} s")
+        climb(d, d.record.rung + 1, why)
     else:
-        fail(d, "RestoreTimeout", f"the lost slots were not Ready within {limit:g} s")
+        fail(d, "RestoreTimeout", why)
     return True
 
 
-def _unread_cut(d: Draft) -> str | None:
-    """Why a server that runs cannot load the cut, or None."""
-    for member in d.members(Role.SERVER):
-        report = d.seen.report(name_of(member))
-        if report is None or report.error is None or report.epoch < d.status.epoch:
-            continue
-        if report.generation == d.status.rollback.generation:
-            return f"{name_of(member)}: {report.error}"
-    return None
+def _tell_unread(d: Draft) -> bool:
+    """Tell of a cut that a server cannot load, and take the one before it; True if that was so."""
+    generation = d.status.rollback.generation
+    unread = [
+        (name, r)
+        for name, r in _servers(d)
+        if r.error is not None and r.epoch >= d.status.epoch and r.generation == generation
+    ]
+    if not unread:
+        return False
+    # As far back as the one that can go back least; where it finds none, there is none for all.
+    olders = [r.older for _, r in unread]
+    found = [o for o in olders if o is not None]
+    older = min(found, key=lambda o: o.path) if len(found) == len(olders) else None
+    then = "there is no cut before it" if older is None else f"going back to step {older.step}"
+    for name, report in unread:
+        seat = name.rpartition("-")[0]
+        d.tell("SourceDamaged", f"{report.error}; {then}", warning=True, member=seat)
+    if older is None:
+        name, report = unread[0]
+        _next_rung(d, f"{name}: {report.error}; {then}")
+    else:
+        roll_further(d, older)
+    return True
 
 
 def _silent(d: Draft) -> tuple[str, ...]:
@@ -363,7 +414,7 @@ def _finish(d: Draft) -> None:
             rework=rework_of(d, EXACT),
             reason="WorkerReplaced",
         )
-    damaged = _tell_damage(d)
+    damaged = _tell_damage(d) or record.reason == ROLLED_FURTHER
     if damaged and sources.get(SourceKind.RUNNING_CHECKPOINT.value):
         # What the older copies of those blocks lack, nobody measured.
         _forget_delta(d)
