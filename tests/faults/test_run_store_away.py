@@ -180,7 +180,11 @@ def test_where_no_cut_is_whole_the_next_rung_is_taken(
     tmp_path: Path, s3: str, proxy: FaultyProxy
 ) -> None:
     proxy.fail(Fault.GONE, method="GET", path=f"{LOST}cut-")
-    recovery = {"strategy": "FullCheckpoint", "fallback": ["Partial"], "timeouts": {"restoreSeconds": 4}}
+    recovery = {
+        "strategy": "FullCheckpoint",
+        "fallback": ["Partial"],
+        "timeouts": {"restoreSeconds": 4},
+    }
     with running(tmp_path, s3, recovery, "--kill", "server-1@step=80") as process:
         found = ended(tmp_path, process)
     (record,) = found["recoveries"]

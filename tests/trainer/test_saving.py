@@ -247,6 +247,24 @@ def test_a_save_that_failed_is_made_up_for(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_who_was_not_saved_in_its_turn_is_the_next(tmp_path: Path) -> None:
+    store = Full(tmp_path)
+    world = World(tmp_path, store=store, selection="RoundRobin")
+    world.begin()
+    world.background.run()
+    store.full = True
+    world.train(1)
+    world.save()
+    store.full = False
+    layout = world.plane.shard.tables[0].layout
+    for turn in range(4):
+        world.train(1)
+        world.save()
+        blocks, _ = read_blocks(world.store, world.newest(), world.newest().blocks)
+        saved = {b.block for b in blocks if b.data[0] > 0}
+        assert saved == set(layout.blocks[: 10 * (turn + 1)].tolist())
+
+
 def test_a_first_save_that_failed_is_made_whole_before_the_predecessors_go(tmp_path: Path) -> None:
     old = World(tmp_path)
     old.begin()

@@ -15,6 +15,7 @@ from daruma_operator.api.status import (
     RollbackStatus,
 )
 from daruma_operator.controller.adopting import HAND_BACK, adopt_instead
+from daruma_operator.controller.damage import STORE_AWAY, store_away, tell_damage, unread_cut
 from daruma_operator.controller.draft import Draft, indexes
 from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.losing import ROLLED_FURTHER, climb, roll_further
@@ -35,13 +36,9 @@ from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import (
     SLOTS,
     TRAINS,
-    Report,
     Role,
     SourceKind,
 )
-
-STORE_AWAY = "StoreUnreachable"
-"""status.reason, and an event, while a recovery waits for the store."""
 
 
 def recover(d: Draft) -> None:
@@ -72,30 +69,16 @@ def recover(d: Draft) -> None:
 
 
 def _waits(d: Draft) -> None:
-    """Say that slots are waited for; and for what, where the store cannot be asked for them."""
-    what, away = "waiting for the lost slots to be Ready", _store_away(d)
+    """Say that slots are waited for; and why, where the store cannot be asked for them."""
+    away = store_away(d)
     if away is None:
-        _message(d, what)
+        _message(d, "waiting for the lost slots to be Ready")
         return
     limit = d.spec.recovery.timeouts.restore_seconds
     text = f"the store is asked again, for up to {limit:g} s: {away}"
     if d.seen.job.status.reason != STORE_AWAY:
         d.tell(STORE_AWAY, f"{d.record.strategy}: {text}", warning=True)
     _message(d, text, STORE_AWAY)
-
-
-def _store_away(d: Draft) -> str | None:
-    """What a server says that waits for the store in this recovery, or None."""
-    for name, report in _servers(d):
-        if report.waiting is not None and report.epoch >= d.record.epoch:
-            return f"{name}: {report.waiting}"
-    return None
-
-
-def _servers(d: Draft) -> list[tuple[str, Report]]:
-    """What the servers that count said last, as far as they were heard."""
-    reports = [(name_of(m), d.seen.report(name_of(m))) for m in d.members(Role.SERVER)]
-    return [(name, report) for name, report in reports if report is not None]
 
 
 def _message(d: Draft, what: str, reason: str | None = None) -> None:
@@ -166,11 +149,13 @@ def _planned(d: Draft) -> bool:
     record = d.record
     if record.phases.replace is not None and _stage_expired(d):
         return False
-    if preset_of(record.strategy).rollback and _tell_unread(d):
+    unread = unread_cut(d)
+    if unread is not None and unread.older is not None:
+        roll_further(d, unread.older)
         return False
-    broken = _broken(d)
+    broken = _broken(d) if unread is None else unread.why
     if broken is not None:
-        _tell_damage(d)
+        tell_damage(d)
         _next_rung(d, broken)
         return False
     if preset_of(record.strategy).rollback or record.planned_epoch == d.status.epoch:
@@ -229,7 +214,7 @@ def _stage_expired(d: Draft) -> bool:
     limit = d.spec.recovery.timeouts.restore_seconds
     if d.left(d.record.stage_since, limit) > 0:
         return False
-    away = _store_away(d)
+    away = store_away(d)
     why = f"the lost slots were not Ready within {limit:g} s{'' if away is None else f'; {away}'}"
     if d.record.cause == HAND_BACK:
         _next_rung(d, f"the slots were not handed back within {limit:g} s")
@@ -237,32 +222,6 @@ def _stage_expired(d: Draft) -> bool:
         climb(d, d.record.rung + 1, why)
     else:
         fail(d, "RestoreTimeout", why)
-    return True
-
-
-def _tell_unread(d: Draft) -> bool:
-    """Tell of a cut that a server cannot load, and take the one before it; True if that was so."""
-    generation = d.status.rollback.generation
-    unread = [
-        (name, r)
-        for name, r in _servers(d)
-        if r.error is not None and r.epoch >= d.status.epoch and r.generation == generation
-    ]
-    if not unread:
-        return False
-    # As far back as the one that can go back least; where it finds none, there is none for all.
-    olders = [r.older for _, r in unread]
-    found = [o for o in olders if o is not None]
-    older = min(found, key=lambda o: o.path) if len(found) == len(olders) else None
-    then = "there is no cut before it" if older is None else f"going back to step {older.step}"
-    for name, report in unread:
-        seat = name.rpartition("-")[0]
-        d.tell("SourceDamaged", f"{report.error}; {then}", warning=True, member=seat)
-    if older is None:
-        name, report = unread[0]
-        _next_rung(d, f"{name}: {report.error}; {then}")
-    else:
-        roll_further(d, older)
     return True
 
 
@@ -378,20 +337,6 @@ def _forget_delta(d: Draft) -> None:
     d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"), rework=rework)
 
 
-def _tell_damage(d: Draft) -> bool:
-    """Tell of stored blocks that were not whole; True if there were any."""
-    found = False
-    for member in restoring(d.status):
-        report = d.seen.report(name_of(member))
-        restore = None if report is None else report.restore
-        if restore is not None and restore.damaged and restore.recovery == d.record.id:
-            found = True
-            seat = f"{member.role.lower()}-{member.index}"
-            text = f"{len(restore.damaged)} in the store of {seat}: " + "; ".join(restore.damaged)
-            d.tell("SourceDamaged", text, warning=True, member=seat)
-    return found
-
-
 def _finish(d: Draft) -> None:
     """Price the recovery, and tell everybody that it is over (a last epoch)."""
     record = d.record
@@ -414,7 +359,7 @@ def _finish(d: Draft) -> None:
             rework=rework_of(d, EXACT),
             reason="WorkerReplaced",
         )
-    damaged = _tell_damage(d) or record.reason == ROLLED_FURTHER
+    damaged = tell_damage(d) or record.reason == ROLLED_FURTHER
     if damaged and sources.get(SourceKind.RUNNING_CHECKPOINT.value):
         # What the older copies of those blocks lack, nobody measured.
         _forget_delta(d)

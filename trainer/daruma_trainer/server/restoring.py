@@ -13,9 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from daruma_trainer.checkpoint.manifest import Cut, Manifest
+from daruma_trainer.checkpoint.manifest import Cut
 from daruma_trainer.checkpoint.reading import CutPart, Found, Unread, try_cut
-from daruma_trainer.checkpoint.segment import BlockState
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import (
     Restore,
