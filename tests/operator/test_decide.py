@@ -225,9 +225,13 @@ def test_a_damaged_cut_is_told_and_everybody_goes_back_to_the_one_before() -> No
     step = world.status.progress.step if world.status.progress else 0
     world.kill("server-1")
     world.until(lambda w: w.status.rollback.generation == 2)
-    # What the servers of the first generation still say of the damaged one is of the past.
+    # What a server of the first generation still says of the damaged one is of the past.
+    late = world.sim("server-0")
+    late.generation, late.cut, late.state = 1, None, "Restoring"
+    world.pass_()
     assert world.status.checkpoint is not None
     assert (world.status.checkpoint.cut, world.status.checkpoint.step) == (OLDER.path, 1)
+    late.generation, late.cut, late.state = 2, OLDER, "Ready"
     world.until(lambda w: w.status.recovery is None)
     record = world.status.recoveries[-1]
     assert (record.outcome, record.reason, record.rung) == ("Succeeded", "RolledBackToOlderCut", 0)

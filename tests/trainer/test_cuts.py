@@ -197,7 +197,7 @@ def test_a_result_that_could_not_be_saved_is_saved_again_without_being_asked_for
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(cuts.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("daruma_trainer.server.cuts.time.monotonic", lambda: now[0])
     store = Full(tmp_path)
     world = World(tmp_path, store=store, running=False, every=0)
     world.cuts.take_final("f")

@@ -247,7 +247,7 @@ def test_a_store_that_is_away_is_asked_again_and_nothing_is_taken_for_damaged(
     tmp_path: Path, away: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(restoring.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("daruma_trainer.server.restoring.time.monotonic", lambda: now[0])
     world = saved_world(tmp_path)
     new = Newcomer(world)
     store = new.restorer.store = Away(tmp_path)

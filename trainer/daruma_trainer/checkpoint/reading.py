@@ -26,8 +26,8 @@ CHUNK = 8 << 20
 """Bytes read at once: large enough for a store far away, small enough to be used while hot."""
 THREADS = 4
 GIVE_UP = 3
-"""Records of one segment that fail in a row, before the rest is taken from elsewhere: where a segment
-is gone, it must not be asked for each block."""
+"""Records of one segment that fail in a row, before the rest is taken from elsewhere: one that is
+gone must not be asked for each block."""
 
 Take = Callable[[list[BlockState]], None]
 """What is done with the blocks of a chunk. Called from several threads."""
