@@ -194,7 +194,9 @@ class Cuts:
     def rolled_back(self, name: str, cut: Cut) -> None:
         """Go on counting from the cut's step; it is the newest there is."""
         self._rolling = False
-        self.newest, self.newest_at = saved_state(name, cut), time.monotonic()
+        if self.index == self.coordinator:
+            # The others would not hear when it is no more.
+            self.newest, self.newest_at = saved_state(name, cut), time.monotonic()
         self._void = cut.number, cut_number(self.membership.epoch, 0)
         every = self.membership.settings.every
         self._turn = cut.step // every if every else 0

@@ -322,7 +322,7 @@ class Lifecycle:
 
     def _cut_loaded(self, name: str, cut: Cut | Unread) -> None:
         if isinstance(cut, Unread):
-            LOG.error("cannot load %s: %s", name, cut.problem)
+            LOG.warning("cannot load %s: %s", name, cut.problem)
             if cut.away:
                 self._later = time.monotonic() + AGAIN_SECONDS, self._load_cut
             else:
