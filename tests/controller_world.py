@@ -75,6 +75,12 @@ class Sim:
     host: str | None = None
     """The pod that an adopted server lives in."""
     guests: tuple[Guest, ...] = ()
+    cut: SavedState | None = None
+    """What it went back to."""
+    error: str | None = None
+    older: SavedState | None = None
+    waiting: str | None = None
+    save_error: str | None = None
 
     @property
     def id(self) -> str:
@@ -93,6 +99,10 @@ class World:
     dead_sources: bool = False
     damaged: tuple[str, ...] = ()
     """Restores find none of their sources."""
+    bad_cuts: dict[str, SavedState | None] = field(default_factory=dict)
+    """Cuts that no server can load, and the one that there is before each."""
+    away: str | None = None
+    """Why the store does not answer to those that restore from it."""
     unsaved: bool = False
     """The final cut never becomes durable."""
     slow: bool = False
@@ -157,7 +167,11 @@ class World:
             initialised=sim.initialised,
             suspects=sim.suspects,
             copies=copies,
-            cut=self.cut if server else None,
+            cut=(sim.cut or self.cut) if server else None,
+            older=sim.older,
+            waiting=sim.waiting,
+            error=sim.error,
+            save_error=sim.save_error,
             final=sim.final,
             restore=sim.restore,
             update_norm=0.5 if server else None,
@@ -238,8 +252,14 @@ class World:
         elif first:
             sim.state = "Restoring"
         if new.rollback.generation > sim.generation:
-            sim.generation = new.rollback.generation
-            if new.rollback.cut is not None:
+            sim.generation, cut = new.rollback.generation, new.rollback.cut
+            sim.error = sim.older = None
+            if cut in self.bad_cuts:
+                sim.error, sim.older = f"cannot load {cut}", self.bad_cuts[cut]
+                sim.state = "Restoring"
+            elif cut is not None:
+                known = [self.cut, *self.bad_cuts.values()]
+                sim.cut = next(c for c in known if c is not None and c.path == cut)
                 sim.state, sim.initialised = "Ready", True
 
     def _take_in(self, sim: Sim, new: Membership) -> None:
@@ -275,6 +295,10 @@ class World:
         mine = [s for s, o in enumerate(place("u", self.spec.servers.replicas)) if o == sim.index]
         offered = {s for source in restore.sources for s in slots_from_hex(source.slots)}
         assert offered.issuperset(mine), "a plan that leaves slots out"
+        sim.waiting = self.away
+        if self.away is not None:
+            sim.restore = RestoreReport(restore.recovery)
+            return
         if self.dead_sources:
             sim.restore = RestoreReport(restore.recovery, missing=len(mine), damaged=self.damaged)
             return

@@ -20,6 +20,7 @@ class Fault(StrEnum):
     THROTTLED = "429"
     DENIED = "403, and the body repeats what was sent"
     FULL = "507"
+    GONE = "404, as of an object that is not there"
     SILENT = "taken and never answered"
     REFUSED = "closed at once"
     CUT_REQUEST = "the server gets half of the body"
@@ -33,6 +34,7 @@ _ANSWERS = {
     Fault.THROTTLED: (429, "SlowDown"),
     Fault.DENIED: (403, "SignatureDoesNotMatch"),
     Fault.FULL: (507, "InsufficientStorage"),
+    Fault.GONE: (404, "NoSuchKey"),
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import daruma_trainer as daruma
+from daruma_trainer.layout import Floats, Ints
 
 
 def tables(_: str) -> None:
@@ -113,12 +114,24 @@ def two_tables(_: str) -> None:
 
 
 def sums(gate: str) -> None:
-    """Each worker adds to all rows, and knows what it added; `gate` as in `gated`."""
+    """Each worker adds to all rows, and knows what it added; `gate` as in `gated`.
+
+    It makes nothing again while there is a file `hold` beside the gate.
+    """
     with daruma.join() as job:
         state = job.table("state", (job.workers,), rule="assign")
         table = job.table("sums", (64, 2))
-        # What the tables keep of this worker: as many additions as phases that it ended.
-        table.on_restored(lambda rows: np.full((len(rows), 2), float(job.batch)))
+
+        def part(rows: Ints) -> Floats:
+            deadline = time.monotonic() + 60
+            while Path(gate).with_name("hold").exists():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("it is held for ever")
+                time.sleep(0.01)
+            # What the table keeps of this worker: as many additions as phases that it ended.
+            return np.full((len(rows), 2), job.batch, np.float32)
+
+        table.on_restored(part)
         for phase in job.phases(10):
             deadline = time.monotonic() + 60
             while job.index == 1 and phase == 5 and not Path(gate).exists():

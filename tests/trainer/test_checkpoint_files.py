@@ -1,5 +1,6 @@
 """Checkpoints survive their writer: killed, truncated, damaged, on a full disk."""
 
+import errno
 import resource
 import signal
 from collections.abc import Sequence
@@ -24,7 +25,13 @@ from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.segment import BlockState, read_block, write_segment
 from daruma_trainer.checkpoint.selection import Selection, select
 from daruma_trainer.checkpoint.store import DirectoryStore, open_store
-from daruma_trainer.errors import ConfigurationError, DamagedError, StoreError, StoreFullError
+from daruma_trainer.errors import (
+    ConfigurationError,
+    DamagedError,
+    StoreAwayError,
+    StoreError,
+    StoreFullError,
+)
 from daruma_trainer.layout import TableSpec
 
 PREFIX = "ns/job/uid"
@@ -137,21 +144,54 @@ def test_neighbouring_records_are_read_at_once(tmp_path: Path) -> None:
     assert asked == [[(0, 2 * size), (3 * size, size)]]
 
 
-def test_a_store_that_is_away_is_not_asked_for_every_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("away", [False, True])
+def test_a_segment_that_cannot_be_read_is_not_asked_for_every_block(
+    tmp_path: Path, away: bool
+) -> None:
     asked: list[str] = []
 
-    class Away(DirectoryStore):
+    class Failing(DirectoryStore):
         def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
             asked.append(name)
-            raise StoreError("away")
+            raise StoreAwayError("away") if away else StoreError("gone")
 
     folder = shard_folder(PREFIX, 0, 1)
     places = {(0, b): Place(f"{folder}/s", 100 * b, 100) for b in range(500)}
     manifest = replace(save(DirectoryStore(tmp_path), 1, 1.0), blocks=Places.of(places))
-    blocks, damaged = read_blocks(Away(tmp_path), manifest, list(places))
+    if away:
+        with pytest.raises(StoreAwayError):
+            read_blocks(Failing(tmp_path), manifest, list(places))
+        assert len(asked) == 1, "nothing says that it is damaged"
+        return
+    blocks, damaged = read_blocks(Failing(tmp_path), manifest, list(places))
     assert not blocks
     assert len(damaged) == 500
     assert len(asked) < 10
+
+
+@pytest.mark.parametrize(
+    ("number", "away"), [(errno.ESTALE, True), (errno.EHOSTDOWN, True), (errno.EIO, False)]
+)
+def test_a_file_system_whose_server_is_away_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, away: bool
+) -> None:
+    store = DirectoryStore(tmp_path)
+    save(store, 1, 1.0)
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "open", fails)
+    for ask in (lambda: store.read("a"), lambda: store.read_ranges("a", [(0, 1)])):
+        with pytest.raises(StoreError) as caught:
+            ask()
+        assert isinstance(caught.value, StoreAwayError) is away
+    if away:
+        with pytest.raises(StoreAwayError):
+            newest(store)
+    else:
+        with pytest.raises(AssertionError):
+            newest(store)
 
 
 def test_ranges_of_an_object_end_where_it_does(tmp_path: Path) -> None:

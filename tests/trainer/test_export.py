@@ -86,9 +86,20 @@ def test_a_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
     data = bytearray(segment.read_bytes())
     data[-1] ^= 1
     segment.write_bytes(data)
-    with pytest.raises(DamagedError, match=r"shard-0001.*block"):
+    with pytest.raises(DamagedError, match=r"shard-0001.*block.*there is no cut before it"):
         export.export(uri, "safetensors", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["default"]
+    # Nothing older is taken for it unasked; but where there is one, it is named.
+    older = Cut("00000001-0000000004", 4, 1, ("m",), 100, (4,))
+    name = cut_name(PREFIX, older.number)
+    open_store(f"file://{tmp_path}").write(name, older.encode())
+    found = f"the cut before it, of step 4, is file://{tmp_path}/{name}"
+    for asked in (uri, f"file://{tmp_path}/{PREFIX}"):
+        with pytest.raises(DamagedError, match=found):
+            export.load(asked)
+    (tmp_path / PREFIX / "shard-0001" / "manifest").unlink()
+    with pytest.raises(DamagedError, match=found):
+        export.load(uri)
 
 
 def test_a_missing_block_is_an_error_and_no_zeros(tmp_path: Path) -> None:

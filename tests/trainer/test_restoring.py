@@ -12,6 +12,7 @@ from daruma_trainer.checkpoint.manifest import newest_manifest
 from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import DirectoryStore
 from daruma_trainer.contract import Restore, Role, Source, SourceKind, slots_to_hex
+from daruma_trainer.errors import StoreAwayError
 from daruma_trainer.identity import Identity
 from daruma_trainer.server import restoring
 from daruma_trainer.server.background import ByHand
@@ -223,6 +224,56 @@ def test_without_any_manifest_all_is_missing(tmp_path: Path) -> None:
     assert not new.back
     assert new.missing == len(new.lost)
     assert "no readable manifest" in new.damaged[0]
+
+
+class Away(Counting):
+    """A store that cannot be asked for what is named so."""
+
+    away = ""
+
+    def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
+        if self.away and self.away in name:
+            raise StoreAwayError("503")
+        return super().read(name, offset, length)
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        if self.away and self.away in name:
+            raise StoreAwayError("503")
+        return super().read_ranges(name, ranges)
+
+
+@pytest.mark.parametrize("away", ["manifest-", "segment-"])
+def test_a_store_that_is_away_is_asked_again_and_nothing_is_taken_for_damaged(
+    tmp_path: Path, away: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("daruma_trainer.server.restoring.time.monotonic", lambda: now[0])
+    world = saved_world(tmp_path)
+    new = Newcomer(world)
+    store = new.restorer.store = Away(tmp_path)
+    store.away = away
+    new.restore()
+    assert (new.back, new.missing, new.damaged) == (False, 0, ())
+    assert new.restorer.waiting == "503"
+    store.away = ""
+    new.restorer.tick()
+    assert not new.background.jobs, "not at once"
+    now[0] += restoring.AGAIN_SECONDS
+    new.restorer.tick()
+    new.background.run()
+    assert (new.back, new.missing, new.damaged) == (True, 0, ())
+    assert new.restorer.waiting is None
+
+
+def test_a_newer_plan_does_not_wait_for_what_a_former_one_waited_for(tmp_path: Path) -> None:
+    new = Newcomer(saved_world(tmp_path))
+    store = new.restorer.store = Away(tmp_path)
+    store.away = "manifest-"
+    new.restore()
+    assert new.restorer.waiting is not None
+    new.restorer.begin(Restore(1, 3, ME.id, ()))
+    assert new.restorer.waiting is None
+    assert new.missing == len(new.lost)
 
 
 def test_what_a_former_plan_still_reads_is_not_taken(tmp_path: Path) -> None:

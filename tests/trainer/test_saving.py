@@ -148,7 +148,7 @@ def test_files_of_old_cuts_go(tmp_path: Path, servers: int) -> None:
         world.background.run()
         if servers == 2:
             other = {"index": 1, "manifest": "m", "size": 1, "step": 4 * step, "batches": [4]}
-            world.cuts.receive({"op": "part", "number": number, **other})
+            world.cuts.receive({"op": "part", "number": number, **other}, 0)
         world.background.run()
     assert world.cuts.newest is not None
     assert world.cuts.newest.step == 20
@@ -245,6 +245,24 @@ def test_a_save_that_failed_is_made_up_for(tmp_path: Path) -> None:
     blocks, _ = read_blocks(world.store, world.newest(), world.newest().blocks)
     assert max(float(b.data[0]) for b in blocks) == 9.0
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_who_was_not_saved_in_its_turn_is_the_next(tmp_path: Path) -> None:
+    store = Full(tmp_path)
+    world = World(tmp_path, store=store, selection="RoundRobin")
+    world.begin()
+    world.background.run()
+    store.full = True
+    world.train(1)
+    world.save()
+    store.full = False
+    layout = world.plane.shard.tables[0].layout
+    for turn in range(4):
+        world.train(1)
+        world.save()
+        blocks, _ = read_blocks(world.store, world.newest(), world.newest().blocks)
+        saved = {b.block for b in blocks if b.data[0] > 0}
+        assert saved == set(layout.blocks[: 10 * (turn + 1)].tolist())
 
 
 def test_a_first_save_that_failed_is_made_whole_before_the_predecessors_go(tmp_path: Path) -> None:

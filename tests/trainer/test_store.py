@@ -14,9 +14,15 @@ from urllib.request import urlopen
 
 import pytest
 
-from daruma_trainer.checkpoint.objects import ObjectStore, Patience, open_objects
+from daruma_trainer.checkpoint.objects import ENV_SECONDS, ObjectStore, Patience, open_objects
 from daruma_trainer.checkpoint.store import Store, open_store
-from daruma_trainer.errors import ConfigurationError, MissingError, StoreError, StoreFullError
+from daruma_trainer.errors import (
+    ConfigurationError,
+    MissingError,
+    StoreAwayError,
+    StoreError,
+    StoreFullError,
+)
 from faulty_proxy import Fault, FaultyProxy, faulty_proxy
 from s3_server import SECRET, environment, uploads
 
@@ -98,8 +104,9 @@ def test_a_missing_object(store: Store) -> None:
         lambda: store.read_ranges("there/y", [(0, 1)]),
         lambda: store.read_ranges("there/y", []),
     ):
-        with pytest.raises(StoreError, match=r"cannot read there/y.*[Nn]o such"):
+        with pytest.raises(StoreError, match=r"cannot read there/y.*[Nn]o such") as caught:
             ask()
+        assert type(caught.value) is StoreError, "the store was there, and said so"
     store.delete("there/y")
     assert store.read("there/x") == b"1"
 
@@ -254,6 +261,36 @@ def test_an_endpoint_without_tls_must_be_allowed(s3: str, monkeypatch: pytest.Mo
         open_objects(s3, BRIEF).write("x", b"1")
 
 
+def test_what_killed_writes_left_is_swept(store: Store, uri: str) -> None:
+    store.write("top/old/x", b"1")
+    left = []
+    if uri.startswith("file://"):
+        root = Path(uri.removeprefix("file://"))
+        left = [root / f"top/{name}.7-140.partial" for name in ("old/y.seg", "new/y.seg")]
+        for path in left:
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    asked: list[str] = []
+
+    def dead(name: str) -> bool:
+        asked.append(name)
+        return name.startswith("old/")
+
+    store.sweep("top", dead)
+    store.sweep("nothing/here", dead)
+    assert sorted(asked) == (["new/y.seg", "old/y.seg"] if left else [])
+    assert [path.exists() for path in left] == ([False, True] if left else [])
+    assert store.read("top/old/x") == b"1"
+
+
+def test_a_stores_patience_comes_from_the_environment() -> None:
+    assert Patience.from_environment({}) == Patience()
+    assert Patience.from_environment({ENV_SECONDS: "3"}) == Patience(3.0, 0.8, 2.0)
+    for text in ("", "long", "0", "-1", "nan", "inf"):
+        with pytest.raises(ConfigurationError, match="DARUMA_STORE_SECONDS"):
+            Patience.from_environment({ENV_SECONDS: text})
+
+
 # A store that fails -----------------------------------------------------------------------------
 
 Verb = Callable[[Store], object]
@@ -286,9 +323,9 @@ class Broken:
         self.store = open_objects(uri, HEALING)
 
     def fails(self, verb: Verb, store: Store | None = None) -> str:
-        """Run what must end in StoreError, in time; returns its message."""
+        """Run what must end in StoreAwayError, in time; returns its message."""
         began = time.monotonic()
-        with pytest.raises(StoreError) as caught:
+        with pytest.raises(StoreAwayError) as caught:
             verb(store or self.brief)
         assert time.monotonic() - began < LATE
         message = str(caught.value)

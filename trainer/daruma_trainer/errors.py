@@ -8,6 +8,7 @@ DarumaError
 │   └── ReplacedError        this incarnation was replaced; exit code 4
 └── StoreError               a store failed: try later, or the next source
     ├── StoreFullError       no space left
+    ├── StoreAwayError       nobody answers, or nobody who knows: ask again, within a deadline
     └── DamagedError         bytes are not what was written: take the next source
 
 `contract.ContractError` (what came is no message of ours) stands beside this tree, because the
@@ -45,6 +46,10 @@ class StoreError(DarumaError):
 
 class StoreFullError(StoreError):
     """The store has no space left."""
+
+
+class StoreAwayError(StoreError):
+    """The store cannot be reached or refuses everybody: nothing is known of what lies in it."""
 
 
 class DamagedError(StoreError):

@@ -103,6 +103,10 @@ class Report:
     running: SavedState | None = None
     cut: SavedState | None = None
     """Servers: the newest cut that exists, with its file."""
+    older: SavedState | None = None
+    """Servers that cannot load the cut to roll back to (`error`): the newest before it."""
+    waiting: str | None = None
+    """Servers: why the store cannot be asked for what is to be restored; they try again."""
     save_error: str | None = None
     final: str | None = None
     """Servers: path of the final cut once it is durable ("" without a store)."""

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 from daruma_operator.api.spec import Placement
 from daruma_operator.api.status import (
+    CheckpointStatus,
     DeltaNorm,
     Loss,
     Phase,
@@ -25,8 +26,12 @@ from daruma_operator.controller.verdicts import Verdict, name_of
 from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
 from daruma_operator.recovery.price import counters
-from daruma_operator.recovery.strategies import PRESETS
-from daruma_trainer.contract import SLOTS, Role, SourceKind
+from daruma_operator.recovery.strategies import PRESETS, preset_of
+from daruma_trainer.contract import SLOTS, Role, SavedState, SourceKind
+
+ROLLED_BACK = "RolledBackToCut"
+ROLLED_FURTHER = "RolledBackToOlderCut"
+"""The newest cut was damaged: all went back to one before it."""
 
 
 def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
@@ -138,26 +143,64 @@ def climb(d: Draft, start: int, why: str) -> None:
 
 def _take(d: Draft, rung: Rung) -> None:
     moved = rung.number != d.record.rung
+    leaves_cuts = preset_of(d.record.strategy).rollback and not PRESETS[rung.strategy].rollback
     d.set_record(rung=rung.number, strategy=rung.strategy, planned_epoch=0)
     if moved:
         # The membership may change with the rung, and plans of the old one must not be taken.
         d.raise_epoch()
         d.set_record(stage_since=d.now)
-    if not PRESETS[rung.strategy].rollback:
-        return
-    checkpoint = d.status.checkpoint
-    cut = None if checkpoint is None else checkpoint.cut
-    cut_step = 0 if checkpoint is None else checkpoint.step
-    before = d.status.rollback
-    d.set(rollback=RollbackStatus(generation=before.generation + 1, cut=cut))
-    redone = max(0, d.record.step - cut_step)
-    d.set_record(
-        reason="RolledBackToCut",
-        rework=Rework(redone_steps=redone, counterfactual_steps=redone),
-        delta_norm=DeltaNorm(value=None, kind="Unknown"),
-    )
+    if leaves_cuts:
+        _leave_cuts(d)
+    if PRESETS[rung.strategy].rollback:
+        redone = _roll_back(d)
+        further = d.record.reason == ROLLED_FURTHER
+        d.set_record(
+            reason=ROLLED_FURTHER if further else ROLLED_BACK,
+            rework=Rework(redone_steps=redone, counterfactual_steps=redone),
+            delta_norm=DeltaNorm(value=None, kind="Unknown"),
+        )
+
+
+def _roll_back(d: Draft) -> int:
+    """Send everybody to the newest cut that is known; returns how many steps are done again."""
+    checkpoint, before = d.status.checkpoint or CheckpointStatus(), d.status.rollback
+    d.set(rollback=RollbackStatus(generation=before.generation + 1, cut=checkpoint.cut))
     if d.status.progress is not None:
-        d.set(progress=d.status.progress.model_copy(update={"step": cut_step}))
+        d.set(progress=d.status.progress.model_copy(update={"step": checkpoint.step}))
+    return max(0, d.record.step - checkpoint.step)
+
+
+def roll_further(d: Draft, older: SavedState) -> None:
+    """The cut that everybody goes back to is damaged: go back to one before it instead."""
+    d.set(checkpoint=CheckpointStatus(cut=older.path, step=older.step, bytes=older.bytes))
+    d.raise_epoch()
+    # The same rung, whose deadline goes on: a job may have many cuts.
+    redone = _roll_back(d)
+    rework = d.record.rework.model_copy(update={"redone_steps": redone})
+    d.set_record(reason=ROLLED_FURTHER, rework=rework)
+
+
+def _leave_cuts(d: Draft) -> None:
+    """No cut could be loaded by all: some servers are at it, others have nothing to go on with.
+
+    All of them are made anew, and restored from what the next rung takes, in a generation without
+    a cut.
+    """
+    epoch, servers = d.status.epoch, d.members(Role.SERVER)
+    gone = [Verdict(m, "CutNotLoaded", False, None, None) for m in servers]
+    d.replace_members(successor(d, m.role, m.index, epoch) for m in servers)
+    d.set(
+        handing=(),
+        returning=(),
+        rollback=RollbackStatus(generation=d.status.rollback.generation + 1),
+    )
+    d.set_record(
+        epoch=epoch,
+        reason="WaitingForReplacement",
+        rework=Rework(),
+        phases=Phases(detect=d.record.phases.detect),
+        losses=(*d.record.losses, *(_loss(d, v, epoch) for v in gone))[-MAX_COUNTED:],
+    )
 
 
 def means(d: Draft) -> Means:

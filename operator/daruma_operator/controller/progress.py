@@ -110,7 +110,10 @@ def _goodput(d: Draft) -> float | None:
 
 def _checkpoint(d: Draft) -> None:
     servers = [d.seen.report(name_of(m)) for m in d.members(Role.SERVER)]
-    cuts = [r.cut for r in servers if r is not None and r.cut is not None]
+    # What a rollback left behind is no cut of this job any more: it may be damaged.
+    generation = d.status.rollback.generation
+    current = [r for r in servers if r is not None and r.generation == generation]
+    cuts = [r.cut for r in current if r.cut is not None]
     saves = [r.running for r in servers if r is not None and r.running is not None]
     old = d.status.checkpoint
     if cuts:
@@ -172,11 +175,9 @@ def _is(d: Draft, member: str, *states: str) -> bool:
 
 
 def _stale_checkpoint(d: Draft) -> None:
-    errors = [
-        f"{i}: {heard.report.save_error}"
-        for i, heard in sorted(d.seen.heard.items())
-        if heard.report.save_error
-    ]
+    # Of members that count: the last words of one that was lost are of the past.
+    reports = [(name_of(m), d.seen.report(name_of(m))) for m in d.members(Role.SERVER)]
+    errors = [f"{name}: {r.save_error}" for name, r in reports if r is not None and r.save_error]
     if errors and not d.is_true("CheckpointStale"):
         d.tell("CheckpointFailed", "; ".join(errors), warning=True)
     d.condition(

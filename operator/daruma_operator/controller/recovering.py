@@ -15,9 +15,10 @@ from daruma_operator.api.status import (
     RollbackStatus,
 )
 from daruma_operator.controller.adopting import HAND_BACK, adopt_instead
+from daruma_operator.controller.damage import STORE_AWAY, store_away, tell_damage, unread_cut
 from daruma_operator.controller.draft import Draft, indexes
 from daruma_operator.controller.ending import all_left, fail
-from daruma_operator.controller.losing import climb
+from daruma_operator.controller.losing import ROLLED_FURTHER, climb, roll_further
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.sourcing import (
     copies_of,
@@ -62,19 +63,33 @@ def recover(d: Draft) -> None:
             _message(d, "waiting for replacements to start")
             return
         if not _restored(d):
-            _message(d, "waiting for the lost slots to be Ready")
+            _waits(d)
             return
     _resumed(d)
 
 
-def _message(d: Draft, what: str) -> None:
+def _waits(d: Draft) -> None:
+    """Say that slots are waited for; and why, where the store cannot be asked for them."""
+    away = store_away(d)
+    if away is None:
+        _message(d, "waiting for the lost slots to be Ready")
+        return
+    limit = d.spec.recovery.timeouts.restore_seconds
+    text = f"the store is asked again, for up to {limit:g} s: {away}"
+    if d.seen.job.status.reason != STORE_AWAY:
+        d.tell(STORE_AWAY, f"{d.record.strategy}: {text}", warning=True)
+    _message(d, text, STORE_AWAY)
+
+
+def _message(d: Draft, what: str, reason: str | None = None) -> None:
     names = ", ".join(sorted({f"{x.role.lower()}-{x.index}" for x in d.record.losses}))
     phase = d.status.phase
     if phase is Phase.PENDING and d.record.phases.replace is not None:
         phase = Phase.RECOVERING
     begun = "takes its slots back" if d.record.cause == HAND_BACK else "lost"
     if phase is not None:
-        d.phase(phase, d.record.cause, f"{names} {begun}; {d.record.strategy}: {what}")
+        reason = reason or d.record.cause
+        d.phase(phase, reason, f"{names} {begun}; {d.record.strategy}: {what}")
 
 
 # Replace
@@ -134,9 +149,13 @@ def _planned(d: Draft) -> bool:
     record = d.record
     if record.phases.replace is not None and _stage_expired(d):
         return False
-    broken = _broken(d)
+    unread = unread_cut(d)
+    if unread is not None and unread.older is not None:
+        roll_further(d, unread.older)
+        return False
+    broken = _broken(d) if unread is None else unread.why
     if broken is not None:
-        _tell_damage(d)
+        tell_damage(d)
         _next_rung(d, broken)
         return False
     if preset_of(record.strategy).rollback or record.planned_epoch == d.status.epoch:
@@ -186,7 +205,7 @@ def _reason(plans: Iterable[Plan]) -> str:
 def _broken(d: Draft) -> str | None:
     """Why the present rung cannot work, as the servers found out, or None."""
     if preset_of(d.record.strategy).rollback:
-        return "there is no full checkpoint" if d.status.rollback.cut is None else _unread_cut(d)
+        return "there is no full checkpoint" if d.status.rollback.cut is None else None
     missing = _missing(d)
     return f"{missing} slots could not be had from any source" if missing else None
 
@@ -195,24 +214,15 @@ def _stage_expired(d: Draft) -> bool:
     limit = d.spec.recovery.timeouts.restore_seconds
     if d.left(d.record.stage_since, limit) > 0:
         return False
+    away = store_away(d)
+    why = f"the lost slots were not Ready within {limit:g} s{'' if away is None else f'; {away}'}"
     if d.record.cause == HAND_BACK:
         _next_rung(d, f"the slots were not handed back within {limit:g} s")
     elif d.record.rung < len(d.spec.recovery.fallback):
-        climb(d, d.record.rung + 1, f"the lost slots were not Ready within {limit:g} s")
+        climb(d, d.record.rung + 1, why)
     else:
-        fail(d, "RestoreTimeout", f"the lost slots were not Ready within {limit:g} s")
+        fail(d, "RestoreTimeout", why)
     return True
-
-
-def _unread_cut(d: Draft) -> str | None:
-    """Why a server that runs cannot load the cut, or None."""
-    for member in d.members(Role.SERVER):
-        report = d.seen.report(name_of(member))
-        if report is None or report.error is None or report.epoch < d.status.epoch:
-            continue
-        if report.generation == d.status.rollback.generation:
-            return f"{name_of(member)}: {report.error}"
-    return None
 
 
 def _silent(d: Draft) -> tuple[str, ...]:
@@ -327,20 +337,6 @@ def _forget_delta(d: Draft) -> None:
     d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"), rework=rework)
 
 
-def _tell_damage(d: Draft) -> bool:
-    """Tell of stored blocks that were not whole; True if there were any."""
-    found = False
-    for member in restoring(d.status):
-        report = d.seen.report(name_of(member))
-        restore = None if report is None else report.restore
-        if restore is not None and restore.damaged and restore.recovery == d.record.id:
-            found = True
-            seat = f"{member.role.lower()}-{member.index}"
-            text = f"{len(restore.damaged)} in the store of {seat}: " + "; ".join(restore.damaged)
-            d.tell("SourceDamaged", text, warning=True, member=seat)
-    return found
-
-
 def _finish(d: Draft) -> None:
     """Price the recovery, and tell everybody that it is over (a last epoch)."""
     record = d.record
@@ -363,7 +359,7 @@ def _finish(d: Draft) -> None:
             rework=rework_of(d, EXACT),
             reason="WorkerReplaced",
         )
-    damaged = _tell_damage(d)
+    damaged = tell_damage(d) or record.reason == ROLLED_FURTHER
     if damaged and sources.get(SourceKind.RUNNING_CHECKPOINT.value):
         # What the older copies of those blocks lack, nobody measured.
         _forget_delta(d)

@@ -15,7 +15,13 @@ from daruma_trainer.checkpoint.manifest import Cut, newest_cut, read_manifest
 from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import Store, open_store
 from daruma_trainer.contract import ExitCode
-from daruma_trainer.errors import ConfigurationError, DamagedError, MissingError, StoreError
+from daruma_trainer.errors import (
+    ConfigurationError,
+    DamagedError,
+    MissingError,
+    StoreAwayError,
+    StoreError,
+)
 from daruma_trainer.layout import Floats, TableSpec
 
 Arrays = Mapping[str, Floats]
@@ -26,6 +32,30 @@ def open_cut(uri: str) -> tuple[Store, Cut]:
 
     ConfigurationError: it is neither. StoreError: it cannot be read.
     """
+    store, _, name = _open(uri)
+    return store, Cut.decode(store.read(name))
+
+
+def load(uri: str) -> dict[str, Floats]:
+    """Put all tables of what `open_cut` opens together, by name.
+
+    DamagedError: it is not whole; the message names the newest cut before it, if there is one.
+    """
+    store, root, name = _open(uri)
+    try:
+        return load_state(store, Cut.decode(store.read(name)))
+    except StoreAwayError:
+        raise
+    except StoreError as error:
+        older = newest_cut(store, name.rpartition("/cuts/")[0], before=name)
+        hint = "and there is no cut before it"
+        if older is not None:
+            hint = f"the cut before it, of step {older[1].step}, is {root}/{older[0]}"
+        raise DamagedError(f"{uri} is damaged: {error}; {hint}") from error
+
+
+def _open(uri: str) -> tuple[Store, str, str]:
+    """Return the store, its URI, and the name of a cut's file in it."""
     # <store>/<namespace>/<name>/<uid>[/cuts/<number>.json]
     parts = uri.rstrip("/").split("/")
     depth = 5 if parts[-1].endswith(".json") else 3
@@ -34,13 +64,14 @@ def open_cut(uri: str) -> tuple[Store, Cut]:
             f"{uri} is no checkpoint: name the job's status.result.uri, "
             "<store>/<namespace>/<name>/<uid>/cuts/<number>.json, or the folder <uid>"
         )
-    store, name = open_store("/".join(parts[:-depth])), "/".join(parts[-depth:])
+    root, name = "/".join(parts[:-depth]), "/".join(parts[-depth:])
+    store = open_store(root)
     if depth == 3:
         found = newest_cut(store, name)
         if found is None:
             raise StoreError(f"{uri} holds no complete cut; was the job ever saved?")
-        return store, found[1]
-    return store, Cut.decode(store.read(name))
+        name = found[0]
+    return store, root, name
 
 
 def load_state(store: Store, cut: Cut) -> dict[str, Floats]:
@@ -105,7 +136,7 @@ FORMATS: Mapping[str, Callable[[Arrays, Path], None]] = {
 
 def export(uri: str, form: str, out: Path) -> list[str]:
     """Write the file, whole or not at all; returns the names of the tensors in it."""
-    arrays = load_state(*open_cut(uri))
+    arrays = load(uri)
     new = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         FORMATS[form](arrays, new)

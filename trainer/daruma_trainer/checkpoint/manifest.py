@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from daruma_trainer.checkpoint.places import ROW, Places, compressed
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import SLOTS, ContractError
-from daruma_trainer.errors import DamagedError, StoreError
+from daruma_trainer.errors import DamagedError, StoreAwayError, StoreError
 from daruma_trainer.layout import Ints, TableSpec
 
 MAX_WORKERS = 1 << 20
@@ -126,7 +126,7 @@ def manifests(
     """Read a shard's running manifests of incarnations less than `below`, the newest first.
 
     An incarnation that died before its first manifest is passed over; of one that cannot be read
-    comes the error.
+    comes the error. StoreAwayError: the store cannot be asked.
     """
     top = f"{prefix}/shard-{shard:04d}"
     for incarnation in sorted((i for i in store.list(top) if i.isdigit()), reverse=True):
@@ -137,6 +137,8 @@ def manifests(
             full = f"{top}/{incarnation}/{name}"
             try:
                 yield full, read_manifest(store, full)
+            except StoreAwayError:
+                raise
             except StoreError as error:
                 yield full, error
 
@@ -204,12 +206,24 @@ def cut_name(prefix: str, number: str) -> str:
     return f"{prefix}/cuts/{number}.json"
 
 
-def newest_cut(store: Store, prefix: str) -> tuple[str, Cut] | None:
-    """Find the newest cut that exists and can be read."""
+def cuts(store: Store, prefix: str, before: str | None = None) -> Iterator[tuple[str, Cut]]:
+    """Read the files of all cuts that exist and can be read, the newest first.
+
+    `before`: the file of a cut; those before it alone. StoreAwayError: the store cannot be asked.
+    """
     for name in reversed(store.list(f"{prefix}/cuts")):
         full = f"{prefix}/cuts/{name}"
+        if before is not None and full >= before:
+            continue
         try:
-            return full, Cut.decode(store.read(full))
+            cut = Cut.decode(store.read(full))
+        except StoreAwayError:
+            raise
         except StoreError:
             continue
-    return None
+        yield full, cut
+
+
+def newest_cut(store: Store, prefix: str, before: str | None = None) -> tuple[str, Cut] | None:
+    """Find the first of `cuts`."""
+    return next(cuts(store, prefix, before), None)

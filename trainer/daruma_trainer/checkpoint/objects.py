@@ -6,15 +6,22 @@ own tools take them.
 """
 
 import asyncio
+import os
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
 
 from daruma_trainer.checkpoint.store import check_name, check_ranges, check_whole
-from daruma_trainer.errors import ConfigurationError, MissingError, StoreError, StoreFullError
+from daruma_trainer.errors import (
+    ConfigurationError,
+    MissingError,
+    StoreAwayError,
+    StoreError,
+    StoreFullError,
+)
 
 if TYPE_CHECKING:
     from obstore import ListResult, ObjectMeta
@@ -24,6 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ENV_SECONDS = "DARUMA_STORE_SECONDS"
+"""Optional: `Patience.seconds`, where 30 is not what suits a store."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _FOLDER = re.compile(r"(/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*/?")
 _PART = 8 << 20
@@ -59,6 +68,25 @@ class Patience:
     bytes_per_second: float = 4 * 2**20
     """What is large may take longer by the time it needs at this rate, but no more."""
 
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Patience":
+        """Take `seconds` from the environment, and the other limits in proportion."""
+        usual = cls()
+        text = environment.get(ENV_SECONDS)
+        if text is None:
+            return usual
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+        if not 0.1 <= seconds <= 3600:
+            raise ConfigurationError(
+                f"{ENV_SECONDS}={text!r}: write how many seconds an operation on a store may "
+                "take, from 0.1 to 3600"
+            )
+        scale = seconds / usual.seconds
+        return cls(seconds, usual.silence * scale, usual.retrying * scale)
+
     def for_bytes(self, size: int) -> float:
         """Return the deadline of an operation that moves so much."""
         return self.seconds + size / self.bytes_per_second
@@ -67,11 +95,12 @@ class Patience:
 def open_objects(uri: str, patience: Patience | None = None) -> "ObjectStore":
     """Open the bucket or container that a URI names; nothing is asked of it yet.
 
+    `patience`: else as the environment has it.
     ConfigurationError: it names none, or the environment's settings for it are wrong.
     MissingError: obstore is not installed.
     """
     parts = _split(uri)
-    patience = patience or Patience()
+    patience = patience or Patience.from_environment(os.environ)
     try:
         from obstore import store as clouds
         from obstore.exceptions import BaseError
@@ -226,6 +255,9 @@ class ObjectStore:
 
         self._ask("delete", name, remove, self._patience.seconds)
 
+    def sweep(self, prefix: str, dead: Callable[[str], bool]) -> None:
+        """See Store.sweep. Uploads that were killed are the bucket's rule's to end."""
+
     def _ask(
         self, verb: str, name: str, request: Callable[[], Awaitable[T]], seconds: float | None
     ) -> T:
@@ -244,7 +276,7 @@ class ObjectStore:
             return asyncio.run(bounded())
         except TimeoutError:
             limit = f" within {seconds:.0f} s" if seconds is not None else " in time"
-            raise StoreError(
+            raise StoreAwayError(
                 f"cannot {verb} {name} in {self._uri}: it was not done{limit}: {_ENDPOINT}"
             ) from None
         except (BaseError, OSError, ValueError, OverflowError) as error:
@@ -257,19 +289,19 @@ class ObjectStore:
         if status == 507 or code in _FULL:
             return StoreFullError(f"{what}: {_reason(text)}: no space left, or a quota is used up")
         if _no_bucket(text):
-            return StoreError(f"{what}: there is no such bucket: make it, or correct the URI")
+            return StoreAwayError(f"{what}: there is no such bucket: make it, or correct the URI")
         if isinstance(error, FileNotFoundError) and verb == "read":
             return StoreError(f"{what}: there is no such object")
         if status == 416:
             return StoreError(f"{what}: it ends before what was asked for")
         # Asked first: these are errors of asking for credentials, whatever their status is.
         if any(word in text for word in _IDENTITY):
-            return StoreError(f"{what}: no credentials were found: {_CREDENTIALS}")
+            return StoreAwayError(f"{what}: no credentials were found: {_CREDENTIALS}")
         if status in (401, 403):
-            return StoreError(f"{what}: {_reason(text)}: {_CREDENTIALS}")
+            return StoreAwayError(f"{what}: {_reason(text)}: {_CREDENTIALS}")
         if "builder error" in text:
             return StoreError(f"{what}: an http:// endpoint needs {_ALLOW_HTTP[self._scheme]}=true")
-        return StoreError(f"{what}: {_reason(text)}: {_ENDPOINT}")
+        return StoreAwayError(f"{what}: {_reason(text)}: {_ENDPOINT}")
 
 
 def _split(uri: str) -> SplitResult:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from daruma_trainer.checkpoint.manifest import (
     Cut,
     Manifest,
+    cuts,
     manifests,
     newest_cut,
     read_manifest,
@@ -17,15 +18,16 @@ from daruma_trainer.checkpoint.manifest import (
 from daruma_trainer.checkpoint.places import BlockKey, Places, Rows
 from daruma_trainer.checkpoint.segment import BlockState, read_block
 from daruma_trainer.checkpoint.store import Store
-from daruma_trainer.errors import DamagedError, StoreError
+from daruma_trainer.contract import SavedState
+from daruma_trainer.errors import DamagedError, StoreAwayError, StoreError
 from daruma_trainer.layout import Ints, slot_of_blocks
 
 CHUNK = 8 << 20
 """Bytes read at once: large enough for a store far away, small enough to be used while hot."""
 THREADS = 4
 GIVE_UP = 3
-"""Records of one segment that fail in a row, before the rest is taken from elsewhere: a store that
-is away must not be asked for each block."""
+"""Records of one segment that fail in a row, before the rest is taken from elsewhere: one that is
+gone must not be asked for each block."""
 
 Take = Callable[[list[BlockState]], None]
 """What is done with the blocks of a chunk. Called from several threads."""
@@ -72,9 +74,11 @@ def _records(store: Store, chunk: Chunk) -> Iterator[memoryview]:
 
 
 def _read_chunk(store: Store, chunk: Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
-    """Read what can be read; what cannot is noted."""
+    """Read what can be read; what cannot is noted. StoreAwayError: nothing is known of it."""
     try:
         views = list(_records(store, chunk))
+    except StoreAwayError:
+        raise
     except StoreError as error:
         if len(chunk.rows) > 1:
             return _read_singly(store, chunk, damaged)
@@ -117,7 +121,10 @@ def _note(damaged: dict[BlockKey, str], chunk: Chunk, row: np.void, error: Store
 
 
 def read_rows(store: Store, places: Places, rows: Rows, take: Take) -> dict[BlockKey, str]:
-    """Hand blocks to `take`, a chunk at a time; returns a sentence for each that is damaged."""
+    """Hand blocks to `take`, a chunk at a time; returns a sentence for each that is damaged.
+
+    StoreAwayError: the store cannot be asked, so nothing is known of the rest.
+    """
     damaged: dict[BlockKey, str] = {}
     chunks = list(chunks_of(places, rows))
 
@@ -172,8 +179,8 @@ def read_slots(
 
     `where`: the job's prefix, the shard, and the incarnation that all saves must be older than.
     `begin` is called with the newest manifest before the first block is taken. What is damaged is
-    looked for in older manifests, then in the newest full cut; what is nowhere is not taken.
-    StoreError: there is no readable manifest.
+    looked for in older manifests, then in the full cuts; what is nowhere is not taken.
+    StoreError: there is no readable manifest. StoreAwayError: the store cannot be asked.
     """
     sentences: list[str] = []
     main: Manifest | None = None
@@ -218,12 +225,15 @@ def _sources(
     """All saves of a shard, the best first."""
     prefix, shard, below = where
     yield from manifests(store, prefix, shard, below)
-    found = newest_cut(store, prefix)
-    if found is not None and shard < len(found[1].shards):
+    for name, cut in cuts(store, prefix):
+        if shard >= len(cut.shards):
+            continue
         try:
-            yield found[0], read_manifest(store, found[1].shards[shard])
+            yield name, read_manifest(store, cut.shards[shard])
+        except StoreAwayError:
+            raise
         except StoreError as error:
-            yield found[0], error
+            yield name, error
 
 
 def _of_slots(manifest: Manifest, slots: Ints) -> Rows:
@@ -247,8 +257,50 @@ def _is_new(places: Places, row: np.void, tried: dict[BlockKey, set[tuple[str, i
     return (places.segments[row["segment"]], int(row["offset"])) not in tried.get(key, set())
 
 
-def read_cut(store: Store, name: str, shard: int) -> tuple[Cut, Manifest, list[BlockState]]:
-    """Read a shard's part of a cut, all of it. DamagedError: some of it is not whole."""
+# Cuts -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CutPart:
+    """A shard's part of a cut, all of it."""
+
+    cut: Cut
+    manifest: Manifest
+    blocks: list[BlockState]
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A cut that could not be loaded."""
+
+    problem: str
+    away: bool = False
+    """The store could not be asked: the cut may be whole."""
+    older: SavedState | None = None
+    """Else the newest cut before it that exists."""
+
+
+def try_cut(store: Store, prefix: str, name: str, shard: int) -> CutPart | Unread:
+    """Read a shard's part of a cut, or say what is wrong, and which cut there is instead.
+
+    StoreAwayError: the store cannot be asked.
+    """
+    try:
+        return _read_cut(store, name, shard)
+    except StoreAwayError:
+        raise
+    except StoreError as error:
+        older = newest_cut(store, prefix, before=name)
+        return Unread(str(error), older=None if older is None else saved_state(*older))
+
+
+def saved_state(name: str, cut: Cut) -> SavedState:
+    """Return what a report says of a cut."""
+    return SavedState(name, cut.step, cut.size, 0.0)
+
+
+def _read_cut(store: Store, name: str, shard: int) -> CutPart:
+    """Raise StoreError where some of it is not whole."""
     cut = Cut.decode(store.read(name))
     if shard >= len(cut.shards):
         raise DamagedError(f"{name} is a cut of {len(cut.shards)} servers")
@@ -257,4 +309,4 @@ def read_cut(store: Store, name: str, shard: int) -> tuple[Cut, Manifest, list[B
     damaged = read_rows(store, manifest.blocks, manifest.blocks.rows, blocks.extend)
     if damaged:
         raise DamagedError(f"{name}: {next(iter(damaged.values()))}")
-    return cut, manifest, blocks
+    return CutPart(cut, manifest, blocks)

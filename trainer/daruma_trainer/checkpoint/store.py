@@ -4,18 +4,35 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from daruma_trainer.errors import ConfigurationError, StoreError, StoreFullError
+from daruma_trainer.errors import (
+    ConfigurationError,
+    StoreAwayError,
+    StoreError,
+    StoreFullError,
+)
 
 OBJECT_SCHEMES = ("s3", "gs", "az")
+_PARTIAL = ".partial"
+_AWAY = frozenset(
+    {
+        errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+        errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET,
+    }
+)  # fmt: skip
+"""What a file system says whose server cannot be reached. Not EIO: that is a disk's, too."""
 
 
 class Store(Protocol):
-    """Named objects below a root. Names are relative paths with `/`."""
+    """Named objects below a root. Names are relative paths with `/`.
+
+    Every method raises StoreAwayError where the store itself cannot be asked, and another
+    StoreError where what was asked for is not to be had.
+    """
 
     def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
         """Return bytes of an object; StoreError if it is not there or shorter."""
@@ -38,6 +55,12 @@ class Store(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove an object; none of that name is no error."""
+
+    def sweep(self, prefix: str, dead: Callable[[str], bool]) -> None:
+        """Remove what is left below a folder of writes that were killed.
+
+        Only of objects that `dead` says nobody writes any more, by their names from there.
+        """
 
 
 def open_store(uri: str) -> Store:
@@ -94,7 +117,7 @@ class DirectoryStore:
                 file.seek(offset)
                 data = file.read(length)
         except OSError as error:
-            raise StoreError(f"cannot read {name}: {error.strerror}") from error
+            raise _error(error)(f"cannot read {name}: {error.strerror}") from error
         if 0 <= length != len(data):
             raise StoreError(f"{name} ends at {offset + len(data)}, {length} bytes were expected")
         return data
@@ -106,7 +129,7 @@ class DirectoryStore:
             with self._path(name).open("rb", buffering=0) as file:
                 found = [_pread(file.fileno(), offset, length) for offset, length in ranges]
         except OSError as error:
-            raise StoreError(f"cannot read {name}: {error.strerror}") from error
+            raise _error(error)(f"cannot read {name}: {error.strerror}") from error
         check_whole(name, ranges, found)
         return found
 
@@ -118,7 +141,7 @@ class DirectoryStore:
             temporary.rename(path)
             self._sync_folder(path.parent)
         except OSError as error:
-            raise StoreError(f"cannot write {name}: {error.strerror}") from error
+            raise _error(error)(f"cannot write {name}: {error.strerror}") from error
 
     def create(self, name: str, data: bytes) -> bool:
         """See Store.create."""
@@ -131,7 +154,7 @@ class DirectoryStore:
         except FileExistsError:
             return False
         except OSError as error:
-            raise StoreError(f"cannot write {name}: {error.strerror}") from error
+            raise _error(error)(f"cannot write {name}: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)
         return True
@@ -143,15 +166,27 @@ class DirectoryStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise StoreError(f"cannot list {prefix}: {error.strerror}") from error
-        return sorted(n for n in names if not n.endswith(".partial"))
+            raise _error(error)(f"cannot list {prefix}: {error.strerror}") from error
+        return sorted(n for n in names if not n.endswith(_PARTIAL))
 
     def delete(self, name: str) -> None:
         """See Store.delete."""
         try:
             self._path(name).unlink(missing_ok=True)
         except OSError as error:
-            raise StoreError(f"cannot delete {name}: {error.strerror}") from error
+            raise _error(error)(f"cannot delete {name}: {error.strerror}") from error
+
+    def sweep(self, prefix: str, dead: Callable[[str], bool]) -> None:
+        """See Store.sweep: the files beside their places."""
+        folder = self._path(prefix)
+        try:
+            for path in folder.rglob(f"*{_PARTIAL}"):
+                # <name>.<writer>.partial
+                name = path.with_suffix("").with_suffix("").relative_to(folder)
+                if dead(str(name)):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _error(error)(f"cannot clean {prefix}: {error.strerror}") from error
 
     def _path(self, name: str) -> Path:
         check_name(name)
@@ -159,7 +194,7 @@ class DirectoryStore:
 
     def _write_beside(self, path: Path, data: bytes | bytearray | memoryview) -> Path:
         writer = f"{os.getpid()}-{threading.get_ident()}"
-        temporary = path.with_name(f"{path.name}.{writer}.partial")
+        temporary = path.with_name(f"{path.name}.{writer}{_PARTIAL}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb", buffering=0) as file:
@@ -171,7 +206,7 @@ class DirectoryStore:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            kind = StoreFullError if full else StoreError
+            kind = StoreFullError if full else _error(error)
             raise kind(f"cannot write {path}: {error.strerror}") from error
         return temporary
 
@@ -181,6 +216,11 @@ class DirectoryStore:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _error(error: OSError) -> type[StoreError]:
+    """Return what an error of the file system is to those who ask."""
+    return StoreAwayError if error.errno in _AWAY else StoreError
 
 
 def _pread(handle: int, offset: int, length: int) -> bytes:

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from daruma_trainer.checkpoint.manifest import Cut, cut_name, cut_number
+from daruma_trainer.checkpoint.reading import saved_state
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import ContractError, Membership, Role, SavedState
 from daruma_trainer.server.background import Background
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.saving import Saver, Written
+from daruma_trainer.server.slots import SlotState
 
 LOG = logging.getLogger("daruma.server")
 HOLD_SECONDS = 2.0
@@ -29,6 +29,8 @@ the coordinator has seen, and one more while the word travels."""
 FIRST = cut_number(0, 0)
 """The cut of the initial values."""
 MAX_OPEN = 16
+AGAIN_SECONDS = 1.0
+"""Between two tries to save the job's result."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,12 @@ class Cuts:
     _writing: int = 0
     """Copies of this shard that are on their way to the store."""
     _final_part: dict[str, Any] | None = None
+    _final_after: float = 0.0
+    """When a part of the result that could not be saved is tried again."""
+    _rolling: bool = False
+    _rollbacks: int = 0
+    _void: tuple[str, str] | None = None
+    """Cuts between these two names are of an abandoned lineage."""
 
     @property
     def coordinator(self) -> int:
@@ -69,6 +77,7 @@ class Cuts:
         settings, plane = self.membership.settings, self.plane
         if self._holding:
             self._settle()
+        self._end()
         if self._writing:
             return  # a store that is slower than cuts come gets fewer of them
         if not (settings.cuts and settings.every) or not plane.slots.ready.all():
@@ -94,10 +103,12 @@ class Cuts:
             for member in self.membership.of(Role.SERVER):
                 if member.index != self.index:
                     self.tell(member.index, order)
-            self.receive(order)
+            self.receive(order, self.membership.rollback.generation)
 
-    def receive(self, raw: dict[str, Any]) -> None:
-        """Take a CUT message from a sibling; ContractError if it is none."""
+    def receive(self, raw: dict[str, Any], generation: int) -> None:
+        """Take a CUT message of a sibling's generation; ContractError if it is none."""
+        if self._rolling or generation != self.membership.rollback.generation:
+            return  # its batches are of a lineage that is no more, or not yet this one's
         try:
             number = str(raw["number"])[:64]
             if raw["op"] == "begin":
@@ -120,9 +131,12 @@ class Cuts:
         self._taken.add(number)
         self._writing += 1
         step, batches = self.plane.step, self.plane.complete()
+        rollbacks = self._rollbacks
 
         def done(written: Written | None, error: str | None) -> None:
             self._writing -= 1
+            if rollbacks != self._rollbacks:
+                return
             if written is None:
                 LOG.warning("the cut %s was not saved: %s", number, error)
                 self._taken.discard(number)
@@ -144,21 +158,48 @@ class Cuts:
             self._part(part["number"], self.index, part)
 
     def take_final(self, number: str) -> None:
-        """Take the cut that is the job's result; the operator names it."""
-        self._final_number = number
+        """Take the cut that is the job's result, as soon as it can be; the operator names it."""
+        if number in self._taken:
+            self.take(number)
+        self._final_number, self._final_after = number, 0.0
+        self._end()
+
+    def _end(self) -> None:
+        """Take this shard's part of the result, again where that failed.
+
+        Not before it is whole: workers that have left still give what a restore lost of sums.
+        """
+        number, plane = self._final_number, self.plane
+        if not number or number in self._taken or time.monotonic() < self._final_after:
+            return
+        if plane.sums.lacking(plane.workers) or (plane.slots.state == SlotState.RESTORING).any():
+            return
+        self._final_after = time.monotonic() + AGAIN_SECONDS
         self.take(number)
 
     def heard_final(self, path: str) -> None:
         """A sibling says that the final cut is durable."""
         self.final = path
 
-    def rolled_back(self, step: int) -> None:
-        """Go on counting from the cut's step; whatever was in the making is void."""
+    def roll_back(self) -> None:
+        """A rollback begins: whatever is in the making, or was made since its cut, is void."""
         self._release()
         self._taken.clear()
         self._parts.clear()
+        self._final_number, self._final_part = "", None
+        self.newest = None
+        self._rolling = True
+        self._rollbacks += 1
+
+    def rolled_back(self, name: str, cut: Cut) -> None:
+        """Go on counting from the cut's step; it is the newest there is."""
+        self._rolling = False
+        if self.index == self.coordinator:
+            # The others would not hear when it is no more.
+            self.newest, self.newest_at = saved_state(name, cut), time.monotonic()
+        self._void = cut.number, cut_number(self.membership.epoch, 0)
         every = self.membership.settings.every
-        self._turn = step // every if every else 0
+        self._turn = cut.step // every if every else 0
 
     def _begin(self, number: str, batches: tuple[int, ...]) -> None:
         late = any(int(self.plane.slots.last[:, w].max()) > b for w, b in enumerate(batches))
@@ -174,7 +215,7 @@ class Cuts:
         if hold is None:
             return
         there = all(done >= b for done, b in zip(self.plane.complete(), hold, strict=True))
-        if there and not self.plane.sums.lacks(np.arange(len(self.plane.slots.ids))):
+        if there and not self.plane.sums.lacking(self.plane.workers):
             self.take(self._holding)
             self._release()
             return
@@ -217,8 +258,11 @@ class Cuts:
             ),
         )
         name = cut_name(self.membership.prefix, number)
+        rollbacks = self._rollbacks
 
         def done(_result: object, error: Exception | None) -> None:
+            if rollbacks != self._rollbacks:
+                return
             if error is not None:
                 LOG.warning("the cut %s was not written: %s", number, error)
                 self.saver.error = str(error)
@@ -238,13 +282,17 @@ class Cuts:
 
     def _retire(self, number: str) -> None:
         """Keep the newest `keep` cuts (the coordinator; shards follow by what it reports)."""
-        keep, prefix, store = self.membership.settings.keep, self.membership.prefix, self.store
+        keep, store, void = self.membership.settings.keep, self.store, self._void
+        folder, last = f"{self.membership.prefix}/cuts", f"{number}.json"
 
         def clean() -> None:
             # Listed, not remembered: an earlier coordinator's cuts count as well.
-            names = [n for n in store.list(f"{prefix}/cuts") if n <= f"{number}.json"]
-            for name in names[:-keep]:
-                store.delete(f"{prefix}/cuts/{name}")
+            names = [n for n in store.list(folder) if n <= last]
+            # What a rollback left behind may be damaged: it must not displace one that is whole.
+            live = [n for n in names if void is None or not void[0] < n[:-5] < void[1]]
+            for name in sorted(set(names) - set(live[-keep:])):
+                store.delete(f"{folder}/{name}")
+            store.sweep(folder, lambda name: name < last)
 
         self.background.submit(clean, lambda _r, _e: None)
         self.saver.files.forget_cuts(number)

@@ -296,7 +296,7 @@ class DataPlane:
         self.counts.lost += len(lost)
         self.refresh_step()
         self.advance()
-        self.sums.register(rebuilds)
+        self.sums.register(worker, rebuilds)
         answer = {
             "lost": lost[-1000:],
             "complete": self.slots.complete_until(k, worker),

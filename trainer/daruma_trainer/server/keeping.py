@@ -1,6 +1,6 @@
 """Which of a shard's saves stay in the store; what none of them names is deleted."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.errors import StoreError
@@ -43,6 +43,17 @@ class Keeper:
     def only_newest(self) -> None:
         """Nobody may fall back to what came before the newest."""
         self._retire(1)
+
+    def sweep(self, alive: Collection[int]) -> None:
+        """Remove what killed saves of earlier incarnations left; `alive` may still be saving."""
+        top, _, own = self._folder.rpartition("/")
+        kept = {own, *(f"{incarnation:08d}" for incarnation in alive)}
+        store = self._store
+
+        def clean() -> None:
+            store.sweep(top, lambda name: name.partition("/")[0] not in kept)
+
+        self._background.submit(clean, lambda _result, error: self._failed(error))
 
     def forget_cuts(self, newest: str) -> None:
         """Delete this shard's files of cuts before `newest` that do not exist (any more)."""

@@ -7,14 +7,22 @@ back through `post`.
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol
 
 from daruma_trainer.agent import Outcome
-from daruma_trainer.checkpoint.export import load_state, open_cut
+from daruma_trainer.checkpoint.export import load
+from daruma_trainer.checkpoint.manifest import Cut
+from daruma_trainer.checkpoint.reading import Unread
 from daruma_trainer.checkpoint.store import Store, open_store
-from daruma_trainer.contract import ExitCode, Membership, Move, Report, Restore
-from daruma_trainer.errors import ConfigurationError, MissingError, StoreError
+from daruma_trainer.contract import ExitCode, Membership, Move, Report, Restore, SavedState
+from daruma_trainer.errors import (
+    ConfigurationError,
+    MissingError,
+    StoreAwayError,
+    StoreError,
+)
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.server.background import Background
@@ -22,14 +30,12 @@ from daruma_trainer.server.cuts import FIRST, Cuts
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.handover import pack
 from daruma_trainer.server.motion import Motion
-from daruma_trainer.server.restoring import Restorer
+from daruma_trainer.server.restoring import AGAIN_SECONDS, Restorer
 from daruma_trainer.server.saving import Saver, Written
 from daruma_trainer.server.slots import SlotState
 from daruma_trainer.wire import Kind
 
 LOG = logging.getLogger("daruma.server")
-AGAIN_SECONDS = 1.0
-"""Between two tries to save for the first time."""
 NOTE_STEPS = 12
 """Steps between two notes of the motion where nothing is saved; as often as saves by default."""
 
@@ -74,6 +80,8 @@ class Lifecycle:
         self.frozen = False
         """Whether a successor takes the slots over: nothing changes any more."""
         self.error: str | None = None
+        self.older: SavedState | None = None
+        """Where the cut to go back to is damaged: the newest before it."""
         self.final: str | None = None
         """Set where there is no store to save the result to."""
         self._motion: Motion | None = None
@@ -81,6 +89,8 @@ class Lifecycle:
         self._background: Background | None = None
         self._first: str | None = None
         self._first_after = 0.0
+        self._later: tuple[float, Callable[[], None]] | None = None
+        """When a store that could not be asked for a cut is asked again, and how."""
 
     def adopt(self, new: Membership) -> None:
         """Follow a newer membership, in which this incarnation is still in."""
@@ -103,6 +113,11 @@ class Lifecycle:
         return report is not None and not report.done
 
     @property
+    def waiting(self) -> str | None:
+        """Why the store cannot be asked for what is to be restored; it is asked again."""
+        return None if self.restorer is None else self.restorer.waiting
+
+    @property
     def moves(self) -> tuple[Move, ...]:
         """How far the shard moved so far."""
         return () if self._motion is None else self._motion.moves
@@ -114,6 +129,10 @@ class Lifecycle:
             return
         if self.restorer is not None and self.restoring:
             self.restorer.tick()
+        if self._later is not None and time.monotonic() >= self._later[0]:
+            _, again = self._later
+            self._later = None
+            again()
         if not self.rolling and plane.slots.ready.all() and plane.shard.tables:
             self._initialise()
             if self._motion is not None:
@@ -181,6 +200,8 @@ class Lifecycle:
                 self._around.stop(ExitCode.USAGE if wrong else ExitCode.MISSING)
                 return
             self.saver = Saver(plane, self.store, background, membership, self.me.index)
+            # A disk that they fill up would refuse the first save.
+            self.saver.files.sweep([m.incarnation for m in membership.handing])
             self.cuts = Cuts(
                 plane, self.saver, self.store, background, self.me.index,
                 self._around.tell_cut, membership,
@@ -198,9 +219,14 @@ class Lifecycle:
         plane.warm = ""
 
         def read() -> dict[str, Floats]:
-            return load_state(*open_cut(uri))
+            return load(uri)
 
         def done(tables: dict[str, Floats] | None, error: StoreError | None) -> None:
+            if isinstance(error, StoreAwayError):
+                LOG.warning("restoreFrom is read again: %s", error)
+                again = partial(background.submit, read, done)
+                self._later = time.monotonic() + AGAIN_SECONDS, again
+                return
             plane.warm = f"restoreFrom: {error}" if tables is None else tables
 
         background.submit(read, done)
@@ -281,24 +307,40 @@ class Lifecycle:
             # A newcomer after a rollback that is over: it waits for its restore.
             return
         self.rolling = True
+        # What went wrong with another cut says nothing of this one.
+        self.error = self.older = None
+        if self.cuts is not None:
+            self.cuts.roll_back()
+        self._load_cut()
 
-        def done(cut: Any, error: str | None) -> None:
-            if cut is None:
-                self.error = f"cannot load the cut: {error}"
-                LOG.error("cannot load %s: %s", membership.rollback.cut, error)
-                self._around.publish()
-                return
-            plane.step = cut.step
-            if self.cuts is not None:
-                self.cuts.rolled_back(cut.step)
-            if self.saver is not None:
-                self.saver.rolled_back(cut.step, serve)
+    def _load_cut(self) -> None:
+        """Load the membership's cut; again, for as long as the store cannot be asked."""
+        self._later = None
+        name = None if self._membership is None else self._membership.rollback.cut
+        if self.restorer is not None and name is not None:
+            self.restorer.load_cut(name, partial(self._cut_loaded, name))
+
+    def _cut_loaded(self, name: str, cut: Cut | Unread) -> None:
+        if isinstance(cut, Unread):
+            LOG.warning("cannot load %s: %s", name, cut.problem)
+            if cut.away:
+                self._later = time.monotonic() + AGAIN_SECONDS, self._load_cut
+            else:
+                self.error, self.older = f"cannot load {name}: {cut.problem}", cut.older
+            self._around.publish()
+            return
+        generation = self.generation
 
         def serve() -> None:
-            # A newer rollback may have begun while this one was loaded or saved.
-            if self.generation == membership.rollback.generation:
+            # A newer rollback may have begun while this one was saved.
+            if self.generation == generation:
                 self.rolling = False
                 self.initialised = True
                 self._around.publish()
 
-        restorer.load_cut(membership.rollback.cut, done)
+        if self.plane is not None:
+            self.plane.step = cut.step
+        if self.cuts is not None:
+            self.cuts.rolled_back(name, cut)
+        if self.saver is not None:
+            self.saver.rolled_back(cut.step, serve)

@@ -31,9 +31,12 @@ class Sums:
         """By table, (slots, workers): the last batch that the sum contains."""
         self.inexact = False
         """Whether the slots came from elsewhere: what their sums lack is not known here."""
+        self._heard: set[int] = set()
+        """Workers that said which tables they can make again."""
 
-    def register(self, tables: Iterable[int]) -> None:
-        """Workers can rebuild these tables from now on; what was restored before is cleared."""
+    def register(self, worker: int, tables: Iterable[int]) -> None:
+        """A worker can rebuild these tables; what was restored before is cleared."""
+        self._heard.add(worker)
         for table in tables:
             if table in self._has:
                 continue
@@ -54,6 +57,13 @@ class Sums:
     def lacks(self, k: Ints) -> bool:
         """Whether any worker's part is still to come for one of these slots."""
         return any((has[k] == WAITING).any() for has in self._has.values())
+
+    def lacking(self, workers: int) -> bool:
+        """Whether any part is still to come, or may be, as not every worker was heard yet."""
+        if self.lacks(np.arange(len(self._slots.ids))):
+            return True
+        sums = any(table.rule.name == "add" for table in self._shard.tables)
+        return self.inexact and sums and len(self._heard) < workers
 
     def add_from(self, push: Push, k: Ints, ready: NDArray[np.bool_]) -> list[TablePush]:
         """Add what a push has for sums to those of the Ready slots in `k` that lack it.

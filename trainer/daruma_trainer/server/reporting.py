@@ -33,10 +33,13 @@ class Reports:
             return True
         old = before[1]
         return (
-            (old.state, old.epoch, old.final, old.acked_epoch, old.copies, old.error, old.stop)
+            (
+                old.state, old.epoch, old.final, old.acked_epoch, old.copies, old.error,
+                old.waiting, old.stop,
+            )
             != (
                 report.state, report.epoch, report.final, report.acked_epoch, report.copies,
-                report.error, report.stop,
+                report.error, report.waiting, report.stop,
             )
             or {s.id for s in old.suspects} != {s.id for s in report.suspects}
         )  # fmt: skip
@@ -77,7 +80,7 @@ class Board:
         """
         important = (
             own.state, own.epoch, own.initialised, own.final, own.restore, own.suspects, own.error,
-            own.guests,
+            own.waiting, own.guests,
         )  # fmt: skip
         now = now or important != self._shown
         if not now and time.monotonic() - self._shown_at < QUICK_SECONDS:
@@ -100,6 +103,8 @@ def report_of(server: "Server") -> Report:
         suspects=server.suspects(),
         stale=server.stale,
         error=life.error,
+        older=life.older,
+        waiting=life.waiting,
         final=life.final,
         guests=server.guests.report,
     )

@@ -13,9 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from daruma_trainer.checkpoint.manifest import Cut, Manifest
-from daruma_trainer.checkpoint.reading import Found, read_cut
-from daruma_trainer.checkpoint.segment import BlockState
+from daruma_trainer.checkpoint.manifest import Cut
+from daruma_trainer.checkpoint.reading import CutPart, Found, Unread, try_cut
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import (
     Restore,
@@ -24,7 +23,7 @@ from daruma_trainer.contract import (
     SourceKind,
     slots_from_hex,
 )
-from daruma_trainer.errors import StoreError
+from daruma_trainer.errors import StoreAwayError, StoreError
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints, ShardLayout
 from daruma_trainer.server.background import Background
@@ -37,6 +36,8 @@ PEER_SECONDS = 5.0
 """How long a peer may take to connect and answer, before the next source is asked."""
 MAX_DAMAGED = 20
 """Sentences about damage in one report."""
+AGAIN_SECONDS = 1.0
+"""Before a store that could not be asked is asked again. The operator's deadline ends it."""
 
 
 @dataclass(slots=True)
@@ -47,6 +48,8 @@ class _Ask:
     k: Ints
     since: float
     sent: bool = False
+    again: float | None = None
+    """When a store that could not be asked is to be asked again."""
 
 
 @dataclass(slots=True)
@@ -70,6 +73,9 @@ class Restorer:
     _started: float = 0.0
     _reading: int = 0
     """Reads of moments on their way, for slots whose parameters have come."""
+    waiting: str | None = None
+    """Why the store could not be asked for what is to be restored."""
+    _rollbacks: int = 0
 
     def begin(self, plan: Restore) -> None:
         """Start a plan, or go on with a new one for what is still missing."""
@@ -80,7 +86,7 @@ class Restorer:
             self.report = RestoreReport(plan.recovery)
             self._started = now
         self.report = replace(self.report, missing=0)
-        self.plan = plan
+        self.plan, self.waiting = plan, None
         self._asks.clear()
         self._tried.clear()
         self._next(self._lost(), now)
@@ -90,7 +96,8 @@ class Restorer:
         self._asks.clear()
         self._tried.clear()
         self._back.clear()
-        self.plan = self.report = None
+        self.plan = self.report = self.waiting = None
+        self._rollbacks += 1
 
     def tick(self) -> None:
         """Ask peers that have connected since, and give up on those that do not answer."""
@@ -98,6 +105,9 @@ class Restorer:
         for ask in list(self._asks):
             source = self._source(ask)
             if source.kind is not SourceKind.PEER:
+                if ask.again is not None and now >= ask.again:
+                    ask.again = None
+                    self._read(ask)
                 continue
             if not ask.sent and self.plane.shard.tables:
                 ask.sent = self._ask_peer(source.member or "", ask)
@@ -153,31 +163,35 @@ class Restorer:
             return str(error)
         return None
 
-    def load_cut(self, name: str, done: Callable[[Cut | None, str | None], None]) -> None:
-        """Load every slot from a cut (a rollback); `done` runs on the loop's thread."""
-        store, index = self.store, self.me.index
+    def load_cut(self, name: str, done: Callable[[Cut | Unread], None]) -> None:
+        """Load every slot from a cut (a rollback); `done` runs on the loop's thread.
+
+        Nothing comes of it once another rollback has begun (`drop`).
+        """
+        store, index, number = self.store, self.me.index, self._rollbacks
         if store is None or self.background is None:
-            done(None, "there is no store to roll back to")
+            done(Unread("there is no store to roll back to"))
             return
 
-        def loaded(
-            result: tuple[Cut, Manifest, list[BlockState]] | None, error: StoreError | None
-        ) -> None:
-            if result is None:
-                done(None, str(error))
+        def loaded(result: CutPart | Unread | None, error: StoreError | None) -> None:
+            if number != self._rollbacks:
                 return
-            cut, manifest, blocks = result
+            away = isinstance(error, StoreAwayError)
+            self.waiting = str(error) if away else None
+            if not isinstance(result, CutPart):
+                done(result or Unread(str(error), away))
+                return
             everything = np.arange(len(self.plane.slots.ids))
-            if problem := make_tables(self.plane, manifest):
-                done(None, problem)
+            if problem := make_tables(self.plane, result.manifest):
+                done(Unread(problem))
                 return
             self.plane.shard.reset_optimizer(everything)
-            set_blocks(self.plane, blocks, moments_only=False)
-            set_slots(self.plane, manifest, everything)
+            set_blocks(self.plane, result.blocks, moments_only=False)
+            set_slots(self.plane, result.manifest, everything)
             self.plane.restored(everything)
-            done(cut, None)
+            done(result.cut)
 
-        self.background.submit(lambda: read_cut(store, name, index), loaded)
+        self.background.submit(lambda: try_cut(store, self.prefix, name, index), loaded)
 
     @property
     def _where(self) -> tuple[str, int, int]:
@@ -234,9 +248,16 @@ class Restorer:
             return
 
         def done(found: Found | None, error: StoreError | None) -> None:
-            if ask in self._asks:
-                self._asks.remove(ask)
-                self._take_read(ask, intake, found, error)
+            if ask not in self._asks:
+                return
+            if isinstance(error, StoreAwayError):
+                # Nothing says that the save is not there; of the next source that may be said.
+                LOG.warning("the store is asked again: %s", error)
+                self.waiting, ask.again = str(error), time.monotonic() + AGAIN_SECONDS
+                return
+            self.waiting = None
+            self._asks.remove(ask)
+            self._take_read(ask, intake, found, error)
 
         self.background.submit(read, done)
 

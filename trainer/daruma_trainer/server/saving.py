@@ -172,11 +172,18 @@ class Saver:
             if self._worked_at > until:
                 return
         self._measuring = None
+        cursor = self._cursor
         chosen = self._select()
         started = time.monotonic()
         snapshot = self._copy(chosen, "running")
         self.copied_seconds = time.monotonic() - started
-        self._write_running(snapshot, lambda _written, _error: None)
+
+        def done(written: Written | None, _error: str | None) -> None:
+            if written is None:
+                # Or whoever is saved in turn would be saved a whole round later.
+                self._cursor = cursor
+
+        self._write_running(snapshot, done)
 
     def save_all(
         self, kind: str, number: str, done: Callable[[Written | None, str | None], None]

@@ -202,7 +202,7 @@ class Server:
         elif header.kind is Kind.CUT:
             siblings = self._members() if not self.life.frozen else set()
             if self.life.cuts is not None and member in siblings:
-                self.life.cuts.receive(decode_json(frames[1]))
+                self.life.cuts.receive(decode_json(frames[1]), header.generation)
         elif header.kind is Kind.HELLO:
             self._reply(identity, header, Reply(Kind.OK, [b"{}"]))
         else:

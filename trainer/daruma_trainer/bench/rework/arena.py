@@ -17,7 +17,8 @@ from daruma_trainer.bench.rework.arms import SERVERS, Saving, Strategy
 from daruma_trainer.bench.rework.memory import MemoryStore
 from daruma_trainer.bench.rework.problems import Problem, Values
 from daruma_trainer.bench.rework.updates import Arms
-from daruma_trainer.checkpoint.manifest import newest_cut
+from daruma_trainer.checkpoint.manifest import Cut, newest_cut
+from daruma_trainer.checkpoint.reading import Unread
 from daruma_trainer.contract import (
     Member,
     Membership,
@@ -251,14 +252,14 @@ class Saves:
         if found is None:
             raise BenchError(f"{self.saving.name} has no cut")
         planes: list[DataPlane] = []
-        problems: list[str | None] = []
+        outcomes: list[Cut | Unread] = []
         for server in range(SERVERS):
             plane, restorer, _ = self._successor(server)
-            restorer.load_cut(found[0], lambda _cut, problem: problems.append(problem))
+            restorer.load_cut(found[0], outcomes.append)
             planes.append(plane)
         self._work()
-        if len(problems) != SERVERS or any(problems):
-            raise BenchError(f"the rollback to {found[0]} failed: {problems}")
+        if len(outcomes) != SERVERS or any(isinstance(o, Unread) for o in outcomes):
+            raise BenchError(f"the rollback to {found[0]} failed: {outcomes}")
         return planes
 
     def _work(self) -> None:
@@ -289,7 +290,7 @@ class Saves:
 
     def _make_cuts(self, index: int) -> Cuts:
         def tell(other: int, message: dict[str, Any]) -> None:
-            self._cuts[other].receive(message)
+            self._cuts[other].receive(message, 0)
 
         plane = self._servers.planes[index]
         saver, member = self._savers[index], self._membership

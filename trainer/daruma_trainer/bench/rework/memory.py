@@ -1,6 +1,6 @@
 """A store in memory that counts what is written to it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from daruma_trainer.errors import StoreError
 
@@ -53,3 +53,6 @@ class MemoryStore:
     def delete(self, name: str) -> None:
         """See Store.delete."""
         self._objects.pop(name, None)
+
+    def sweep(self, prefix: str, dead: Callable[[str], bool]) -> None:
+        """See Store.sweep: nothing is ever half written."""

@@ -1,0 +1,227 @@
+"""Tests of one server's part in cuts: what a rollback voids, and when the result is taken."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from daruma_trainer.checkpoint.manifest import Cut, newest_cut
+from daruma_trainer.checkpoint.store import DirectoryStore
+from daruma_trainer.contract import SLOTS, Rollback
+from daruma_trainer.errors import StoreFullError
+from daruma_trainer.layout import TableSpec
+from daruma_trainer.rules import Add, rule_to_json
+from daruma_trainer.server import cuts
+from daruma_trainer.server.background import attempt
+from daruma_trainer.wire import Push, TablePush, mask_of
+from saving_world import World
+
+PREFIX = "ns/job/uid"
+
+
+def number(step: int, epoch: int = 1) -> str:
+    return f"{epoch:08d}-{step:010d}"
+
+
+def cut_at(world: World, steps: int) -> str:
+    """Train, and take a cut of what is there then; returns its number."""
+    world.train(steps)
+    made = number(world.plane.step, world.cuts.membership.epoch)
+    world.cuts.take(made)
+    world.background.run()
+    return made
+
+
+def roll_back(world: World, to: str) -> None:
+    """Go back to a cut in a new epoch and generation; its values are of no matter here."""
+    name = f"{PREFIX}/cuts/{to}.json"
+    epoch, generation = world.cuts.membership.epoch + 1, world.cuts.membership.rollback.generation
+    world.cuts.membership = replace(
+        world.cuts.membership, epoch=epoch, rollback=Rollback(generation + 1, name)
+    )
+    world.cuts.roll_back()
+    cut = Cut.decode(world.store.read(name))
+    world.plane.step = cut.step
+    world.plane.slots.last[:] = cut.step
+    world.cuts.rolled_back(name, cut)
+
+
+def cut_files(world: World) -> list[str]:
+    return [name.removesuffix(".json") for name in world.store.list(f"{PREFIX}/cuts")]
+
+
+def own_files(world: World) -> list[str]:
+    names = world.store.list(f"{PREFIX}/shard-0000/00000001")
+    return [n[4:-4] for n in names if n.startswith("cut-") and n.endswith(".seg")]
+
+
+def test_what_comes_from_another_generation_begins_no_cut(tmp_path: Path) -> None:
+    world = World(tmp_path, 2, running=False)
+    world.cuts.membership = replace(world.cuts.membership, rollback=Rollback(1, "c"))
+    begin = {"op": "begin", "number": number(4), "batches": [7]}
+    world.cuts.receive(begin, 0)
+    assert world.plane.hold is None, "it was sent before the rollback"
+    world.cuts.receive(begin, 2)
+    assert world.plane.hold is None, "it was sent after the next one"
+    world.cuts.roll_back()
+    world.cuts.receive(begin, 1)
+    assert world.plane.hold is None, "nothing is loaded yet"
+    cut = Cut(number(4), 4, 2, ("m0", "m1"), 10, (4,))
+    world.cuts.rolled_back(f"{PREFIX}/cuts/{number(4)}.json", cut)
+    world.cuts.receive(begin, 1)
+    assert world.plane.hold == (7,)
+
+
+@pytest.mark.parametrize("jobs", [0, 1], ids=["its part is written", "its file is written"])
+def test_a_cut_that_a_rollback_overtakes_is_not_the_newest(tmp_path: Path, jobs: int) -> None:
+    world = World(tmp_path, running=False)
+    first = cut_at(world, 4)
+    world.train(4)
+    world.cuts.take(number(8))
+    for _ in range(jobs):
+        job, done = world.background.jobs.popleft()
+        done(*attempt(job))
+    roll_back(world, first)
+    world.background.run()
+    assert world.cuts.newest is not None
+    assert world.cuts.newest.path == f"{PREFIX}/cuts/{first}.json"
+    # The next one is taken, and nothing of the other counts.
+    following = cut_at(world, 4)
+    assert world.cuts.newest.path == f"{PREFIX}/cuts/{following}.json"
+    assert cut_files(world) == [first, following]
+
+
+def test_what_a_rollback_left_behind_displaces_no_cut_that_is_whole(tmp_path: Path) -> None:
+    world = World(tmp_path, running=False)
+    first, damaged = cut_at(world, 4), cut_at(world, 4)
+    roll_back(world, first)
+    # Not before a newer one is complete: it may be whole after all.
+    assert cut_files(world) == [first, damaged]
+    following = cut_at(world, 4)
+    assert cut_files(world) == own_files(world) == [first, following]
+    last = cut_at(world, 4)
+    assert cut_files(world) == own_files(world) == [following, last]
+
+
+def test_the_cut_before_the_newest_stays_until_a_newer_is_complete(tmp_path: Path) -> None:
+    world = World(tmp_path, 2, running=False)
+    numbers = []
+    for step in (4, 8, 12):
+        world.train(4)
+        numbers.append(number(step))
+        world.cuts.take(numbers[-1])
+        world.background.run()
+        if step == 12:
+            assert cut_files(world) == numbers[:2], "a part of the third is still to come"
+            assert own_files(world) == numbers
+        part = {"index": 1, "manifest": "m", "size": 1, "step": step, "batches": [step]}
+        world.cuts.receive({"op": "part", "number": numbers[-1], **part}, 0)
+        world.background.run()
+    assert cut_files(world) == own_files(world) == numbers[1:]
+
+
+def test_what_killed_coordinators_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    world = World(tmp_path, running=False)
+    cut_at(world, 4)
+    folder = tmp_path / PREFIX / "cuts"
+    left, live = (folder / f"{number(step)}.json.77-1.partial" for step in (4, 12))
+    left.touch()
+    live.touch()
+    cut_at(world, 4)
+    assert (left.exists(), live.exists()) == (False, True)
+
+
+def with_sum(folder: Path) -> World:
+    """A restored server with a table of rule `add`, that has one worker."""
+    world = World(folder, running=False)
+    spec = TableSpec(1, "sum", (40, 4), 1, rule_to_json(Add()))
+    assert world.plane.add_table(spec) is None
+    world.plane.sums.inexact = True
+    return world
+
+
+def rebuild(world: World) -> None:
+    part = TablePush(1, 1.0, np.full((40, 4), 3.0, np.float32))
+    push = Push(0, 5, 5, 1, 0, mask_of(np.arange(SLOTS)), (part,))
+    world.plane.sums.rebuild(push, np.arange(len(world.plane.slots.ids)))
+
+
+def test_the_result_is_not_taken_before_sums_have_their_parts(tmp_path: Path) -> None:
+    world = with_sum(tmp_path)
+    world.cuts.take_final("f")
+    world.cuts.tick()
+    assert not world.background.jobs, "the worker may be able to make its part again"
+    world.plane.sums.register(0, [1])
+    world.cuts.tick()
+    assert not world.background.jobs, "it is, and has not done so yet"
+    rebuild(world)
+    world.cuts.tick()
+    world.background.run()
+    assert world.cuts.final == f"{PREFIX}/cuts/f.json"
+    assert (world.plane.shard.tables[1].data == 3.0).all()
+
+
+def test_the_result_does_not_wait_for_parts_that_nobody_can_make(tmp_path: Path) -> None:
+    world = with_sum(tmp_path)
+    world.plane.sums.register(0, [])
+    world.cuts.take_final("f")
+    world.background.run()
+    assert world.cuts.final is not None
+
+
+def test_no_cut_is_taken_of_sums_that_lack_parts(tmp_path: Path) -> None:
+    world = with_sum(tmp_path)
+    world.cuts.receive({"op": "begin", "number": number(4), "batches": [0]}, 0)
+    world.cuts.tick()
+    assert not world.background.jobs
+    world.plane.sums.register(0, [1])
+    rebuild(world)
+    world.cuts.tick()
+    world.background.run()
+    found = newest_cut(world.store, PREFIX)
+    assert found is not None
+    assert found[1].number == number(4)
+
+
+class Full(DirectoryStore):
+    full = True
+
+    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        if self.full:
+            raise StoreFullError("no space left")
+        super().write(name, data)
+
+
+def test_a_result_that_could_not_be_saved_is_saved_again_without_being_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("daruma_trainer.server.cuts.time.monotonic", lambda: now[0])
+    store = Full(tmp_path)
+    world = World(tmp_path, store=store, running=False, every=0)
+    world.cuts.take_final("f")
+    world.background.run()
+    assert world.saver.error == "no space left"
+    store.full = False
+    world.cuts.tick()
+    assert not world.background.jobs, "not as fast as it fails"
+    now[0] += cuts.AGAIN_SECONDS
+    world.cuts.tick()
+    world.background.run()
+    assert world.cuts.final == f"{PREFIX}/cuts/f.json"
+
+
+def test_a_rollback_voids_the_result_that_was_to_be_saved(tmp_path: Path) -> None:
+    world = World(tmp_path, running=False, every=0)
+    world.train(4)
+    world.cuts.take(number(4))
+    world.background.run()
+    world.plane.sums.inexact = True
+    world.plane.add_table(TableSpec(1, "sum", (40, 4), 1, rule_to_json(Add())))
+    world.cuts.take_final("f")
+    world.plane.sums.rolled_back()
+    roll_back(world, number(4))
+    world.cuts.tick()
+    world.background.run()
+    assert world.cuts.final is None, "workers go on from the cut, and end again"
