@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 
+import pytest
 from rich.console import Console
 
 from daruma_operator.api.job import TrainingJob
@@ -17,7 +18,8 @@ from daruma_operator.api.status import (
     Result,
     TrainingJobStatus,
 )
-from daruma_operator.cli.record import MOST_SAMPLES, Recorder, mean_loss
+from daruma_operator.cli import record
+from daruma_operator.cli.record import Recorder, mean_loss
 from daruma_operator.cli.show import View, metrics_table, recoveries_tables
 from daruma_operator.substrate.protocol import Event
 from daruma_trainer.contract import Report, Role
@@ -96,14 +98,16 @@ def test_recoveries_beyond_those_that_status_keeps_stay_in_the_report() -> None:
     assert [r["id"] for r in report["recoveries"]] == list(range(1, 13))
 
 
-def test_samples_are_bounded_and_stay_in_order() -> None:
+def test_samples_are_bounded_and_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 200
+    monkeypatch.setattr(record, "MOST_SAMPLES", most)
     recorder = Recorder()
-    for step in range(1, 3 * MOST_SAMPLES):
+    for step in range(1, 3 * most):
         recorder.note(job_at(step), reports(worker(0, 1, step, 1.0)), float(step))
     steps = [step for step, _, _ in recorder.loss]
-    assert MOST_SAMPLES // 2 <= len(steps) <= MOST_SAMPLES
+    assert most // 2 <= len(steps) <= most
     assert steps == sorted(steps)
-    assert steps[-1] > 3 * MOST_SAMPLES - 10
+    assert steps[-1] > 3 * most - 10
 
 
 def test_no_loss_is_no_sample() -> None:
