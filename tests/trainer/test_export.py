@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from daruma_trainer.checkpoint import export
@@ -64,6 +63,8 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 def test_torch(tmp_path: Path) -> None:
+    import torch  # takes seconds: only the process that runs this pays for it
+
     export.export(save(tmp_path), "torch", tmp_path / "out")
     loaded = torch.load(tmp_path / "out", weights_only=True)
     for name, array in state().items():

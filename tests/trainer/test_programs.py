@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from daruma_trainer.errors import ConfigurationError
-from daruma_trainer.programs import cnn, lda, mf
+from daruma_trainer.programs import lda, mf
 from daruma_trainer.programs.data import Corpus, classification, documents, images, ratings
 
 # Ratings
@@ -292,7 +292,9 @@ def test_topics_survive_their_table() -> None:
 def test_the_network_has_the_parameters_of_its_layers(
     side: int, classes: int, expected: int
 ) -> None:
-    import torch
+    import torch  # takes seconds: only the process that runs this pays for it
+
+    from daruma_trainer.programs import cnn
 
     model = cnn.network(side, classes)
     flat = 16 * (side // 4) ** 2
