@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 .PHONY: venv
 venv: $(STAMP) ## make .venv with everything that development needs
 
-# Members start in two thirds of the time; where PYTHONDONTWRITEBYTECODE is set nobody else does it.
+# So that no member compiles itself at each start where PYTHONDONTWRITEBYTECODE is set.
 .PHONY: compiled
 compiled: $(STAMP)
 	@$(BIN)/python -m compileall -q operator trainer tests

@@ -37,6 +37,7 @@ def test_kill_9_of_a_servers_process(long: LongJob) -> None:
     (record,) = recoveries(long.status())
     assert record["sources"] == {"peer": pytest.approx(341, abs=20)}
     (loss,) = record["losses"]
+    assert long.status()["restarts"]["servers"] == 1
     assert loss["reason"] in ("Error", "ProcessEnded"), "its container's end, if that was seen"
     told = {"PodFailed", "RecoveryStarted", "RecoverySucceeded"}
     long.jobs.cluster.until(lambda: told <= long.jobs.events(), f"events {told}")
@@ -58,4 +59,5 @@ def test_kill_9_of_a_worker(long: LongJob) -> None:
 def test_the_job_that_went_through_this_succeeds(long: LongJob, run_folder: Path) -> None:
     status = long.ended()
     assert status["workers"]["succeeded"] == 2
+    long.jobs.cluster.until(lambda: "Succeeded" in long.jobs.events(), "the event Succeeded")
     check_loss(long.jobs, status, run_folder)

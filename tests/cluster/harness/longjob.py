@@ -103,4 +103,6 @@ class LongJob:
         """Wait until it succeeds; returns its status."""
         if not self._number:
             self.trains()
-        return self.jobs.ended(self.name)
+        status = self.jobs.ended(self.name)
+        assert status["progress"]["step"] >= STEPS
+        return status
