@@ -118,6 +118,8 @@ class LiveSubstrate:
         self.writes = 0
         self.events: list[Event] = []
         self.acts_after_conflict = 0
+        self.dead = False
+        """Whether the operator was killed: a dead process does nothing more."""
         self._version = 0
         self._lost = False
 
@@ -159,7 +161,12 @@ class LiveSubstrate:
         self.world.changed()
 
     async def emit(self, job: TrainingJob, event: Event) -> None:
-        self.events.append(event)
+        if self.dead:
+            raise Killed
+        if (event.reason, event.epoch, event.member) not in [
+            (e.reason, e.epoch, e.member) for e in self.events
+        ]:
+            self.events.append(event)
 
     def store_uri(self, job: TrainingJob) -> str | None:
         return self.world.store
@@ -196,16 +203,15 @@ class Operator:
 
     async def _one(self, done: Callable[[], bool]) -> bool:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        dead = False
+        self.substrate.dead = False
 
         def point(name: str) -> None:
-            nonlocal dead
-            if dead:
-                raise Killed  # a dead process does nothing more
+            if self.substrate.dead:
+                raise Killed
             if self.die_at and self.die_at[0] == name:
                 self.die_at.pop(0)
                 self.deaths.append(name)
-                dead = True
+                self.substrate.dead = True
                 stop.set()
                 raise Killed
 

@@ -9,8 +9,11 @@ from dataclasses import replace
 import pytest
 
 from controller_live import KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
+from daruma_operator.api.job import TrainingJob
 from daruma_operator.controller.agents import Agents, Talk, Targets, news
 from daruma_operator.controller.gather import observe, reachable
+from daruma_operator.errors import ClusterError
+from daruma_operator.substrate.protocol import PodPlan
 from daruma_trainer.contract import Report, View
 
 FOREVER = 10**9
@@ -90,6 +93,8 @@ def test_an_operator_killed_anywhere_in_a_recovery_is_followed_by_one_that_ends_
     assert operator.deaths == [point]
     assert len(world.created) == 6
     assert len(world.status.recoveries[0].losses) == 1
+    told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
+    operate(substrate, lambda: sorted(e.reason for e in substrate.events) == told)
     servers = [m for m in world.status.members if m.role == "Server"]
     assert {m.incarnation for m in servers if m.index != 1} == {1}
 
@@ -100,6 +105,27 @@ def test_an_operator_killed_in_every_pass_of_the_beginning(world: LiveWorld) -> 
     operator = operate(substrate, lambda: trains(world), die_at=points)
     assert operator.deaths == points
     assert len(world.created) == 5
+
+
+def test_what_was_written_is_told_though_an_act_fails(world: LiveWorld) -> None:
+    substrate = LiveSubstrate(world)
+    operate(substrate, lambda: trains(world))
+    failures: list[str] = []
+    create = substrate.create_pod
+
+    async def refuse(job: TrainingJob, plan: PodPlan) -> None:
+        if not failures:
+            failures.append(plan.name)
+            raise ClusterError("the quota is used up")
+        await create(job, plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(substrate, "create_pod", refuse)
+        world.fall("server-1")
+        operate(substrate, lambda: recovered(world))
+    assert failures
+    told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
+    assert sorted(e.reason for e in substrate.events) == told
 
 
 def test_a_status_write_that_loses_leads_to_no_act(world: LiveWorld) -> None:

@@ -468,7 +468,9 @@ def test_a_servers_closed_port_and_a_members_word_are_a_verdict() -> None:
     assert name in world.pods, "what it says last is waited for"
     told(world, name, reason="OOMKilled")
     decision = world.tick()
-    (event,) = [e for e in decision.events if e.reason == "OOMKilled"]
+    (event,) = [e for d in world.decisions for e in d.events if e.warning]
+    assert event.reason == "OOMKilled"
+    assert event in decision.events, "told once, when it is known"
     assert "j-server-1-1 was lost (OOMKilled) with exit code 137: boom" in event.message
     assert world.status.recovery.losses[0].reason == "OOMKilled"
     last = world.status.last_failure
@@ -503,6 +505,8 @@ def test_a_pod_that_never_says_how_it_ended_is_removed_with_the_recovery() -> No
     name = world.hang_up("server-1")
     world.running()
     assert world.status.recoveries[-1].losses[0].reason == "ProcessEnded"
+    (event,) = [e for d in world.decisions for e in d.events if e.reason == "PodFailed"]
+    assert event.message == f"{name} was lost (ProcessEnded)"
     world.tick()
     assert name not in world.pods
 

@@ -21,14 +21,13 @@ from daruma_operator.api.status import (
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import job_step
+from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.names import pod_name, seat
 from daruma_operator.recovery.price import counters
 from daruma_operator.recovery.strategies import PRESETS
 from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import Guest, Role
-
-HAND_BACK = "HandBack"
 
 
 def successor(d: Draft, role: Role, index: int, epoch: int) -> MemberStatus:

@@ -17,6 +17,8 @@ from daruma_operator.api.status import (
     TrainingJobStatus,
 )
 from daruma_operator.controller.observe import Seen
+from daruma_operator.controller.telling import lost
+from daruma_operator.controller.verdicts import PROCESS_ENDED
 from daruma_operator.settings import Settings
 from daruma_operator.substrate.protocol import Event
 from daruma_trainer.contract import Role
@@ -148,6 +150,8 @@ class Draft:
         if sources is not None:
             update["sources"] = sources
         closed = record.model_copy(update=update)
+        # Their pods never said how they ended.
+        self.events += [lost(x) for x in closed.losses if x.reason == PROCESS_ENDED]
         self.set(
             recovery=None,
             recoveries=(*self.status.recoveries, closed)[-KEPT_RECORDS:],

@@ -7,8 +7,8 @@ from daruma_operator.api.spec import Placement
 from daruma_operator.api.status import Counted, Failure, Loss, MemberStatus
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
+from daruma_operator.controller.telling import lost
 from daruma_operator.controller.verdicts import PROCESS_ENDED, Verdict, described, ended
-from daruma_operator.names import seat
 from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import ExitCode, Role
 
@@ -100,7 +100,7 @@ def explain(d: Draft) -> None:
         known = loss.model_copy(update={"reason": verdict.reason})
         d.set_record(losses=tuple(known if x == loss else x for x in d.record.losses))
         _correct(d, loss, verdict)
-        d.tell(verdict.event, sentence(verdict), warning=True, member=seat(loss.role, loss.index))
+        d.events.append(lost(known, sentence(verdict)))
 
 
 def _correct(d: Draft, loss: Loss, verdict: Verdict) -> None:

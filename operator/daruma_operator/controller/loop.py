@@ -18,6 +18,7 @@ from daruma_operator.controller.draft import Policy
 from daruma_operator.controller.gather import observe
 from daruma_operator.controller.observe import Seen
 from daruma_operator.controller.queue import WorkQueue
+from daruma_operator.controller.telling import untold
 from daruma_operator.metrics import Metrics
 from daruma_operator.settings import Settings
 from daruma_operator.substrate.protocol import JobKey, StatusConflict, Substrate
@@ -69,6 +70,8 @@ class Controller:
         self._queue = WorkQueue()
         self._agents = Agents(settings, self.enqueue)
         self._errors: dict[JobKey, int] = {}
+        self._known: dict[JobKey, str] = {}
+        """Uids of jobs of which this operator has told what the one before may not have."""
 
     def enqueue(self, key: JobKey) -> None:
         """Ask for a pass: something about the job may have changed. From the loop's thread."""
@@ -140,6 +143,7 @@ class Controller:
             # Its pods have it as owner and go with it.
             self._agents.forget(key)
             self._queue.forget(key)
+            self._known.pop(key, None)
             self._metrics.note_job(key.namespace, key.name, None)
             return
         pods = tuple(await self._substrate.list_pods(job))
@@ -148,7 +152,8 @@ class Controller:
         )
         seen = await observe(job, pods, talk, self._agents)
         policy = Policy.of(self._settings, self._substrate.store_uri(job))
-        decision = decide(seen, policy, self._clock())
+        decision = decide(seen, policy, now := self._clock())
+        again = () if self._known.get(key) == job.uid else untold(job.status, now)
         self._hooks.point("decided")
         if decision.status != job.status:
             written = await self._substrate.write_status(job, decision.status)
@@ -161,11 +166,15 @@ class Controller:
             self._hooks.point("status-written")
         self._metrics.note_job(key.namespace, key.name, decision.status)
         self._hooks.observer(seen, decision)
-        done = await apply(
-            decision.acts, job, self._substrate, self._agents, talk, self._hooks.point
-        )
-        for event in decision.events:
-            await self._substrate.emit(job, event)
+        try:
+            done = await apply(
+                decision.acts, job, self._substrate, self._agents, talk, self._hooks.point
+            )
+        finally:
+            # Status has them: no later pass decides them again.
+            self._known[key] = job.uid
+            for event in (*again, *decision.events):
+                await self._substrate.emit(job, event)
         if not done:
             self._queue.add_after(key, self._settings.retry_seconds)
         if decision.after is not None:

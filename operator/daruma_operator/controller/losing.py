@@ -15,14 +15,15 @@ from daruma_operator.api.status import (
     Rework,
     RollbackStatus,
 )
-from daruma_operator.controller.adopting import HAND_BACK, adopt, successor
+from daruma_operator.controller.adopting import adopt, successor
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
 from daruma_operator.controller.failures import MAX_COUNTED, count, over_limit, sentence
 from daruma_operator.controller.membership import ladder_of
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import job_step
-from daruma_operator.controller.verdicts import Verdict, name_of
+from daruma_operator.controller.telling import CUT_NOT_LOADED, HAND_BACK, lost, started
+from daruma_operator.controller.verdicts import PROCESS_ENDED, Verdict, name_of
 from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
 from daruma_operator.recovery.price import counters
@@ -41,15 +42,17 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         return
     before = d.status
     epoch = d.raise_epoch()
-    lost = [v.member for v in verdicts]
+    gone = [v.member for v in verdicts]
     if before.recovery is not None and before.recovery.planned_epoch:
         # Its successor may have served already: the frozen shard may be older than what it saved.
-        seats = {m.index for m in lost if m.role is Role.SERVER}
+        seats = {m.index for m in gone if m.role is Role.SERVER}
         d.set(handing=tuple(h for h in d.status.handing if h.index not in seats))
-    for v in verdicts:
-        d.tell(v.event, sentence(v), warning=True, member=seat(v.member.role, v.member.index))
+    # How a process ended is told when its pod says so, or when the recovery is over.
+    d.events += [
+        lost(_loss(d, v, epoch), sentence(v)) for v in verdicts if v.reason != PROCESS_ENDED
+    ]
     # Those that are to be adopted get their hosts below: who can be one follows from who is left.
-    d.replace_members(successor(d, m.role, m.index, epoch) for m in lost)
+    d.replace_members(successor(d, m.role, m.index, epoch) for m in gone)
     alone = not any(runs(d.seen.pod(m.pod)) for m in d.status.members)
     if not before.initialised:
         d.phase(Phase.PENDING, "MembersReplaced", f"{_names(verdicts)} ended before training began")
@@ -62,7 +65,7 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
     # What was too large for its own pod is too large for another's, beside what that holds.
     large = any(v.reason == "OOMKilled" for v in verdicts)
     if d.spec.recovery.placement is Placement.ADOPT and not large:
-        adopt(d, lost, epoch)
+        adopt(d, gone, epoch)
     if any(v.member.role is Role.SERVER for v in verdicts):
         climb(d, d.record.rung, "a server was lost")
         if d.status.recovery is None:
@@ -101,7 +104,7 @@ def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
             losses=tuple(_loss(d, v, epoch) for v in verdicts),
         )
     )
-    d.tell("RecoveryStarted", f"{_names(verdicts)} lost: {_reasons(verdicts)}")
+    d.events.append(started(d.record.losses, epoch))
 
 
 def _join(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
@@ -187,7 +190,7 @@ def _leave_cuts(d: Draft) -> None:
     a cut.
     """
     epoch, servers = d.status.epoch, d.members(Role.SERVER)
-    gone = [Verdict(m, "CutNotLoaded", False, None, None) for m in servers]
+    gone = [Verdict(m, CUT_NOT_LOADED, False, None, None) for m in servers]
     d.replace_members(successor(d, m.role, m.index, epoch) for m in servers)
     d.set(
         handing=(),
@@ -257,7 +260,3 @@ def _indexes(verdicts: Sequence[Verdict], role: Role) -> tuple[int, ...]:
 
 def _names(verdicts: Sequence[Verdict]) -> str:
     return ", ".join(seat(v.member.role, v.member.index) for v in verdicts)
-
-
-def _reasons(verdicts: Sequence[Verdict]) -> str:
-    return ", ".join(sorted({v.reason for v in verdicts}))

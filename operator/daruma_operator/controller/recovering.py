@@ -14,7 +14,7 @@ from daruma_operator.api.status import (
     Pushes,
     RollbackStatus,
 )
-from daruma_operator.controller.adopting import HAND_BACK, adopt_instead
+from daruma_operator.controller.adopting import adopt_instead
 from daruma_operator.controller.damage import STORE_AWAY, store_away, tell_damage, unread_cut
 from daruma_operator.controller.draft import Draft, indexes
 from daruma_operator.controller.ending import all_left, fail
@@ -28,8 +28,8 @@ from daruma_operator.controller.sourcing import (
     rework_of,
     survivors,
 )
+from daruma_operator.controller.telling import HAND_BACK, over
 from daruma_operator.controller.verdicts import described, name_of
-from daruma_operator.names import seat
 from daruma_operator.recovery.plan import Plan
 from daruma_operator.recovery.price import EXACT, counters
 from daruma_operator.recovery.strategies import preset_of
@@ -376,12 +376,9 @@ def _finish(d: Draft) -> None:
         d.set(rollback=RollbackStatus(generation=d.status.rollback.generation))
     d.set(handing=())
     if closed.cause == HAND_BACK:
-        names = ", ".join(seat(Role.SERVER, index) for index in closed.indexes)
-        text = f"{names} has its slots back after {closed.seconds:.2f} s ({closed.reason})"
-        d.phase(Phase.RUNNING, "HandedBack", text)
-        d.tell("HandedBack", text)
-        return
-    text = f"recovered by {closed.strategy} in {closed.seconds:.2f} s ({closed.reason})"
-    text += "; what the store had was damaged in places, see SourceDamaged" if damaged else ""
-    d.phase(Phase.RUNNING, "Recovered", text)
-    d.tell("RecoverySucceeded", text)
+        event, reason = over(closed), "HandedBack"
+    else:
+        more = "; what the store had was damaged in places, see SourceDamaged" if damaged else ""
+        event, reason = over(closed, more), "Recovered"
+    d.phase(Phase.RUNNING, reason, event.message)
+    d.events.append(event)

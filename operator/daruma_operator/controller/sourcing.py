@@ -2,10 +2,10 @@
 
 from daruma_operator.api.spec import ConsistencyMode
 from daruma_operator.api.status import MemberStatus, RecoveryRecord, Rework, TrainingJobStatus
-from daruma_operator.controller.adopting import HAND_BACK
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.observe import Heard, Seen, agent_of
 from daruma_operator.controller.progress import steps_of
+from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.recovery.plan import Plan, plan_slots
 from daruma_operator.recovery.price import UNKNOWN, Delta, LostShard, bound

@@ -32,11 +32,11 @@ class Verdict:
     """Seconds since a member first saw it fail; None: nobody did."""
     pod: PodFacts | None
 
-    @property
-    def event(self) -> str:
-        """The event's reason."""
-        special = {"OOMKilled": "OOMKilled", UNRESPONSIVE: "NodeLost", "Disrupted": "Preempted"}
-        return special.get(self.reason, "PodFailed")
+
+def event_of(reason: str) -> str:
+    """Return the reason of the event that tells of a loss for that reason."""
+    special = {"OOMKilled": "OOMKilled", UNRESPONSIVE: "NodeLost", "Disrupted": "Preempted"}
+    return special.get(reason, "PodFailed")
 
 
 def name_of(member: MemberStatus) -> str:

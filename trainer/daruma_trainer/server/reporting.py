@@ -42,6 +42,8 @@ class Reports:
                 report.error, report.waiting, report.stop,
             )
             or {s.id for s in old.suspects} != {s.id for s in report.suspects}
+            # The result's metrics: the worker ends as soon as we answer.
+            or (report.state == "Left" and old.metrics != report.metrics)
         )  # fmt: skip
 
     def finished(self, members: Iterable[str], generation: int) -> bool:

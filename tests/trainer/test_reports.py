@@ -1,0 +1,34 @@
+"""What of a member's report the operator gets at once."""
+
+from dataclasses import replace
+
+import pytest
+
+from daruma_trainer.contract import Report
+from daruma_trainer.server.reporting import Reports
+
+TRAINING = Report("worker-0-1", 1, "Training", step=3, metrics={"loss": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("change", "important"),
+    [
+        ({"step": 4}, False),
+        ({"metrics": {"loss": 0.4}}, False),
+        ({"state": "Left"}, True),
+        ({"error": "no space"}, True),
+    ],
+)
+def test_mere_progress_can_wait(change: dict[str, object], important: bool) -> None:
+    reports = Reports()
+    assert reports.take(TRAINING), "it was not known before"
+    assert not reports.take(TRAINING)
+    assert reports.take(replace(TRAINING, **change)) is important  # type: ignore[arg-type]
+
+
+def test_the_results_metrics_cannot_for_the_worker_ends_once_they_are_heard() -> None:
+    reports = Reports()
+    left = replace(TRAINING, state="Left")
+    reports.take(left)
+    assert reports.take(replace(left, metrics={"loss": 0.5, "test_accuracy": 0.96}))
+    assert not reports.take(replace(left, metrics={"loss": 0.5, "test_accuracy": 0.96}))
