@@ -23,6 +23,8 @@ from left_behind import left_by
 pytestmark = pytest.mark.faults
 DEADLINE = 180.0
 STEPS = 120
+PROCESSES = 6
+"""What `daruma run` starts for 3 servers and 2 workers: the server that forks servers, too."""
 MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
 kind: TrainingJob
@@ -215,7 +217,7 @@ def test_the_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 
 def test_no_member_survives_a_killed_daruma(tmp_path: Path) -> None:
     with running(tmp_path, steps=100_000) as process:
-        until("members run", lambda: len(left_by(tmp_path)) == 5)
+        until("members run", lambda: len(left_by(tmp_path)) == PROCESSES)
         os.kill(process.pid, signal.SIGKILL)
         until("none is left", lambda: left_by(tmp_path) == [])
 
@@ -224,7 +226,7 @@ def test_ctrl_c_before_training_begins_ends_at_once(tmp_path: Path) -> None:
     sleeper = tmp_path / "sleeper.py"
     sleeper.write_text("import time; time.sleep(600)")
     with running(tmp_path, program=str(sleeper)) as process:
-        until("members run", lambda: len(left_by(tmp_path)) == 5)
+        until("members run", lambda: len(left_by(tmp_path)) == PROCESSES)
         process.send_signal(signal.SIGINT)
         assert ended(tmp_path, process) == 1
     assert "there is nothing to save" in output(tmp_path)
@@ -235,7 +237,7 @@ def test_ctrl_c_before_training_begins_ends_at_once(tmp_path: Path) -> None:
 
 def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
     with running(tmp_path, steps=100_000) as process:
-        until("members run", lambda: len(left_by(tmp_path)) == 5)
+        until("members run", lambda: len(left_by(tmp_path)) == PROCESSES)
         command = [sys.executable, "-m", "daruma_operator.cli.main", "run", "toy.yaml"]
         second = subprocess.run(
             [*command, "--out", "out"],

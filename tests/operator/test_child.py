@@ -18,7 +18,7 @@ DEADLINE = 10.0
 def ended_child(tmp_path: Path, command: list[str], act: signal.Signals | None = None) -> Child:
     async def story() -> Child:
         ended = asyncio.Event()
-        child = Child(
+        child = Child.start(
             command, {"PATH": os.environ["PATH"]}, tmp_path / "log", lambda _: ended.set()
         )
         if act is not None:
@@ -73,7 +73,8 @@ def test_a_missing_program_is_an_error(tmp_path: Path) -> None:
 def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     async def story() -> None:
         script = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
-        child = Child(["sh", "-c", script], dict(os.environ), tmp_path / "log", lambda _: None)
+        command = ["sh", "-c", script]
+        child = Child.start(command, dict(os.environ), tmp_path / "log", lambda _: None)
         async with asyncio.timeout(DEADLINE):
             while "ready" not in child.message():
                 await asyncio.sleep(0.01)
@@ -88,7 +89,8 @@ def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
 def test_what_a_member_started_ends_with_it(tmp_path: Path) -> None:
     async def story() -> None:
         script = "sleep 60 & echo $!; wait"
-        child = Child(["sh", "-c", script], dict(os.environ), tmp_path / "log", lambda _: None)
+        command = ["sh", "-c", script]
+        child = Child.start(command, dict(os.environ), tmp_path / "log", lambda _: None)
         async with asyncio.timeout(DEADLINE):
             while not child.message():
                 await asyncio.sleep(0.01)
@@ -106,7 +108,7 @@ def test_no_child_survives_a_killed_parent(tmp_path: Path) -> None:
         from daruma_operator.substrate.child import Child
         async def main():
             log = pathlib.Path(sys.argv[1])
-            child = Child(["sleep", "60"], dict(os.environ), log, lambda _: None)
+            child = Child.start(["sleep", "60"], dict(os.environ), log, lambda _: None)
             print(child.pid, flush=True)
             await asyncio.sleep(60)
         asyncio.run(main())

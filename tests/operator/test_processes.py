@@ -1,6 +1,9 @@
 """The processes substrate: facts, idempotence, conflicts, and that nothing is left behind."""
 
 import asyncio
+import json
+import os
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -95,6 +98,37 @@ def ended(pods: list[PodFacts]) -> bool:
 def test_it_keeps_the_protocol(tmp_path: Path) -> None:
     substrate: Substrate = ProcessSubstrate(job_of("true"), tmp_path, {}, Ports(HOST))
     assert asyncio.run(substrate.list_jobs()) == [JobKey("default", "toy")]
+
+
+def test_who_runs_can_be_read(tmp_path: Path) -> None:
+    shown = tmp_path / "members.json"
+
+    async def story(it: Story) -> None:
+        await it.substrate.create_pod(it.job, plan())
+        (found,) = json.loads(shown.read_text())
+        (pod,) = await it.pods()
+        assert (found["pod"], found["address"]) == (pod.name, pod.address)
+        assert (found["role"], found["index"], found["incarnation"]) == ("Worker", 0, 1)
+        assert Path(f"/proc/{found['pid']}").exists()
+        os.kill(found["pid"], signal.SIGKILL)
+        await it.until(ended)
+        assert json.loads(shown.read_text()) == []
+
+    tell(job_of("sleep 600"), tmp_path, story)
+    assert not shown.exists()
+
+
+def test_a_server_starts_without_the_process_that_forks_them(tmp_path: Path) -> None:
+    async def story(it: Story) -> None:
+        assert it.substrate._forkserver is not None
+        it.substrate._forkserver.close()
+        await it.substrate.create_pod(it.job, plan(role=Role.SERVER))
+        log = tmp_path / "logs" / "toy-server-0-1.log"
+        async with asyncio.timeout(DEADLINE):
+            while "listens on" not in log.read_text():
+                await asyncio.sleep(0.01)
+
+    tell(job_of("true"), tmp_path, story)
 
 
 def test_the_store_lies_in_the_folder_of_the_run(tmp_path: Path) -> None:

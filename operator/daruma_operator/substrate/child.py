@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MESSAGE_BYTES = 2048
 _MESSAGE_LINES = 20
+_ORPHANS_SECONDS = 1.0
+"""What a subreaper inherits, and kills, is reaped so much later."""
 
 
 class Child:
@@ -23,23 +25,36 @@ class Child:
     """
 
     def __init__(
-        self,
+        self, pid: int, wait: Callable[[], int], log: Path, ended: Callable[["Child"], None]
+    ) -> None:
+        """Take care of a child that was started; `wait` reaps it, and returns as Popen does."""
+        self.pid = pid
+        """Its process id, which is also that of its group."""
+        self.log = log
+        self.exit_code: int | None = None
+        """As Kubernetes writes it: 128 + n for signal n; None while it runs."""
+        self._wait = wait
+        self._ended = ended
+        self._exit: asyncio.Event = asyncio.Event()
+        self._kill: asyncio.TimerHandle | None = None
+        self._pidfd = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
+
+    @classmethod
+    def start(
+        cls,
         command: Sequence[str],
         environment: Mapping[str, str],
         log: Path,
         ended: Callable[["Child"], None],
         nice: int = 0,
-    ) -> None:
-        """Start it, so much nicer than this process.
+    ) -> "Child":
+        """Start a command, so much nicer than this process.
 
         OSError: it could not be started, or its log could not be opened.
         """
-        self.log = log
-        self._ended = ended
-        self._exit: asyncio.Event = asyncio.Event()
-        self._kill: asyncio.TimerHandle | None = None
         with log.open("wb") as out:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -47,23 +62,16 @@ class Child:
                 env=dict(environment),
                 start_new_session=True,
                 # Only a system call between fork and exec: nothing there takes a lock.
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509
+                preexec_fn=die_with(os.getpid()),  # noqa: PLW1509
             )
         if nice:
-            _yield_to_others(self._process.pid, nice)
-        self._pidfd = os.pidfd_open(self._process.pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
+            _yield_to_others(process.pid, nice)
+        return cls(process.pid, process.wait, log, ended)
 
-    @property
-    def pid(self) -> int:
-        """Its process id, which is also that of its group."""
-        return self._process.pid
-
-    @property
-    def exit_code(self) -> int | None:
-        """As Kubernetes writes it: 128 + n for signal n; None while it runs."""
-        code = self._process.returncode
-        return code if code is None or code >= 0 else 128 - code
+    @classmethod
+    def forked(cls, pid: int, log: Path, ended: Callable[["Child"], None]) -> "Child":
+        """Take care of a child that another process made for this one."""
+        return cls(pid, lambda: _exit_of(pid), log, ended)
 
     @property
     def reason(self) -> str | None:
@@ -112,17 +120,19 @@ class Child:
     def _reap(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._process.wait()
+        code = self._wait()
+        self.exit_code = code if code >= 0 else 128 - code
         if self._kill is not None:
             self._kill.cancel()
         # What it started itself must not go on without it.
         self._send_group(signal.SIGKILL)
+        asyncio.get_running_loop().call_later(_ORPHANS_SECONDS, _reap_group, self.pid)
         self._exit.set()
         self._ended(self)
 
     def _send_group(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
 
 
 def _yield_to_others(pid: int, nice: int) -> None:
@@ -134,7 +144,23 @@ def _yield_to_others(pid: int, nice: int) -> None:
         Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
+def _exit_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _reap_group(group: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+
+
+def become_subreaper() -> None:
+    """Be the parent of all descendants that lose theirs."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with(parent: int) -> Callable[[], None] | None:
+    """Return what a new process calls first, so that the kernel ends it with its parent."""
     if not sys.platform.startswith("linux"):
         return None
     # Looked up before the fork, so that the child loads nothing.

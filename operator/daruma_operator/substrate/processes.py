@@ -1,11 +1,13 @@
 """Members as processes of this machine: the substrate of `daruma run`.
 
 One job, kept in memory. A folder holds what outlives the run: `logs/<pod>.log`, `store/` (the
-claim of `file://` stores) and, while it runs, `token`. Called from one event loop, in the main
-thread of its process.
+claim of `file://` stores) and, while it runs, `token` and `members.json`. Called from one event
+loop, in the main thread of its process.
 """
 
 import asyncio
+import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -21,6 +23,7 @@ from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.errors import EnvironmentLacksError
 from daruma_operator.substrate.child import Child
+from daruma_operator.substrate.forkserver import ForkServer
 from daruma_operator.substrate.ports import Ports
 from daruma_operator.substrate.protocol import (
     Event,
@@ -75,6 +78,7 @@ class ProcessSubstrate:
         self._ports = ports
         self._pods: dict[str, _Pod] = {}
         self._token = token_for(secrets.token_bytes(32), job.uid)
+        self._forkserver: ForkServer | None = None
         self.changed: Callable[[JobKey], None] = lambda _key: None
         self.told: Callable[[Event], None] = lambda _event: None
 
@@ -89,14 +93,21 @@ class ProcessSubstrate:
         descriptor = os.open(self._token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(self._token)
+        if sys.platform.startswith("linux"):
+            with contextlib.suppress(OSError):
+                self._forkserver = ForkServer(self._shared_environment(threads=1))
 
     async def close(self, grace_seconds: float) -> None:
         """End what still runs and return once nothing does; repeats are harmless."""
+        if self._forkserver is not None:
+            self._forkserver.close()
+            self._forkserver = None
         children = [p.child for p in self._pods.values() if p.child is not None]
         for child in children:
             child.end(grace_seconds)
         await asyncio.gather(*(child.wait(grace_seconds + 5.0) for child in children))
         self._token_file.unlink(missing_ok=True)
+        self._members_file.unlink(missing_ok=True)
         self._ports.close()
 
     def kill(self, role: Role, index: int) -> PodFacts | None:
@@ -175,17 +186,12 @@ class ProcessSubstrate:
         )
         try:
             address = f"{HOST}:{self._ports.take()}"
-            child = Child(
-                self._command(job, plan.role),
-                self._child_environment(job, plan, address),
-                self._out / "logs" / f"{plan.name}.log",
-                lambda _child: self._ended(plan.name),
-                nice=WORKERS_NICE if plan.role is Role.WORKER else 0,
-            )
+            child = await self._start(job, plan, address)
         except (OSError, EnvironmentLacksError) as error:
             self._pods[plan.name] = _Pod(_not_started(facts, error), None)
         else:
             self._pods[plan.name] = _Pod(replace(facts, address=address), child)
+            self._show_members()
         self.changed(self._key)
 
     async def delete_pod(self, job: TrainingJob, name: str, uid: str, grace_seconds: float) -> None:
@@ -214,6 +220,25 @@ class ProcessSubstrate:
     def _token_file(self) -> Path:
         return self._out / "token"
 
+    @property
+    def _members_file(self) -> Path:
+        return self._out / "members.json"
+
+    def _show_members(self) -> None:
+        """Say which process is which member, for those who look at them or kill them."""
+        members = [
+            {"pod": pod.facts.name, "role": pod.facts.role, "index": pod.facts.index,
+             "incarnation": pod.facts.incarnation, "pid": pod.child.pid,
+             "address": pod.facts.address}
+            for pod in self._pods.values()
+            if pod.child is not None and pod.child.exit_code is None
+        ]  # fmt: skip
+        new = self._members_file.with_suffix(".new")
+        # The disk may be full; the job can do without.
+        with contextlib.suppress(OSError):
+            new.write_text(json.dumps(members, indent=1))
+            new.replace(self._members_file)
+
     def _ended(self, name: str) -> None:
         pod = self._pods.get(name)
         if pod is None or pod.child is None:
@@ -229,36 +254,45 @@ class ProcessSubstrate:
                 reason=pod.child.reason,
                 message=pod.child.message() if code else None,
             )
+        self._show_members()
         self.changed(self._key)
 
-    def _command(self, job: TrainingJob, role: Role) -> list[str]:
-        if role is Role.SERVER:
-            return [sys.executable, "-m", "daruma_trainer.server"]
-        return program_command(job)
+    async def _start(self, job: TrainingJob, plan: PodPlan, address: str) -> Child:
+        log = self._out / "logs" / f"{plan.name}.log"
+        own = {
+            ENV_ROLE: plan.role.value,
+            ENV_INDEX: str(plan.index),
+            ENV_INCARNATION: str(plan.incarnation),
+            ENV_LISTEN: address,
+        }
 
-    def _child_environment(
-        self, job: TrainingJob, plan: PodPlan, address: str
-    ) -> Mapping[str, str]:
-        threads = 1
+        def ended(_child: Child) -> None:
+            self._ended(plan.name)
+
         if plan.role is Role.WORKER:
             # Workers share this machine; torch would give each a thread a core.
             threads = max(1, (os.cpu_count() or 1) // job.spec.workers.replicas)
-        environment = {
+            # A Secret's value (valueFrom) is what the environment here says it is.
+            own |= {v.name: v.value for v in job.spec.program.env if v.value is not None}
+            environment = self._shared_environment(threads) | own
+            return Child.start(program_command(job), environment, log, ended, WORKERS_NICE)
+        if self._forkserver is not None:
+            with log.open("wb") as out:
+                pid = await self._forkserver.start(own, out.fileno())
+            if pid is not None:
+                return Child.forked(pid, log, ended)
+        command = [sys.executable, "-m", "daruma_trainer.server"]
+        return Child.start(command, self._shared_environment(threads=1) | own, log, ended)
+
+    def _shared_environment(self, threads: int) -> dict[str, str]:
+        return {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             **self._environment,
-            ENV_NAMESPACE: job.namespace,
-            ENV_JOB: job.name,
-            ENV_ROLE: plan.role,
-            ENV_INDEX: str(plan.index),
-            ENV_INCARNATION: str(plan.incarnation),
+            ENV_NAMESPACE: self._key.namespace,
+            ENV_JOB: self._key.name,
             ENV_TOKEN_FILE: str(self._token_file),
-            ENV_LISTEN: address,
         }
-        if plan.role is Role.WORKER:
-            # A Secret's value (valueFrom) is what the environment here says it is.
-            environment |= {v.name: v.value for v in job.spec.program.env if v.value is not None}
-        return environment
 
 
 def _with_store(job: TrainingJob, out: Path) -> TrainingJob:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from daruma_trainer.bench.arena import START_SECONDS, BenchError, trains
-from daruma_trainer.bench.members import Pods, Process, processes
+from daruma_trainer.bench.members import Pods, Process, containers
 from daruma_trainer.contract import Role, member_id
 
 KUBECTL_SECONDS = 60.0
@@ -63,7 +63,7 @@ class ClusterArena:
         if not addresses:
             return []
         self._token = self._token or self._read_token()
-        return processes(self._name, pods=Pods(addresses, self._token))
+        return containers(self._name, Pods(addresses, self._token))
 
     def records(self) -> list[dict[str, Any]]:
         """See Arena."""

@@ -41,14 +41,14 @@ class LocalArena:
     where = "a server's process under `daruma run`"
 
     def __init__(self) -> None:
-        self._run: subprocess.Popen[bytes] | None = None
+        self._out = Path()
         self._records: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """See Arena."""
         with tempfile.TemporaryDirectory(prefix="daruma-bench-") as folder:
-            out = Path(folder) / "run"
+            self._out = out = Path(folder) / "run"
             with self._started(Path(folder), out) as run:
                 self._until_trained(run)
                 yield
@@ -56,7 +56,7 @@ class LocalArena:
 
     def members(self) -> list[Process]:
         """See Arena."""
-        return [] if self._run is None else processes(JOB, parent=self._run.pid)
+        return processes(self._out)
 
     def records(self) -> list[dict[str, Any]]:
         """See Arena."""
@@ -68,7 +68,7 @@ class LocalArena:
         manifest.write_text(MANIFEST)
         command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
         with (folder / "output").open("wb") as output:
-            run = self._run = subprocess.Popen(
+            run = subprocess.Popen(
                 [*command, "--out", str(out)],
                 stdout=output,
                 stderr=output,

@@ -1,7 +1,6 @@
-"""Members of a job as processes of this machine, found by their environment.
-
-Pods of a cluster whose kubelets run on this machine are such processes too (their environment
-is readable for root), so a benchmark can kill them as the kernel would: from outside.
+"""Members of a job as processes of this machine: those of `daruma run`, which lists them, and pods
+of a cluster whose kubelets run here, found by their environment (readable for root). So a
+benchmark can kill them as the kernel would: from outside.
 """
 
 import http.client
@@ -17,9 +16,7 @@ from daruma_trainer.contract import (
     ENV_INCARNATION,
     ENV_INDEX,
     ENV_JOB,
-    ENV_LISTEN,
     ENV_ROLE,
-    ENV_TOKEN_FILE,
     Role,
     View,
     agent_address,
@@ -77,37 +74,43 @@ class Pods:
     token: str
 
 
-def processes(job: str, parent: int | None = None, pods: Pods | None = None) -> list[Process]:
-    """Return the running members of a job.
+def processes(out: Path) -> list[Process]:
+    """Return the running members of the `daruma run` with this `--out`."""
+    try:
+        token = (out / "token").read_text().strip()
+        found = [
+            Process(m["pid"], Role(m["role"]), m["index"], m["incarnation"], m["address"], token)
+            for m in json.loads((out / "members.json").read_text())
+        ]
+    except FileNotFoundError:
+        return []  # it has not begun, or has ended
+    return sorted(found, key=lambda p: (p.role, p.index))
 
-    `parent`: only children of this process. `pods`: what processes in containers cannot tell; of
-    several processes of one member only the first is taken.
+
+def containers(job: str, pods: Pods) -> list[Process]:
+    """Return the members of a job in containers of this machine.
+
+    Of several processes of one member only the first is taken.
     """
     found: dict[str, Process] = {}
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda f: int(f.name)):
-        process = _process(folder, job, parent, pods)
+        process = _process(folder, job, pods)
         if process is not None:
             found.setdefault(process.id, process)
     return sorted(found.values(), key=lambda p: (p.role, p.index))
 
 
-def _process(folder: Path, job: str, parent: int | None, pods: Pods | None) -> Process | None:
+def _process(folder: Path, job: str, pods: Pods) -> Process | None:
     try:
-        state, ppid = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-        if state == "Z" or parent not in (None, int(ppid)):
-            return None
+        state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         environment = dict(pair.partition("=")[::2] for pair in pairs)
-        if environment.get(ENV_JOB) != job:
+        if state == "Z" or environment.get(ENV_JOB) != job:
             return None
         role, index = Role(environment[ENV_ROLE]), int(environment[ENV_INDEX])
         incarnation = int(environment[ENV_INCARNATION])
-        if pods is not None:
-            address, token = pods.addresses[member_id(role, index, incarnation)], pods.token
-        else:
-            address = environment[ENV_LISTEN]
-            token = Path(environment[ENV_TOKEN_FILE]).read_text().strip()
-        return Process(int(folder.name), role, index, incarnation, address, token)
+        address = pods.addresses[member_id(role, index, incarnation)]
+        return Process(int(folder.name), role, index, incarnation, address, pods.token)
     except (OSError, KeyError, ValueError):
         # It ended while it was looked at, is between fork and exec, or is no member that counts.
         return None

@@ -42,4 +42,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--fork"]:
+        from daruma_trainer.server.forkserver import fork_servers
+
+        fork_servers()
     sys.exit(main())
