@@ -23,7 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 .PHONY: venv
 venv: $(STAMP) ## make .venv with everything that development needs
 
-# So that no member compiles itself at each start where PYTHONDONTWRITEBYTECODE is set.
+# Where PYTHONDONTWRITEBYTECODE is set, every process of the tests would compile what it runs.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: compiled
 compiled: $(STAMP)
 	@$(BIN)/python -m compileall -q operator trainer tests

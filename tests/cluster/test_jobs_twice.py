@@ -20,7 +20,7 @@ from daruma_trainer.contract import Role
 def long(operated: Cluster) -> Iterator[LongJob]:
     """The job of this file; a member that stands still is noticed soon."""
     with job_namespace(operated, "jobs-twice") as jobs:
-        yield LongJob(jobs, "long", recovery={"timeouts": {"detectSeconds": 5}})
+        yield LongJob(jobs, "long", recovery={"timeouts": {"detectSeconds": 8}})
 
 
 def test_two_servers_at_once(long: LongJob) -> None:

@@ -4,12 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from kubernetes.aio import client
 
 from bad_manifests import PROGRAM, STORE, manifest
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.load import parse_manifest
-from daruma_operator.substrate.kubernetes import KubernetesSubstrate
 from daruma_operator.substrate.pods import pod_manifest
 from daruma_operator.substrate.protocol import PodPlan
 from daruma_trainer.contract import STORE_MOUNT, Role
@@ -62,5 +60,10 @@ def test_a_template_adds_to_the_secret() -> None:
     ],
 )
 def test_where_members_see_the_store(checkpoint: dict[str, Any], uri: str | None) -> None:
+    # Slow to import: only the process that runs this pays for it.
+    from kubernetes.aio import client
+
+    from daruma_operator.substrate.kubernetes import KubernetesSubstrate
+
     substrate = KubernetesSubstrate(client.ApiClient.__new__(client.ApiClient), "ns", [])
     assert substrate.store_uri(job_of(checkpoint)) == uri

@@ -46,7 +46,11 @@ class JobNamespace:
     def manifest(
         self, name: str, *, servers: int = 3, workers: int = 2, steps: int = STEPS, **spec: Any
     ) -> dict[str, Any]:
-        """Return a job of a regression on synthetic data; `spec` overrides whole parts."""
+        """Return a job of a regression on synthetic data; `spec` overrides whole parts.
+
+        Silence alone is a loss only after long: other tests leave pods little of the machine.
+        """
+        recovery: dict[str, Any] = spec.pop("recovery", {})
         return {
             "apiVersion": "daruma.dev/v1alpha1",
             "kind": "TrainingJob",
@@ -62,6 +66,7 @@ class JobNamespace:
                 "checkpoint": {
                     "store": "file:///jobs", "claimName": CLAIM, "every": 40, "fraction": 0.25,
                 },
+                "recovery": {"timeouts": {"detectSeconds": 30}} | recovery,
                 **spec,
             },
         }  # fmt: skip
