@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -154,3 +155,18 @@ def test_what_it_did_before_it_was_ended_counts(
         assert await it.start() is not None
 
     tell(tmp_path, story)
+
+
+def test_orphans_of_others_are_not_kept(tmp_path: Path) -> None:
+    """A subreaper that does not wait for what it inherits has zombies for ever."""
+
+    async def story(it: Story) -> None:
+        await it.serving()
+
+    tell(tmp_path, story)
+    made = subprocess.run(
+        ["sh", "-c", "sleep 60 >/dev/null & echo $!"], capture_output=True, text=True, check=True
+    )
+    orphan = int(made.stdout)
+    assert int(stat(orphan)[1]) != os.getpid()
+    os.kill(orphan, signal.SIGKILL)

@@ -154,9 +154,9 @@ def _reap_group(group: int) -> None:
             pass
 
 
-def become_subreaper() -> None:
-    """Be the parent of all descendants that lose theirs."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def be_subreaper(*, yes: bool) -> None:
+    """Be the parent of all descendants that lose theirs, or be so no longer."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
 
 
 def die_with(parent: int) -> Callable[[], None] | None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from daruma_operator.substrate.child import become_subreaper, die_with
+from daruma_operator.substrate.child import be_subreaper, die_with
 
 ANSWER_SECONDS = 10.0
 """A machine may be so busy that importing takes this long; then servers start without it."""
@@ -27,7 +27,7 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """`environment`: what all servers have in common."""
-        become_subreaper()
+        be_subreaper(yes=True)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         self._turn = asyncio.Lock()
@@ -44,6 +44,7 @@ class ForkServer:
                 )
         except OSError:
             self._socket.close()
+            be_subreaper(yes=False)
             raise
 
     async def start(self, variables: Mapping[str, str], log: int) -> int | None:
@@ -67,6 +68,7 @@ class ForkServer:
         self._process.kill()
         self._process.wait()
         self._socket.close()
+        be_subreaper(yes=False)
 
     async def _answer(self) -> bytes:
         return await asyncio.get_running_loop().sock_recv(self._socket, _ANSWER_BYTES)
