@@ -165,7 +165,10 @@ def test_orphans_of_others_are_not_kept(tmp_path: Path) -> None:
 
     tell(tmp_path, story)
     made = subprocess.run(
-        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True
+        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     orphan = int(made.stdout)
     assert int(stat(orphan)[1]) != os.getpid()
