@@ -173,15 +173,21 @@ class Away(DirectoryStore):
         return super().read(name, offset, length)
 
 
-def test_a_store_that_is_away_is_asked_again(
-    new: Newcomer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = Away(new.folder)
+@pytest.fixture
+def store(new: Newcomer, monkeypatch: pytest.MonkeyPatch) -> Away:
+    """What the newcomer's store is."""
+    made = Away(new.folder)
 
     def opened(_uri: str) -> Store:
-        return store
+        return made
 
     monkeypatch.setattr(lifecycle, "open_store", opened)
+    return made
+
+
+def test_a_store_that_is_away_is_asked_again(
+    new: Newcomer, store: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("daruma_trainer.server.lifecycle.AGAIN_SECONDS", 0.0)
     new.roll_back(THIRD)
     new.until(lambda: new.life.waiting is not None)
@@ -193,15 +199,7 @@ def test_a_store_that_is_away_is_asked_again(
     assert (new.life.waiting, new.life.error, new.value()) == (None, None, 12.0)
 
 
-def test_a_rollback_that_waits_for_its_store_ends_with_the_next(
-    new: Newcomer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = Away(new.folder)
-
-    def opened(_uri: str) -> Store:
-        return store
-
-    monkeypatch.setattr(lifecycle, "open_store", opened)
+def test_a_rollback_that_waits_for_its_store_ends_with_the_next(new: Newcomer, store: Away) -> None:
     new.roll_back(THIRD)
     new.until(lambda: new.life.waiting is not None)
     store.away = False

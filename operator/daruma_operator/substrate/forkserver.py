@@ -79,6 +79,6 @@ class ForkServer:
             return b""
         self._process.kill()
         self._process.wait()
-        with contextlib.suppress(OSError):
-            return await self._answer()
+        with contextlib.suppress(OSError, TimeoutError):
+            return await asyncio.wait_for(self._answer(), ANSWER_SECONDS)
         return b""
