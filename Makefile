@@ -35,12 +35,17 @@ demo: compiled ## train on this machine, lose a server half-way, recover, and sa
 	@$(BIN)/daruma run manifests/examples/mlr.yaml --out runs/mlr --kill server-1@step=200
 
 .PHONY: test
-test: compiled machine ## every test, a real cluster included
+test: compiled parts ## every test, a real cluster included
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: machine
 machine: ## what the test cluster needs from the system (apt packages, when root)
 	@bash tests/cluster/harness/setup.sh
+
+# Before the tests, whose time is limited: the first time it takes a while.
+.PHONY: parts
+parts: $(STAMP) machine
+	@$(BIN)/python tests/cluster/harness/parts.py
 
 .PHONY: check
 check: $(STAMP) ## format, lint, types, imports
@@ -63,7 +68,7 @@ faults: compiled ## the tests that kill processes
 	@$(BIN)/pytest tests/faults
 
 .PHONY: cluster
-cluster: compiled machine ## the tests on a real Kubernetes
+cluster: compiled parts ## the tests on a real Kubernetes
 	@$(BIN)/pytest tests/cluster
 
 .PHONY: kind-test
@@ -93,7 +98,7 @@ manifests: $(STAMP) machine ## write what is made from the types and the chart: 
 
 .PHONY: images
 images: $(STAMP) machine ## build the images of operator, server and worker for the test cluster
-	@$(BIN)/python tests/cluster/harness/parts.py
+	@$(BIN)/python tests/cluster/harness/parts.py images
 
 .PHONY: docs
 docs: $(STAMP) ## check the links and commands that the documents name

@@ -18,7 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.timeout(600))
+            # The fixtures have deadlines of their own, and may have to build the cluster first.
+            item.add_marker(pytest.mark.timeout(600, func_only=True))
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

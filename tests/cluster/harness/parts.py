@@ -12,7 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +28,7 @@ IMAGES = ("operator", "server", "worker")
 COPIED = re.compile(r"trainer/daruma_trainer/\w+\.py")
 """The few files of the trainer that the operator's Dockerfile names."""
 _BUILD_SECONDS = 2400
+_TELL_SECONDS = 60.0
 _BUILDAH = {**os.environ, "BUILDAH_ISOLATION": "chroot", "STORAGE_DRIVER": "overlay"}
 
 
@@ -53,7 +58,7 @@ def cache() -> Path:
 
 
 def kube() -> Path:
-    """Return the binary with every Kubernetes component; about 7 minutes the first time."""
+    """Return the binary with every Kubernetes component; ten minutes and more the first time."""
 
     def build(folder: Path) -> None:
         for name in ("go.mod", "go.sum", "main.go"):
@@ -277,7 +282,8 @@ def _made(name: str, inputs: Iterable[bytes], build: Callable[[Path], None]) -> 
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        build(partial)
+        with _patience(name):
+            build(partial)
         # Older ones of the same name will not be asked for again, but for bases and wheels.
         if name in (*IMAGES, "store"):
             for old in folder.parent.glob("[0-9a-f]*"):
@@ -285,6 +291,23 @@ def _made(name: str, inputs: Iterable[bytes], build: Callable[[Path], None]) -> 
                     shutil.rmtree(old, ignore_errors=True)
         partial.rename(folder)
     return folder
+
+
+@contextmanager
+def _patience(name: str) -> Iterator[None]:
+    """Say every minute that something is still being built."""
+    built, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not built.wait(_TELL_SECONDS):
+            minutes = (time.monotonic() - started) / 60
+            sys.stderr.write(f"daruma: still building {name}, after {minutes:.0f} min\n")
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        built.set()
 
 
 def _run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
@@ -302,6 +325,23 @@ def _run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None
         raise RuntimeError(f"{' '.join(command[:4])} … ended with {done.returncode}")
 
 
+def main() -> int:
+    """Build everything; with `images`, only these, and print their archives."""
+    if sys.argv[1:] == ["images"]:
+        for archive in (pause(), *images()):
+            sys.stdout.write(f"{archive}\n")
+    elif not os.environ.get("KUBECONFIG") and missing() is None:
+        # The compiler takes all cores; images wait for the network most of the time.
+        with ThreadPoolExecutor(2) as pool:
+            for _ in pool.map(lambda build: build(), (_programs, store)):
+                pass
+    return 0
+
+
+def _programs() -> Path:
+    kube()
+    return helm()
+
+
 if __name__ == "__main__":
-    for archive in (pause(), *images()):
-        sys.stdout.write(f"{archive}\n")
+    sys.exit(main())
