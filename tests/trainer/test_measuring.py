@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from daruma_trainer.layout import TableSpec
-from daruma_trainer.rules import SGD, Add, rule_to_json
+from daruma_trainer.rules import SGD, Add, Assign, rule_to_json
 from daruma_trainer.server import measuring
 from daruma_trainer.server.measuring import Distances
 from daruma_trainer.server.shard import Shard
@@ -89,3 +89,54 @@ def test_a_push_during_a_pass_counts_for_the_next(monkeypatch: pytest.MonkeyPatc
     assert shard.tables[0].changed.any()
     measured(shard, distances)
     np.testing.assert_allclose(distances.all(), in_full(shard, distances), rtol=1e-4)
+
+
+def labelled(rows: int, cols: int, block_rows: int) -> tuple[Shard, Distances]:
+    """A shard of random labels below 7, whose saved copy is of all 0."""
+    shard = Shard("uid", SLOTS)
+    rule = rule_to_json(Assign(labels=7))
+    shard.create(TableSpec(0, "z", (rows, cols), block_rows, rule))
+    shard.tables[0].data[:] = np.random.default_rng(0).integers(0, 7, shard.tables[0].data.shape)
+    distances = Distances()
+    distances.cover(shard.tables)
+    distances.never[0][:] = False
+    return shard, distances
+
+
+@pytest.mark.parametrize(("rows", "cols", "block_rows"), [(999, 8, 10), (3, 40_000, 1), (1, 5, 1)])
+def test_labels_are_compared_by_how_often_they_occur(
+    rows: int, cols: int, block_rows: int
+) -> None:
+    shard, distances = labelled(rows, cols, block_rows)
+    measured(shard, distances)
+    (table,), (saved,) = shard.tables, distances.saved
+    edges = table.layout.block_starts * cols
+    expected = []
+    for a, b in zip(edges[:-1], edges[1:], strict=True):
+        live, old = (
+            np.bincount(values[a:b].astype(np.int64), minlength=7)
+            for values in (table.data.reshape(-1), saved)
+        )
+        expected.append((np.abs(live - old).sum() / 2) ** 2)
+    np.testing.assert_allclose(distances.all(), expected)
+    assert measured(shard, distances) == 0, "nothing changed since"
+
+
+def test_tokens_that_exchanged_their_labels_moved_no_distribution() -> None:
+    shard, distances = labelled(40, 6, 2)
+    data = shard.tables[0].data
+    distances.saved[0][:] = data.reshape(-1)
+    data[:] = data[:, ::-1]
+    measured(shard, distances)
+    assert not distances.all().any()
+    data[0, 0] = (data[0, 0] + 1) % 7
+    shard.tables[0].changed[:] = True
+    measured(shard, distances)
+    assert sorted(distances.all().tolist())[-2:] == [0.0, 1.0]
+
+
+def test_what_is_no_label_stops_no_save() -> None:
+    shard, distances = labelled(40, 6, 2)
+    shard.tables[0].data[0] = [np.nan, np.inf, -np.inf, -3, 1e30, 6.5]
+    measured(shard, distances)
+    assert np.isfinite(distances.all()).all()

@@ -99,7 +99,9 @@ def test_add_adds_and_assign_assigns() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [SGD(momentum=0.5, nesterov=True), Adam(), Adagrad(), Add(), Assign()], ids=str
+    "rule",
+    [SGD(momentum=0.5, nesterov=True), Adam(), Adagrad(), Add(), Assign(), Assign(labels=20)],
+    ids=str,
 )
 def test_rules_read_back(rule: Rule) -> None:
     assert rule_from_json(rule_to_json(rule)) == rule
@@ -116,6 +118,9 @@ def test_rules_read_back(rule: Rule) -> None:
         '{"rule": "sgd", "nesterov": 1}',
         '{"rule": "adam", "eps": 1e400}',
         '{"rule": "adam", "foo": 1}',
+        '{"rule": "assign", "labels": -1}',
+        '{"rule": "assign", "labels": 2.5}',
+        '{"rule": "assign", "labels": 1000000}',
     ],
 )
 def test_rules_out_of_bounds_are_refused(text: str) -> None:

@@ -188,8 +188,14 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """The push is the new value."""
+    """The push is the new value.
 
+    labels: values are whole numbers below this that stand for nothing but themselves, such as the
+    topics of an LDA. How far a block has moved is then how often each occurs, in total variation
+    times its values (SCAR's distance for topics). 0: values are numbers, and it is the L2 norm.
+    """
+
+    labels: int = 0
     name: ClassVar[str] = "assign"
     state_names: ClassVar[tuple[str, ...]] = ()
     gradient: ClassVar[bool] = False
@@ -204,6 +210,7 @@ class Assign:
         return float(np.dot(change, change))
 
 
+MAX_LABELS = 4096
 RULES: dict[str, Any] = {rule.name: rule for rule in (SGD, Adam, Adagrad, Add, Assign)}
 
 
@@ -224,6 +231,8 @@ def rule_from_json(text: str) -> Rule:
             raise ContractError(f"{kind.name}.{key}: unknown, or of another type")
         if not (isinstance(value, int | float) and math.isfinite(value) and 0 <= value < 1e6):
             raise ContractError(f"{kind.name}.{key} is {value!r}: at least 0 and finite")
+        if types[key] is int and not (isinstance(value, int) and value <= MAX_LABELS):
+            raise ContractError(f"{kind.name}.{key} is {value}: a whole number to {MAX_LABELS:,}")
         if key in ("beta1", "beta2", "momentum") and value >= 1:
             raise ContractError(f"{kind.name}.{key} is {value}: less than 1")
     rule: Rule = kind(**raw)

@@ -159,7 +159,8 @@ def main() -> int:
     pieces = Pieces(corpus)
     start = np.random.default_rng(options.seed).integers(0, model.topics, len(corpus.words))
     with daruma.join() as job:
-        table = job.table("z", pieces.shape, "assign", initial=pieces.pack(start))
+        rule = daruma.Assign(labels=model.topics)
+        table = job.table("z", pieces.shape, rule, initial=pieces.pack(start))
         mine = np.arange(job.index, corpus.documents, job.workers)
         rows = pieces.rows(mine)
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from daruma_trainer.layout import Floats, Ints, Stretch
+from daruma_trainer.layout import Floats, Ints
+from daruma_trainer.rules import Assign
 from daruma_trainer.server.shard import TableArrays
 
 TILE = 16 << 10
@@ -18,7 +19,9 @@ TILE = 16 << 10
 
 
 class Distances:
-    """The saved copy of each table, and each block's squared L2 distance to it."""
+    """The saved copy of each table, and each block's squared distance to it: L2, or for labels
+    their total variation.
+    """
 
     def __init__(self) -> None:
         self.saved: list[Floats] = []
@@ -39,13 +42,17 @@ class Distances:
     def measure(self, tables: Sequence[TableArrays]) -> Iterator[None]:
         """Bring the distances of all changed blocks up to date; one tile between two yields."""
         for i, table in enumerate(tables[: len(self.saved)]):
+            labels = table.rule.labels if isinstance(table.rule, Assign) else 0
             for stretch in table.layout.stretches:
                 live, saved = stretch.of(table.data), stretch.of(self.saved[i])
                 out = self.squared[i][stretch.first : stretch.stop]
                 changed = table.changed[stretch.first : stretch.stop]
-                for a, b in _tiles(changed, stretch):
+                for a, b in _tiles(changed, max(stretch.size, labels)):
                     # Before it is looked at: a push between two of its tiles counts for the next.
                     changed[a:b] = False
+                    if labels:
+                        yield from _variation(live[a:b], saved[a:b], labels, out[a:b])
+                        continue
                     if b - a == 1:
                         yield from self._one(live[a], saved[a], out[a : a + 1])
                         continue
@@ -87,9 +94,27 @@ class Distances:
             never[rows[(rows >= a) & (rows < b)] - a] = True
 
 
-def _tiles(changed: NDArray[np.bool_], stretch: Stretch) -> list[tuple[int, int]]:
-    """Blocks [a, b) of each tile in which something changed."""
-    many = max(1, TILE // stretch.size)
+def _variation(live: Floats, saved: Floats, labels: int, out: Floats) -> Iterator[None]:
+    """Squared total variation of the labels of each block, times its values."""
+    blocks, size = live.shape
+    first = np.arange(0, blocks * labels, labels)[:, None]
+    change = np.zeros(blocks * labels, np.int64)
+    width = max(1, TILE // blocks)
+    for a in range(0, size, width):
+        for values, sign in ((live, 1), (saved, -1)):
+            with np.errstate(invalid="ignore"):
+                found = values[:, a : a + width].astype(np.int64)
+            # What is no label counts as the nearest: a program's mistake stops no save.
+            np.clip(found, 0, labels - 1, out=found)
+            found += first
+            change += sign * np.bincount(found.reshape(-1), minlength=len(change))
+        yield
+    out[:] = (np.abs(change).reshape(blocks, labels).sum(axis=1) / 2) ** 2
+
+
+def _tiles(changed: NDArray[np.bool_], size: int) -> list[tuple[int, int]]:
+    """Blocks [a, b) of each tile in which something changed; `size`: what a block takes of it."""
+    many = max(1, TILE // size)
     starts = np.arange(0, len(changed), many)
     touched = starts[np.logical_or.reduceat(changed, starts)]
     return [(a, min(a + many, len(changed))) for a in touched.tolist()]

@@ -23,8 +23,8 @@ NATURE: Mapping[str, str] = {
     "however old its copy is and whatever was chosen.",
     "cnn": "Adam moves every weight by about its learning rate, whatever its gradient is; so a "
     "block's distance follows its size and the age of its copy, not what it matters.",
-    "lda": "A sampler goes on moving where it has arrived: distance to the saved topics is partly "
-    "noise, and so is rework.",
+    "lda": "A sampler goes on moving where it has arrived: distance to the saved topics (total "
+    "variation, as in SCAR) is partly noise, and so is rework.",
 }
 """What is known of each program beforehand that bears on a choice by distance."""
 
