@@ -4,11 +4,10 @@ For tests of the trainer alone: memberships are put by hand, so that a test can 
 replace members at any moment it likes.
 """
 
+import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from daruma_operator.substrate.forkserver import ForkServer
 from daruma_operator.substrate.ports import Ports
 from daruma_trainer.checkpoint.manifest import newest_cut, read_manifest
 from daruma_trainer.checkpoint.reading import read_blocks
@@ -42,6 +42,7 @@ from daruma_trainer.contract import (
 )
 
 DEADLINE = 60.0
+FORKED = str(Path(__file__).with_name("forked_members.py"))
 TOKEN = "a-token-of-this-test"
 
 
@@ -59,6 +60,35 @@ def _ports() -> Ports:
     return Ports("127.0.0.1")
 
 
+class Process:
+    """A member that was forked; as far as it goes, like Popen."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return its exit code, negative for a signal; None while it runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, seconds: float) -> int:
+        """Return its exit code once it ended; TimeoutError: it did not."""
+        end = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"process {self.pid} does not end")
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Signal it, if it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
 class LocalCluster:
     """Members of one job as processes."""
 
@@ -72,8 +102,15 @@ class LocalCluster:
     ) -> None:
         self.folder = folder
         self.program = list(program)
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, Process] = {}
         (folder / "token").write_text(TOKEN)
+        shared = {
+            "DARUMA_NAMESPACE": "test",
+            "DARUMA_JOB": "job",
+            "DARUMA_TOKEN_FILE": str(folder / "token"),
+            "OMP_NUM_THREADS": "1",
+        }
+        self.forks = ForkServer(os.environ | shared, [FORKED])
         self.membership = Membership(
             "uid-of-the-test", "test", "job", 1, servers, workers, (), settings
         )
@@ -88,21 +125,18 @@ class LocalCluster:
         pod = f"job-{role.value.lower()}-{index}-{incarnation}"
         member = Member(role, index, incarnation, pod, f"127.0.0.1:{port}")
         command = ["-m", "daruma_trainer.server"] if role is Role.SERVER else self.program
-        environment = {
-            **os.environ,
-            "DARUMA_NAMESPACE": "test",
-            "DARUMA_JOB": "job",
+        own = {
             "DARUMA_ROLE": role.value,
             "DARUMA_INDEX": str(index),
             "DARUMA_INCARNATION": str(incarnation),
-            "DARUMA_TOKEN_FILE": str(self.folder / "token"),
             "DARUMA_LISTEN": f"127.0.0.1:{port}",
-            "OMP_NUM_THREADS": "1",
+            "DARUMA_TEST_COMMAND": json.dumps(command),
         }
         with (self.folder / f"{pod}.log").open("wb") as log:
-            self.processes[member.id] = subprocess.Popen(
-                [sys.executable, *command], env=environment, stdout=log, stderr=log
-            )
+            pid = asyncio.run(self.forks.start(own, log.fileno()))
+        if pid is None:
+            raise AssertionError("members cannot be forked")
+        self.processes[member.id] = Process(pid)
         others = tuple(m for m in self.membership.members if (m.role, m.index) != (role, index))
         self.membership = replace(self.membership, members=(*others, member))
         return member
@@ -243,9 +277,10 @@ class LocalCluster:
     def close(self) -> None:
         """Kill and reap everything."""
         for process in self.processes.values():
-            process.kill()
+            process.send_signal(signal.SIGKILL)
         for process in self.processes.values():
             process.wait(DEADLINE)
+        self.forks.close()
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Tests of the distances that are measured a little at a time."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -104,15 +106,13 @@ def labelled(rows: int, cols: int, block_rows: int) -> tuple[Shard, Distances]:
 
 
 @pytest.mark.parametrize(("rows", "cols", "block_rows"), [(999, 8, 10), (3, 40_000, 1), (1, 5, 1)])
-def test_labels_are_compared_by_how_often_they_occur(
-    rows: int, cols: int, block_rows: int
-) -> None:
+def test_labels_are_compared_by_how_often_they_occur(rows: int, cols: int, block_rows: int) -> None:
     shard, distances = labelled(rows, cols, block_rows)
     measured(shard, distances)
     (table,), (saved,) = shard.tables, distances.saved
     edges = table.layout.block_starts * cols
     expected = []
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges.tolist()):
         live, old = (
             np.bincount(values[a:b].astype(np.int64), minlength=7)
             for values in (table.data.reshape(-1), saved)

@@ -10,12 +10,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from daruma_operator.substrate.child import be_subreaper, die_with
 
 ANSWER_SECONDS = 10.0
 """A machine may be so busy that importing takes this long; then servers start without it."""
+COMMAND = ("-m", "daruma_trainer.server", "--fork")
 _ANSWER_BYTES = 4096
 
 
@@ -25,8 +27,8 @@ class ForkServer:
     To be made in the main thread. OSError: it could not be started.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """`environment`: what all servers have in common."""
+    def __init__(self, environment: Mapping[str, str], command: Sequence[str] = COMMAND) -> None:
+        """`environment`: what all servers have in common; `command`: what forks them."""
         be_subreaper(yes=True)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
@@ -34,7 +36,7 @@ class ForkServer:
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "daruma_trainer.server", "--fork"],
+                    [sys.executable, *command],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -61,7 +63,11 @@ class ForkServer:
             except asyncio.CancelledError:
                 self.close()
                 raise
-            return json.loads(answer).get("pid") if answer else None
+            pid: int | None = json.loads(answer).get("pid") if answer else None
+            if pid is not None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(_inherit(pid), ANSWER_SECONDS)
+            return pid
 
     def close(self) -> None:
         """End it; the servers go on."""
@@ -82,3 +88,13 @@ class ForkServer:
         with contextlib.suppress(OSError, TimeoutError):
             return await asyncio.wait_for(self._answer(), ANSWER_SECONDS)
         return b""
+
+
+async def _inherit(pid: int) -> None:
+    """Wait until the one that answered has ended, which leaves the server to this process."""
+    while _parent_of(pid) != os.getpid():
+        await asyncio.sleep(0.0005)
+
+
+def _parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -16,7 +16,7 @@ from testcluster import SYSTEM, TEST, Cluster
 SOFTMAX = Path(__file__).parents[2] / "softmax.py"
 CLAIM = "checkpoints"
 USER = 65532
-STEPS = 400
+STEPS = 300
 THINK_MS = "100"
 """Outages of seconds are a part of such a job, not most of it."""
 DATA = "synthetic:2000,32,5"

@@ -50,7 +50,9 @@ class Topics:
         self._rows = np.arange(DOCUMENTS)[:, None]
         size = DOCUMENTS * TOKENS + 1
         self._log = [_log_gammas(size, c) for c in (BETA, ALPHA, WORDS * BETA)]
-        self.tables: tuple[Table, ...] = (Table("topics", DOCUMENTS, TOKENS, Assign(labels=TOPICS)),)
+        self.tables: tuple[Table, ...] = (
+            Table("topics", DOCUMENTS, TOKENS, Assign(labels=TOPICS)),
+        )
 
     def initial(self, rng: np.random.Generator) -> Values:
         """See Problem.initial."""
