@@ -110,14 +110,18 @@ class LocalCluster:
             "DARUMA_TOKEN_FILE": str(folder / "token"),
             "OMP_NUM_THREADS": "1",
         }
-        self.forks = ForkServer(os.environ | shared, [FORKED])
+        self._forks = ForkServer(os.environ | shared, [FORKED])
         self.membership = Membership(
             "uid-of-the-test", "test", "job", 1, servers, workers, (), settings
         )
-        for i in range(servers):
-            self.start(Role.SERVER, i, 1)
-        for i in range(workers):
-            self.start(Role.WORKER, i, 1)
+        self._counts = (Role.SERVER, servers), (Role.WORKER, workers)
+
+    def open(self) -> None:
+        """Start all members, and tell them of each other."""
+        for role, count in self._counts:
+            for i in range(count):
+                self.start(role, i, 1)
+        self.tell()
 
     def start(self, role: Role, index: int, incarnation: int) -> Member:
         """Start a process and enter it into the membership, in place of an older incarnation."""
@@ -133,7 +137,7 @@ class LocalCluster:
             "DARUMA_TEST_COMMAND": json.dumps(command),
         }
         with (self.folder / f"{pod}.log").open("wb") as log:
-            pid = asyncio.run(self.forks.start(own, log.fileno()))
+            pid = asyncio.run(self._forks.start(own, log.fileno()))
         if pid is None:
             raise AssertionError("members cannot be forked")
         self.processes[member.id] = Process(pid)
@@ -280,7 +284,7 @@ class LocalCluster:
             process.send_signal(signal.SIGKILL)
         for process in self.processes.values():
             process.wait(DEADLINE)
-        self.forks.close()
+        self._forks.close()
 
 
 @contextmanager
@@ -295,7 +299,7 @@ def local_cluster(
     """Run a job's members; nothing of it is left afterwards."""
     cluster = LocalCluster(folder, servers, workers, settings, program)
     try:
-        cluster.tell()
+        cluster.open()
         yield cluster
     finally:
         cluster.close()

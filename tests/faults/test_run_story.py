@@ -22,7 +22,7 @@ from left_behind import left_by
 
 pytestmark = pytest.mark.faults
 DEADLINE = 180.0
-STEPS = 120
+STEPS = 90
 PROCESSES = 6
 """What `daruma run` starts for 3 servers and 2 workers: the server that forks servers, too."""
 MANIFEST = """\
@@ -39,9 +39,8 @@ spec:
   consistency: {mode: MODE}
   recovery: {placement: PLACEMENT}
 """
-MLR = '-m, daruma_trainer.programs.mlr, --think-ms, "10", --steps'
 SOFTMAX = softmax.__file__
-"""The same without torch: the tests of failures start many workers."""
+"""A regression without torch: the tests of failures start many workers."""
 KEYS = {"job", "phase", "steps", "loss", "metrics", "recoveries", "seconds", "pushes", "result"}
 
 
@@ -120,7 +119,7 @@ def check_recovery(record: dict[str, Any]) -> None:
 
 
 def test_a_server_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
-    with running(tmp_path, "--kill", "server-1@step=40", program=MLR) as process:
+    with running(tmp_path, "--kill", "server-1@step=40") as process:
         assert ended(tmp_path, process) == 0, output(tmp_path)
     found = report(tmp_path)
     assert set(found) >= KEYS

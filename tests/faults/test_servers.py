@@ -72,6 +72,7 @@ def test_async_with_a_lost_server_goes_on_and_learns(tmp_path: Path) -> None:
 def raw_job(folder: Path, workers: int = 2) -> LocalCluster:
     """One server and no worker processes: the test speaks for the workers."""
     cluster = LocalCluster(folder, 1, 0, Settings())
+    cluster.start(Role.SERVER, 0, 1)
     members = (
         *cluster.membership.members,
         *(Member(Role.WORKER, w, 1, f"w{w}") for w in range(workers)),

@@ -10,6 +10,7 @@ import pytest
 
 from controller_live import KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
 from daruma_operator.api.job import TrainingJob
+from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.controller.agents import Agents, Talk, Targets, news
 from daruma_operator.controller.gather import observe, reachable
 from daruma_operator.errors import ClusterError
@@ -124,6 +125,35 @@ def test_what_was_written_is_told_though_an_act_fails(world: LiveWorld) -> None:
         world.fall("server-1")
         operate(substrate, lambda: recovered(world))
     assert failures
+    told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
+    assert sorted(e.reason for e in substrate.events) == told
+
+
+def test_what_was_written_is_told_though_the_answer_was_lost(world: LiveWorld) -> None:
+    substrate = LiveSubstrate(world)
+    write = substrate.write_status
+    fallen: list[str] = []
+    lost: list[int] = []
+
+    async def unanswered(job: TrainingJob, status: TrainingJobStatus) -> TrainingJob:
+        written = await write(job, status)
+        if status.recovery is not None and not lost:
+            lost.append(status.epoch)
+            raise ClusterError("the API server did not answer")
+        return written
+
+    def over() -> bool:
+        # In one operator's life: the next would tell all of it again.
+        if trains(world) and not fallen:
+            fallen.append("server-1")
+            world.fall(fallen[0])
+            return False
+        return bool(fallen) and recovered(world)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(substrate, "write_status", unanswered)
+        operate(substrate, over)
+    assert lost
     told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
     assert sorted(e.reason for e in substrate.events) == told
 

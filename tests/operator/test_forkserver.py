@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -158,18 +157,37 @@ def test_what_it_did_before_it_was_ended_counts(
 
 
 def test_orphans_of_others_are_not_kept(tmp_path: Path) -> None:
-    """A subreaper that does not wait for what it inherits has zombies for ever."""
+    """Who inherits them and does not wait for them has zombies for ever."""
 
     async def story(it: Story) -> None:
         await it.serving()
+        made = await asyncio.create_subprocess_shell(
+            "sleep 60 >/dev/null 2>&1 & echo $!", stdout=asyncio.subprocess.PIPE
+        )
+        said, _ = await made.communicate()
+        orphan = int(said)
+        parent = int(stat(orphan)[1])
+        os.kill(orphan, signal.SIGKILL)
+        assert parent != os.getpid()
 
     tell(tmp_path, story)
-    made = subprocess.run(
-        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    orphan = int(made.stdout)
-    assert int(stat(orphan)[1]) != os.getpid()
-    os.kill(orphan, signal.SIGKILL)
+
+
+def test_a_server_whose_start_was_cancelled_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    async def cancelled(pid: int) -> None:
+        started.append(pid)
+        raise asyncio.CancelledError
+
+    async def story(it: Story) -> None:
+        monkeypatch.setattr(forkserver, "_inherit", cancelled)
+        with pytest.raises(asyncio.CancelledError):
+            await it.start()
+        async with asyncio.timeout(DEADLINE):
+            while Path(f"/proc/{started[0]}").exists() and stat(started[0])[0] != "Z":
+                await asyncio.sleep(0.01)
+
+    tell(tmp_path, story)

@@ -42,6 +42,16 @@ def test_what_joins_a_recovery_is_told_again_too() -> None:
     assert named(told(world)) == named(list(untold(world.status, world.now)))
 
 
+def test_a_loss_that_joined_slots_on_their_way_back_is_no_start() -> None:
+    world = World(spec=spec_of(recovery={"placement": "Adopt"}), total=FOREVER).running()
+    world.kill("server-1")
+    world.until(lambda w: w.status.recovery is not None and w.status.recovery.cause == "HandBack")
+    world.kill("server-2")
+    world.until(lambda w: w.status.recovery is not None and len(w.status.recovery.losses) > 1)
+    again = [e.reason for e in untold(world.status, world.now)]
+    assert again == ["PodFailed"]
+
+
 def test_slots_that_returned_are_no_failure() -> None:
     world = World(spec=spec_of(recovery={"placement": "Adopt"}), total=FOREVER).running()
     world.kill("server-1")

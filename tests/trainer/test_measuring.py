@@ -119,6 +119,7 @@ def test_labels_are_compared_by_how_often_they_occur(rows: int, cols: int, block
         )
         expected.append((np.abs(live - old).sum() / 2) ** 2)
     np.testing.assert_allclose(distances.all(), expected)
+    assert distances.total() is None, "it is no L2 distance, which a bound could be made of"
     assert measured(shard, distances) == 0, "nothing changed since"
 
 

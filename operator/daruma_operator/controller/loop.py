@@ -156,6 +156,8 @@ class Controller:
         again = () if self._known.get(key) == job.uid else untold(job.status, now)
         self._hooks.point("decided")
         if decision.status != job.status:
+            # It may be written though the answer is lost: then the next pass tells of it.
+            self._known.pop(key, None)
             written = await self._substrate.write_status(job, decision.status)
             self._metrics.note_write(
                 key.namespace, job.status, decision.status, job.spec.run_policy.backoff_limit

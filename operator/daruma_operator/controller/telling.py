@@ -13,8 +13,9 @@ from daruma_operator.names import seat
 from daruma_operator.substrate.protocol import Event
 from daruma_trainer.contract import Role
 
-RECENT_SECONDS = 120.0
-"""What ended longer ago was told by whoever was there; the cluster forgets events after an hour."""
+RECENT_SECONDS = 1800.0
+"""What ended longer ago is not told again: the cluster forgets events after an hour, and with them
+what was told."""
 HAND_BACK = "HandBack"
 """Cause of a recovery without a loss, and reason of the end of the incarnation that hands over."""
 CUT_NOT_LOADED = "CutNotLoaded"
@@ -68,7 +69,8 @@ def _untold(status: TrainingJobStatus, now: datetime) -> Iterator[Event]:
 def _of(record: RecoveryRecord) -> Iterator[Event]:
     ended = record.outcome is not None
     losses = [x for x in record.losses if x.reason not in (CUT_NOT_LOADED, HAND_BACK)]
-    if losses:
+    if losses and losses[0] == record.losses[0]:
+        # Not where they joined a hand-back, which is no start.
         first = losses[0].epoch
         yield started([x for x in losses if x.epoch == first], first)
     yield from (lost(x) for x in losses if ended or x.reason != PROCESS_ENDED)

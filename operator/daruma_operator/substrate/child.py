@@ -13,8 +13,8 @@ from pathlib import Path
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MESSAGE_BYTES = 2048
 _MESSAGE_LINES = 20
-_ORPHANS_SECONDS = 1.0
-"""What a subreaper inherits, and kills, is reaped so much later."""
+_UNKNOWN = 255
+"""Exit code of a process whose end the kernel told nobody: SIGCHLD is ignored here."""
 
 
 class Child:
@@ -126,7 +126,6 @@ class Child:
             self._kill.cancel()
         # What it started itself must not go on without it.
         self._send_group(signal.SIGKILL)
-        asyncio.get_running_loop().call_later(_ORPHANS_SECONDS, _reap_group, self.pid)
         self._exit.set()
         self._ended(self)
 
@@ -145,13 +144,10 @@ def _yield_to_others(pid: int, nice: int) -> None:
 
 
 def _exit_of(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _reap_group(group: int) -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-group, os.WNOHANG)[0]:
-            pass
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return _UNKNOWN
 
 
 def be_subreaper(*, yes: bool) -> None:

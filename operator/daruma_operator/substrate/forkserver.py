@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +30,6 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str], command: Sequence[str] = COMMAND) -> None:
         """`environment`: what all servers have in common; `command`: what forks them."""
-        be_subreaper(yes=True)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)
         self._turn = asyncio.Lock()
@@ -46,7 +46,6 @@ class ForkServer:
                 )
         except OSError:
             self._socket.close()
-            be_subreaper(yes=False)
             raise
 
     async def start(self, variables: Mapping[str, str], log: int) -> int | None:
@@ -55,18 +54,19 @@ class ForkServer:
         `log`: descriptor of what it writes to. None: this one is of no use any more.
         """
         async with self._turn:
+            # No longer than it takes: a subreaper inherits all orphans, and has to reap them.
+            be_subreaper(yes=True)
+            pid = None
             try:
-                socket.send_fds(self._socket, [json.dumps(dict(variables)).encode()], [log])
-                answer = await asyncio.wait_for(self._answer(), ANSWER_SECONDS)
-            except (OSError, TimeoutError):
-                answer = await self._last_answer()
+                pid = await self._fork(variables, log)
+                if pid is not None:
+                    await _inherit(pid)
             except asyncio.CancelledError:
-                self.close()
+                # Nobody would know of it.
+                self._end(pid)
                 raise
-            pid: int | None = json.loads(answer).get("pid") if answer else None
-            if pid is not None:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(_inherit(pid), ANSWER_SECONDS)
+            finally:
+                be_subreaper(yes=False)
             return pid
 
     def close(self) -> None:
@@ -74,27 +74,51 @@ class ForkServer:
         self._process.kill()
         self._process.wait()
         self._socket.close()
-        be_subreaper(yes=False)
+
+    async def _fork(self, variables: Mapping[str, str], log: int) -> int | None:
+        try:
+            socket.send_fds(self._socket, [json.dumps(dict(variables)).encode()], [log])
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return _pid_of(await self._answer())
+        except (OSError, TimeoutError):
+            return await self._last_answer()
 
     async def _answer(self) -> bytes:
         return await asyncio.get_running_loop().sock_recv(self._socket, _ANSWER_BYTES)
 
-    async def _last_answer(self) -> bytes:
+    async def _last_answer(self) -> int | None:
         """End it, then see whether it did what it was asked all the same."""
         if self._process.returncode is not None:
-            return b""
+            return None
         self._process.kill()
         self._process.wait()
         with contextlib.suppress(OSError, TimeoutError):
-            return await asyncio.wait_for(self._answer(), ANSWER_SECONDS)
-        return b""
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return _pid_of(await self._answer())
+        return None
+
+    def _end(self, pid: int | None) -> None:
+        """End the fork server, and the server that it made last."""
+        self._process.kill()
+        self._process.wait()
+        with contextlib.suppress(OSError):
+            pid = pid or _pid_of(self._socket.recv(_ANSWER_BYTES))
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _pid_of(answer: bytes) -> int | None:
+    return json.loads(answer).get("pid") if answer else None
 
 
 async def _inherit(pid: int) -> None:
-    """Wait until the one that answered has ended, which leaves the server to this process."""
-    while _parent_of(pid) != os.getpid():
-        await asyncio.sleep(0.0005)
-
-
-def _parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    """Wait until a server is a child of this process, and leads a group of its own."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(ANSWER_SECONDS):
+            while True:
+                text = Path(f"/proc/{pid}/stat").read_text()
+                state, parent, group = text.rpartition(")")[2].split()[:3]
+                if int(parent) == os.getpid() and (int(group) == pid or state == "Z"):
+                    return
+                await asyncio.sleep(0.0005)

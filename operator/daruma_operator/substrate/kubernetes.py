@@ -161,7 +161,8 @@ class KubernetesSubstrate:
     async def emit(self, job: TrainingJob, event: Event) -> None:
         """See the Protocol."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        parts = [job.name, event.reason.lower(), str(event.epoch), event.member]
+        # The uid: events of an earlier job of this name outlive it.
+        parts = [job.name, event.reason.lower(), str(event.epoch), event.member, job.uid[:8]]
         name = ".".join(part for part in parts if part)
         body = {
             "apiVersion": "v1",
@@ -184,7 +185,7 @@ class KubernetesSubstrate:
             await self._create(
                 self._core.create_namespaced_event(job.namespace, body, _preload_content=False)
             )
-        except ClusterError as error:
+        except (ClusterError, StatusConflict) as error:
             LOG.warning("%s/%s: event %s not told: %s", job.namespace, job.name, name, error)
 
     def store_uri(self, job: TrainingJob) -> str | None:

@@ -78,6 +78,7 @@ class ProcessSubstrate:
         self._ports = ports
         self._pods: dict[str, _Pod] = {}
         self._token = token_for(secrets.token_bytes(32), job.uid)
+        self._starting: set[str] = set()
         self._forkserver: ForkServer | None = None
         self.changed: Callable[[JobKey], None] = lambda _key: None
         self.told: Callable[[Event], None] = lambda _event: None
@@ -90,6 +91,7 @@ class ProcessSubstrate:
             old.unlink()
         (self._out / "store").mkdir(exist_ok=True)
         self._token_file.unlink(missing_ok=True)
+        self._members_file.unlink(missing_ok=True)
         descriptor = os.open(self._token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(self._token)
@@ -172,7 +174,7 @@ class ProcessSubstrate:
 
     async def create_pod(self, job: TrainingJob, plan: PodPlan) -> None:
         """See the Protocol. What cannot be started becomes a pod that terminated."""
-        if plan.name in self._pods or job.uid != self._job.uid:
+        if plan.name in self._pods or plan.name in self._starting or job.uid != self._job.uid:
             return
         facts = PodFacts(
             plan.name,
@@ -186,12 +188,15 @@ class ProcessSubstrate:
         )
         try:
             address = f"{HOST}:{self._ports.take()}"
+            self._starting.add(plan.name)
             child = await self._start(job, plan, address)
         except (OSError, EnvironmentLacksError) as error:
             self._pods[plan.name] = _Pod(_not_started(facts, error), None)
         else:
             self._pods[plan.name] = _Pod(replace(facts, address=address), child)
             self._show_members()
+        finally:
+            self._starting.discard(plan.name)
         self.changed(self._key)
 
     async def delete_pod(self, job: TrainingJob, name: str, uid: str, grace_seconds: float) -> None:

@@ -26,6 +26,8 @@ def fork_servers() -> None:
     """Answer requests until their end; returns in each new server, as itself."""
     import daruma_trainer.server.serve  # noqa: F401 - so that no server has to
 
+    # Who ignored it may have started this; then nobody could be waited for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     requests, parent = socket.socket(fileno=sys.stdin.fileno()), os.getppid()
     gc.collect()
     gc.freeze()  # so that what was imported stays shared

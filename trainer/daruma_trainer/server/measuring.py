@@ -30,11 +30,13 @@ class Distances:
         self.never: list[NDArray[np.bool_]] = []
         """Blocks that were not saved yet, or whose save was lost."""
         self._scratch = np.empty(TILE, np.float32)
+        self._labels = False
 
     def cover(self, tables: Sequence[TableArrays]) -> None:
         """Make room for tables that came since."""
         for table in tables[len(self.saved) :]:
             blocks = len(table.layout.blocks)
+            self._labels |= _labels_of(table) > 0
             self.saved.append(np.zeros(table.data.size, np.float32))
             self.squared.append(np.zeros(blocks, np.float32))
             self.never.append(np.ones(blocks, np.bool_))
@@ -42,7 +44,7 @@ class Distances:
     def measure(self, tables: Sequence[TableArrays]) -> Iterator[None]:
         """Bring the distances of all changed blocks up to date; one tile between two yields."""
         for i, table in enumerate(tables[: len(self.saved)]):
-            labels = table.rule.labels if isinstance(table.rule, Assign) else 0
+            labels = _labels_of(table)
             for stretch in table.layout.stretches:
                 live, saved = stretch.of(table.data), stretch.of(self.saved[i])
                 out = self.squared[i][stretch.first : stretch.stop]
@@ -78,7 +80,9 @@ class Distances:
         return np.concatenate([np.where(n, np.float32(np.inf), s) for s, n in parts] or empty)
 
     def total(self) -> float | None:
-        """L2 distance of the whole shard, where all of it is saved."""
+        """L2 distance of the whole shard, where all of it is saved and nothing is labels."""
+        if self._labels:
+            return None
         found = float(np.sqrt(self.all().sum(dtype=np.float64)))
         return found if self.saved and np.isfinite(found) else None
 
@@ -94,6 +98,10 @@ class Distances:
             never[rows[(rows >= a) & (rows < b)] - a] = True
 
 
+def _labels_of(table: TableArrays) -> int:
+    return table.rule.labels if isinstance(table.rule, Assign) else 0
+
+
 def _variation(live: Floats, saved: Floats, labels: int, out: Floats) -> Iterator[None]:
     """Squared total variation of the labels of each block, times its values."""
     blocks, size = live.shape
@@ -102,9 +110,9 @@ def _variation(live: Floats, saved: Floats, labels: int, out: Floats) -> Iterato
     width = max(1, TILE // blocks)
     for a in range(0, size, width):
         for values, sign in ((live, 1), (saved, -1)):
+            # What is no label counts as the nearest, NaN as 0: a program's mistake stops no save.
             with np.errstate(invalid="ignore"):
-                found = values[:, a : a + width].astype(np.int64)
-            # What is no label counts as the nearest: a program's mistake stops no save.
+                found = np.clip(values[:, a : a + width], 0, labels - 1).astype(np.int64)
             np.clip(found, 0, labels - 1, out=found)
             found += first
             change += sign * np.bincount(found.reshape(-1), minlength=len(change))
