@@ -242,7 +242,11 @@ class LocalCluster:
             "all workers leave",
         )
         self.order_result()
-        for worker in workers:
+        self.released()
+
+    def released(self) -> None:
+        """Wait until all workers ended with 0: the result is there."""
+        for worker in self.membership.of(Role.WORKER):
             assert self.processes[worker.id].wait(DEADLINE) == 0, self.logs()
 
     def order_result(self) -> None:

@@ -115,7 +115,9 @@ def test_sums_are_made_again_exactly_once(tmp_path: Path, happens: str) -> None:
             # The result is asked for before any part has come: it waits for them.
             cluster.order_result()
             (tmp_path / "hold").unlink()
-        cluster.finish()
+            cluster.released()
+        else:
+            cluster.finish()
         result = cluster.result(tmp_path / "store")
     np.testing.assert_array_equal(result["sums"], 20)
     if happens != "after all have left":  # rows that nobody writes again stay as they came back

@@ -151,7 +151,11 @@ def store() -> Path:
         script = 'containerd --root "$1" --state "$2/state" --address "$2/sock" 2> "$2/log" & '
         script += 'until ctr -a "$2/sock" version > /dev/null 2>&1; do sleep 0.1; done; '
         script += 'for tar in "${@:3}"; do '
-        script += 'ctr -a "$2/sock" -n k8s.io images import "$tar" || exit; done; '
+        # Again: what an image of before leaves is collected meanwhile, and at times a layer that is
+        # being unpacked with it ("parent snapshot … does not exist").
+        script += "for n in 1 2 3; do "
+        script += 'ctr -a "$2/sock" -n k8s.io images import "$tar" && continue 2; done; exit 1; '
+        script += "done; "
         script += "kill %1; wait %1 || true"
         with tempfile.TemporaryDirectory(prefix="daruma-store-") as scratch:
             # In namespaces of its own, so that no mount and no process can be left behind.
