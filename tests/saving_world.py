@@ -9,6 +9,7 @@ from daruma_trainer.checkpoint.manifest import Manifest, newest_manifest
 from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import DirectoryStore, Store
 from daruma_trainer.contract import Member, Membership, Role, Settings
+from daruma_trainer.errors import StoreFullError
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import SGD, rule_to_json
 from daruma_trainer.server.background import Background, ByHand
@@ -18,6 +19,17 @@ from daruma_trainer.server.saving import Saver
 from daruma_trainer.server.slots import SlotState
 
 ROWS, COLS = 40, 4
+
+
+class Full(DirectoryStore):
+    """A store without space left while `full` is set."""
+
+    full = False
+
+    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        if self.full:
+            raise StoreFullError("no space left")
+        super().write(name, data)
 
 
 class World:

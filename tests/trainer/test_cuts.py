@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 
 from daruma_trainer.checkpoint.manifest import Cut, newest_cut
-from daruma_trainer.checkpoint.store import DirectoryStore
 from daruma_trainer.contract import SLOTS, Rollback
-from daruma_trainer.errors import StoreFullError
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import Add, rule_to_json
 from daruma_trainer.server import cuts
 from daruma_trainer.server.background import attempt
 from daruma_trainer.wire import Push, TablePush, mask_of
-from saving_world import World
+from saving_world import Full, World
 
 PREFIX = "ns/job/uid"
 
@@ -184,21 +182,13 @@ def test_no_cut_is_taken_of_sums_that_lack_parts(tmp_path: Path) -> None:
     assert found[1].number == number(4)
 
 
-class Full(DirectoryStore):
-    full = True
-
-    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        if self.full:
-            raise StoreFullError("no space left")
-        super().write(name, data)
-
-
 def test_a_result_that_could_not_be_saved_is_saved_again_without_being_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
     monkeypatch.setattr("daruma_trainer.server.cuts.time.monotonic", lambda: now[0])
     store = Full(tmp_path)
+    store.full = True
     world = World(tmp_path, store=store, running=False, every=0)
     world.cuts.take_final("f")
     world.background.run()

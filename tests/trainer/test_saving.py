@@ -8,22 +8,9 @@ import pytest
 
 from daruma_trainer.checkpoint.manifest import read_manifest, shard_folder
 from daruma_trainer.checkpoint.reading import read_blocks
-from daruma_trainer.checkpoint.store import DirectoryStore
-from daruma_trainer.errors import StoreFullError
 from daruma_trainer.server import saving
 from daruma_trainer.server.cuts import FIRST
-from saving_world import ROWS, World
-
-
-class Full(DirectoryStore):
-    """A store without space left while `full` is set."""
-
-    full = False
-
-    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        if self.full:
-            raise StoreFullError("no space left")
-        super().write(name, data)
+from saving_world import ROWS, Full, World
 
 
 def step_until(world: World, condition: Callable[[], bool], limit: int = 200) -> None:

@@ -104,7 +104,7 @@ def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
             losses=tuple(_loss(d, v, epoch) for v in verdicts),
         )
     )
-    d.events.append(started(d.record.losses, epoch))
+    d.events.append(started(d.record.losses))
 
 
 def _join(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:

@@ -4,7 +4,7 @@ Events are told after the status was written: who dies between the two leaves th
 made from the status alone, so the next operator can tell them again; their names make each once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from daruma_operator.api.status import Loss, Phase, RecoveryRecord, TrainingJobStatus
@@ -22,12 +22,11 @@ CUT_NOT_LOADED = "CutNotLoaded"
 """Replaced because it could not go back to the cut: no failure of its own."""
 
 
-def started(losses: Iterable[Loss], epoch: int) -> Event:
-    """A recovery began with these losses."""
-    found = list(losses)
-    names = ", ".join(seat(x.role, x.index) for x in found)
-    reasons = ", ".join(sorted({x.reason for x in found}))
-    return Event("RecoveryStarted", f"{names} lost: {reasons}", epoch)
+def started(losses: Sequence[Loss]) -> Event:
+    """A recovery began with these losses, all of one epoch."""
+    names = ", ".join(seat(x.role, x.index) for x in losses)
+    reasons = ", ".join(sorted({x.reason for x in losses}))
+    return Event("RecoveryStarted", f"{names} lost: {reasons}", losses[0].epoch)
 
 
 def lost(loss: Loss, sentence: str | None = None) -> Event:
@@ -71,8 +70,7 @@ def _of(record: RecoveryRecord) -> Iterator[Event]:
     losses = [x for x in record.losses if x.reason not in (CUT_NOT_LOADED, HAND_BACK)]
     if losses and losses[0] == record.losses[0]:
         # Not where they joined a hand-back, which is no start.
-        first = losses[0].epoch
-        yield started([x for x in losses if x.epoch == first], first)
+        yield started([x for x in losses if x.epoch == losses[0].epoch])
     yield from (lost(x) for x in losses if ended or x.reason != PROCESS_ENDED)
     if record.outcome == "Succeeded":
         yield over(record)

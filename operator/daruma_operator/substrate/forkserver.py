@@ -71,9 +71,12 @@ class ForkServer:
 
     def close(self) -> None:
         """End it; the servers go on."""
+        self._kill()
+        self._socket.close()
+
+    def _kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._socket.close()
 
     async def _fork(self, variables: Mapping[str, str], log: int) -> int | None:
         try:
@@ -90,8 +93,7 @@ class ForkServer:
         """End it, then see whether it did what it was asked all the same."""
         if self._process.returncode is not None:
             return None
-        self._process.kill()
-        self._process.wait()
+        self._kill()
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(ANSWER_SECONDS):
                 return _pid_of(await self._answer())
@@ -99,8 +101,7 @@ class ForkServer:
 
     def _end(self, pid: int | None) -> None:
         """End the fork server, and the server that it made last."""
-        self._process.kill()
-        self._process.wait()
+        self._kill()
         with contextlib.suppress(OSError):
             pid = pid or _pid_of(self._socket.recv(_ANSWER_BYTES))
         if pid is not None:

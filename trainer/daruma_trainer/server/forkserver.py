@@ -17,9 +17,10 @@ import socket
 import sys
 import time
 
+from daruma_trainer.server.guests import end_with
+
 MAX_REQUEST_BYTES = 64 << 10
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
-_PRCTL = ctypes.CDLL(None, use_errno=True).prctl
+_PR_SET_NAME = 15
 
 
 def fork_servers() -> None:
@@ -74,8 +75,7 @@ def _answer(requests: socket.socket, **answer: int | str) -> None:
 def _become(variables: dict[str, str], log: int, parent: int) -> None:
     """Be a process of its own: session, standard streams, environment, name."""
     os.setsid()
-    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if not end_with(parent):
         os._exit(1)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
@@ -83,4 +83,4 @@ def _become(variables: dict[str, str], log: int, parent: int) -> None:
     os.close(null)
     os.close(log)
     os.environ.update(variables)
-    _PRCTL(_PR_SET_NAME, b"daruma-server", 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"daruma-server", 0, 0, 0)
