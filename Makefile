@@ -83,8 +83,10 @@ soak: $(STAMP) ## long counts of the fault and fuzz tests; minutes to hours, out
 bench: $(STAMP) machine ## times and costs, written to docs/benchmarks/; hours
 	@$(BIN)/daruma bench rework --write docs/benchmarks/rework.md
 	@$(BIN)/daruma bench recovery --write docs/benchmarks/recovery.md
+	@$(BIN)/daruma bench recovery --placement Adopt --write docs/benchmarks/recovery-adopt.md
 	@OMP_NUM_THREADS=1 $(BIN)/daruma bench checkpoint --write docs/benchmarks/checkpoint.md
 	@$(BIN)/python tests/cluster/harness/bench.py --write docs/benchmarks/recovery-cluster.md
+	@$(BIN)/python tests/cluster/harness/bench.py --placement Adopt --write docs/benchmarks/recovery-cluster-adopt.md
 
 .PHONY: manifests
 manifests: $(STAMP) machine ## write what is made from the types and the chart: CRD, guide, install.yaml

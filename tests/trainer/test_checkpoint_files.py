@@ -21,9 +21,9 @@ from daruma_trainer.checkpoint.manifest import (
     shard_folder,
 )
 from daruma_trainer.checkpoint.places import Place, Places
-from daruma_trainer.checkpoint.reading import read_blocks
+from daruma_trainer.checkpoint.reading import Memory, read_blocks
 from daruma_trainer.checkpoint.segment import BlockState, read_block, write_segment
-from daruma_trainer.checkpoint.selection import Selection, select
+from daruma_trainer.checkpoint.selection import Selection, Turn, select
 from daruma_trainer.checkpoint.store import DirectoryStore, open_store
 from daruma_trainer.errors import (
     ConfigurationError,
@@ -133,15 +133,29 @@ def test_neighbouring_records_are_read_at_once(tmp_path: Path) -> None:
     asked: list[list[tuple[int, int]]] = []
 
     class Asked(DirectoryStore):
-        def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        def read_ranges(
+            self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
+        ) -> Sequence[bytes | memoryview]:
             asked.append(list(ranges))
-            return super().read_ranges(name, ranges)
+            return super().read_ranges(name, ranges, into)
 
     store = Asked(tmp_path)
     manifest = save(store, 1, 1.0)
     size = manifest.blocks[0, 0].length
     read_blocks(store, manifest, [(0, 0), (0, 3), (0, 1)])
     assert asked == [[(0, 2 * size), (3 * size, size)]]
+
+
+def test_memory_is_used_again_where_it_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daruma_trainer.checkpoint.reading.CHUNK", 100)
+    memory = Memory()
+    first, other = memory.take(10), memory.take(10)
+    assert len(first) == 100
+    assert other is not first
+    memory.give(first)
+    assert memory.take(100) is first
+    memory.give(first)
+    assert len(memory.take(101)) == 101
 
 
 @pytest.mark.parametrize("away", [False, True])
@@ -151,7 +165,9 @@ def test_a_segment_that_cannot_be_read_is_not_asked_for_every_block(
     asked: list[str] = []
 
     class Failing(DirectoryStore):
-        def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        def read_ranges(
+            self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
+        ) -> Sequence[bytes | memoryview]:
             asked.append(name)
             raise StoreAwayError("away") if away else StoreError("gone")
 
@@ -256,18 +272,50 @@ def test_names_outside_of_the_store_and_other_stores_are_refused(tmp_path: Path)
             open_store(uri)
 
 
+EQUAL = np.full(5, 100)
+
+
 def test_priority_takes_the_farthest_and_all_in_turn() -> None:
     rng = np.random.default_rng(0)
     distances = np.array([1, 9, 0, 9, 4], np.float32)
-    chosen, cursor = select(Selection.PRIORITY, distances, 2, 0, rng)
-    assert chosen.tolist() == [1, 3]
-    assert cursor == 2
+    chosen, turn = select(Selection.PRIORITY, (distances, EQUAL), 0.4, Turn(), rng)
+    assert (chosen.tolist(), turn) == ([1, 3], Turn(2))
     seen: set[int] = set()
     for _ in range(5):
-        chosen, cursor = select(Selection.PRIORITY, np.zeros(5, np.float32), 1, cursor, rng)
+        still = np.zeros(5, np.float32), EQUAL
+        chosen, turn = select(Selection.PRIORITY, still, 0.2, turn, rng)
         seen |= set(chosen.tolist())
     assert seen == set(range(5)), "blocks that do not change are saved in turn"
-    chosen, cursor = select(Selection.ROUND_ROBIN, distances, 3, 4, rng)
-    assert (chosen.tolist(), cursor) == ([0, 1, 4], 2)
-    chosen, _ = select(Selection.RANDOM, distances, 3, 0, rng)
+    blocks = distances, EQUAL
+    chosen, turn = select(Selection.ROUND_ROBIN, blocks, 0.6, Turn(4), rng)
+    assert (chosen.tolist(), turn.cursor) == ([0, 1, 4], 2)
+    chosen, _ = select(Selection.RANDOM, blocks, 0.6, Turn(), rng)
     assert len(set(chosen.tolist())) == 3
+
+
+def test_priority_takes_what_leaves_the_least_distance_for_its_bytes() -> None:
+    rng = np.random.default_rng(0)
+    distances = np.array([9, 5, 5, 1, np.nan], np.float32)
+    sizes = np.array([400, 100, 100, 100, 100])
+    chosen, _ = select(Selection.PRIORITY, (distances, sizes), 0.375, Turn(), rng)
+    assert chosen.tolist() == [1, 2, 4]
+    chosen, _ = select(Selection.DISTANCE, (distances, sizes), 0.625, Turn(), rng)
+    assert chosen.tolist() == [0, 4]
+    nothing = select(
+        Selection.PRIORITY, (np.empty(0, np.float32), np.empty(0, np.int64)), 0.5, Turn(), rng
+    )
+    assert (nothing[0].tolist(), nothing[1]) == ([], Turn())
+
+
+@pytest.mark.parametrize("how", list(Selection))
+def test_every_selection_spends_its_share_of_the_bytes(how: Selection) -> None:
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(60, 5000, 23)
+    turn, spent = Turn(), 0
+    for save in range(1, 41):
+        distances = rng.random(23).astype(np.float32)
+        chosen, turn = select(how, (distances, sizes), 0.125, turn, rng)
+        spent += int(sizes[chosen].sum())
+        assert abs(spent - save * 0.125 * sizes.sum()) <= sizes.max() + save / 2
+    chosen, _ = select(how, (distances, sizes), 1.0, Turn(), rng)
+    assert chosen.tolist() == list(range(23))

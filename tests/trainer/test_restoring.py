@@ -36,8 +36,10 @@ class Counting(DirectoryStore):
         self.manifests += len(data)
         return data
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        data = super().read_ranges(name, ranges)
+    def read_ranges(
+        self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
+    ) -> Sequence[bytes | memoryview]:
+        data = super().read_ranges(name, ranges, into)
         self.segments += sum(len(d) for d in data)
         return data
 
@@ -109,7 +111,12 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-def test_all_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", [8 << 20, 256])
+def test_all_comes_back_as_it_was_saved(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it comes at once, or in many parts that lie in the same memory one after another."""
+    monkeypatch.setattr("daruma_trainer.checkpoint.reading.CHUNK", chunk)
     world = saved_world(tmp_path)
     manifest = world.newest()
     new = Newcomer(world).restore()
@@ -236,10 +243,12 @@ class Away(Counting):
             raise StoreAwayError("503")
         return super().read(name, offset, length)
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(
+        self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
+    ) -> Sequence[bytes | memoryview]:
         if self.away and self.away in name:
             raise StoreAwayError("503")
-        return super().read_ranges(name, ranges)
+        return super().read_ranges(name, ranges, into)
 
 
 @pytest.mark.parametrize("away", ["manifest-", "segment-"])

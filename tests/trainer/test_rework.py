@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from daruma_trainer.bench.rework import command
-from daruma_trainer.bench.rework.arena import Peer, Saves, Servers
+from daruma_trainer.bench.rework.arena import Peer, Saves, Servers, even
 from daruma_trainer.bench.rework.arms import LOST, SERVERS, UNDISTURBED, Grid, Saving, Strategy
 from daruma_trainer.bench.rework.catalogue import PROGRAMS
 from daruma_trainer.bench.rework.convolution import Convolution
@@ -290,4 +290,10 @@ def test_an_unknown_program_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -
 def test_young_dalys_interval_is_an_arm_of_its_own() -> None:
     names = [s.name for s in replace(GRID, young_daly=21).savings()]
     assert names == ["FullCheckpoint C=8", "FullCheckpoint C=21", "Partial Priority r=1/8 C=8"]
-    assert len(Grid().arms()) == 3 + 3 * 10 * 3 + 3 * 3 * 3
+    assert len(Grid().arms()) == 3 + 3 * 13 * 3 + 3 * 3 * 3
+
+
+def test_where_blocks_are_equally_large_distance_is_priority() -> None:
+    assert even(toy())
+    assert even(Factors())
+    assert not even(small_network())

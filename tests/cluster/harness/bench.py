@@ -1,5 +1,6 @@
 """Run `daruma bench recovery --cluster` on a cluster made for it: bench.py [OPTIONS of bench]."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ BIN = Path(sys.executable).parent
 
 def main() -> int:
     """Measure; returns the benchmark's exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--placement", default="Replace")
+    own, others = parser.parse_known_args()
     with cluster() as made:
         install(made)
         with job_namespace(made, "bench") as jobs:
@@ -21,12 +25,13 @@ def main() -> int:
                 workers=2,
                 program=mlr(1_000_000),
                 runPolicy={"backoffLimit": 100},
+                recovery={"placement": own.placement},
             )
             file = jobs.scratch / "job.yaml"
             file.write_text(yaml.safe_dump(manifest))
             command = [str(BIN / "daruma"), "bench", "recovery", "--cluster", str(file)]
             # Where the cluster can be reached, this is not the current folder.
-            options = [a if a.startswith("-") else str(Path(a).resolve()) for a in sys.argv[1:]]
+            options = [a if a.startswith("-") else str(Path(a).resolve()) for a in others]
             done = made.run(*command, *options, check=False, seconds=600.0)
             sys.stdout.write(done.stdout)
             sys.stderr.write(done.stderr)

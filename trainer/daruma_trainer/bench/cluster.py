@@ -37,6 +37,7 @@ class ClusterArena:
             self._name = str(made["metadata"]["name"])
             self._namespace = str(made["metadata"].get("namespace", "default"))
             self._workers = int(made["spec"]["workers"]["replicas"])
+            self.placement = str(made["spec"].get("recovery", {}).get("placement", "Replace"))
         except (KeyError, TypeError, ValueError) as error:
             raise BenchError(f"{manifest} is not one TrainingJob: {error!r}") from error
         self._records: list[dict[str, Any]] = []

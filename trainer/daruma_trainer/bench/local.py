@@ -30,7 +30,7 @@ spec:
   servers: {{replicas: 4}}
   workers: {{replicas: {WORKERS}}}
   checkpoint: {{store: "file:///bench", every: 96, fraction: 0.125}}
-  recovery: {{strategy: Freshest}}
+  recovery: {{strategy: Freshest, placement: %s}}
   runPolicy: {{backoffLimit: 100}}
 """
 
@@ -40,7 +40,8 @@ class LocalArena:
 
     where = "a server's process under `daruma run`"
 
-    def __init__(self) -> None:
+    def __init__(self, placement: str) -> None:
+        self.placement = placement
         self._out = Path()
         self._records: list[dict[str, Any]] = []
 
@@ -65,7 +66,7 @@ class LocalArena:
     @contextlib.contextmanager
     def _started(self, folder: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         manifest = folder / "job.yaml"
-        manifest.write_text(MANIFEST)
+        manifest.write_text(MANIFEST % self.placement)
         command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
         with (folder / "output").open("wb") as output:
             run = subprocess.Popen(

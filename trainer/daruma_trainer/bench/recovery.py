@@ -1,6 +1,7 @@
 """How long a job stands still when a parameter server is killed.
 
-    daruma bench recovery [--quick] [--json FILE] [--write FILE] [--cluster JOB.yaml]
+    daruma bench recovery [--quick] [--json FILE] [--write FILE] [--placement Replace|Adopt]
+                          [--cluster JOB.yaml]
 
 Without `--cluster` a job of 4 servers and 2 workers (multinomial logistic regression on
 scikit-learn's digits, Async, strategy Freshest) runs under `daruma run`; with it, the given job
@@ -14,10 +15,14 @@ step; the age takes out what the report's way to here adds, but for its transfer
 
 The phases are the operator's own, as the job records them: detect, replace, restore, resume. It
 has no clock of the kill, so its detect begins when a member first saw the connection break;
-`unseen` is what the sum of its phases lacks to t1 − t0. Under `daruma run` members write bytecode,
+`unseen` is what the sum of its phases lacks to t1 − t0; *from detection* is t1 − t0 without detect.
+A server is killed when all servers have their slots again, with `Adopt` after the hand-back, whose
+own record is not counted. Under `daruma run` members write bytecode,
 as an installed package has it: PYTHONDONTWRITEBYTECODE is taken out of their environment.
 """
 
+import contextlib
+import http.client
 import os
 import statistics
 import tempfile
@@ -38,6 +43,8 @@ from daruma_trainer.contract import Role
 RECOVERY_SECONDS = 60.0
 SETTLE_SECONDS = 1.0
 """Between recoveries: long enough for the record to be closed and the pushes to flow again."""
+HAND_BACK = "HandBack"
+"""Cause of the record of an adopted seat that got its pod again."""
 PHASES = ("detect", "replace", "restore", "resume")
 
 
@@ -54,6 +61,11 @@ class Sample:
         """What the phases lack to the whole."""
         return self.seconds - sum(self.phases.values())
 
+    @property
+    def detected(self) -> float:
+        """From detection to the first new step."""
+        return self.seconds - self.phases["detect"]
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
@@ -68,13 +80,21 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, print, and write what was asked for; returns the exit code."""
     parser = parser_of("recovery", __doc__, "3 kills instead of 10")
     parser.add_argument(
+        "--placement",
+        choices=("Replace", "Adopt"),
+        default="Replace",
+        help="where lost slots go, under `daruma run`; with --cluster the job says it",
+    )
+    parser.add_argument(
         "--cluster", type=Path, metavar="JOB.yaml", help="on Kubernetes: the job to run there"
     )
     options = parser.parse_args(arguments)
 
     def measured() -> Result:
-        arena: Arena = ClusterArena(options.cluster) if options.cluster else LocalArena()
-        return summary(measure(arena, 3 if options.quick else 10), arena.where)
+        arena: Arena = LocalArena(options.placement)
+        if options.cluster:
+            arena = ClusterArena(options.cluster)
+        return summary(measure(arena, 3 if options.quick else 10), arena)
 
     return conclude(options, measured, page)
 
@@ -84,9 +104,9 @@ def measure(arena: Arena, kills: int) -> list[Sample]:
     with arena.running():
         servers = sum(p.role is Role.SERVER for p in arena.members())
         victims = [n % servers for n in range(kills)]
-        times = [_kill_one(arena, index) for index in victims]
-        time.sleep(SETTLE_SECONDS)
-    records = arena.records()
+        times = [_kill_one(arena, servers, index) for index in victims]
+        _until_whole(arena, servers)
+    records = [r for r in arena.records() if r["cause"] != HAND_BACK]
     if len(records) != kills:
         raise BenchError(f"{kills} servers were killed, but {len(records)} recoveries recorded")
     return [
@@ -95,18 +115,20 @@ def measure(arena: Arena, kills: int) -> list[Sample]:
     ]
 
 
-def summary(samples: Sequence[Sample], where: str) -> Result:
+def summary(samples: Sequence[Sample], arena: Arena) -> Result:
     """Return the samples with their median and spread, and what machine it was."""
     seconds = [s.seconds for s in samples]
     return {
         "benchmark": "recovery",
-        "where": where,
+        "where": arena.where,
+        "placement": arena.placement,
         "machine": machine(),
         "store": _filesystem(Path(tempfile.gettempdir())),
         "load": round(os.getloadavg()[0], 1),
         "date": today(),
         "kills": len(samples),
         "seconds": _spread(seconds),
+        "detected": _spread([s.detected for s in samples]),
         "phases": {p: _spread([s.phases[p] for s in samples]) for p in PHASES},
         "unseen": _spread([s.unseen for s in samples]),
         "samples": [s.to_json() for s in samples],
@@ -120,7 +142,7 @@ def page(result: Result) -> str:
         "",
         "Made by `daruma bench recovery --write`; edit the benchmark, not this page.",
         "",
-        f"{result['kills']} kills of {result['where']}, "
+        f"{result['kills']} kills of {result['where']}, placement {result['placement']}, "
         f"{result['date']}, {result['machine']}; store on {result['store']} "
         f"(TMPDIR); load average at the end {result['load']} "
         "(what is more than the members themselves was other work on the machine).",
@@ -128,6 +150,7 @@ def page(result: Result) -> str:
         "| seconds | median | min | max |",
         "|---|---|---|---|",
         _row("**kill → first new step**", result["seconds"]),
+        _row("from detection", result["detected"]),
         *(_row(p, result["phases"][p]) for p in PHASES),
         _row("unseen", result["unseen"]),
         "",
@@ -161,8 +184,21 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _kill_one(arena: Arena, server: int) -> float:
-    time.sleep(SETTLE_SECONDS)
+def _until_whole(arena: Arena, servers: int) -> None:
+    """Wait until each server holds its slots in a pod of its own, and pushes flow again."""
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            found = [p.view()[1].own for p in arena.members() if p.role is Role.SERVER]
+            if len(found) == servers and all(r.state == "Ready" and not r.guests for r in found):
+                time.sleep(SETTLE_SECONDS)
+                return
+        time.sleep(0.1)
+    raise BenchError(f"not all servers were back within {RECOVERY_SECONDS:.0f} s")
+
+
+def _kill_one(arena: Arena, servers: int, server: int) -> float:
+    _until_whole(arena, servers)
     members = arena.members()
     victims = [p for p in members if (p.role, p.index) == (Role.SERVER, server)]
     workers = [p for p in members if p.role is Role.WORKER]

@@ -1,5 +1,6 @@
 """Read blocks of a save by ranges, several at once; what is damaged is named and left out."""
 
+import queue
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,25 @@ Take = Callable[[list[BlockState]], None]
 """What is done with the blocks of a chunk. Called from several threads."""
 
 
+class Memory:
+    """Memory for chunks, used again and again: fresh memory costs more than reading into it."""
+
+    def __init__(self) -> None:
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+
+    def take(self, size: int) -> memoryview:
+        """Return memory for so many bytes, which belongs to the caller until it gives it back."""
+        try:
+            found = self._free.get_nowait()
+        except queue.Empty:
+            found = memoryview(b"")
+        return found if len(found) >= size else np.empty(max(size, CHUNK), np.uint8).data
+
+    def give(self, memory: memoryview) -> None:
+        """Nothing looks at it any more."""
+        self._free.put(memory)
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Rows of one segment, by offset."""
@@ -59,10 +79,10 @@ def chunks_of(places: Places, rows: Rows) -> Iterator[Chunk]:
             yield Chunk(places.segments[number], piece)
 
 
-def _records(store: Store, chunk: Chunk) -> Iterator[memoryview]:
+def _records(store: Store, chunk: Chunk, into: memoryview | None) -> Iterator[memoryview]:
     """Return the bytes of each row. StoreError: not all of them can be read."""
     ranges = chunk.ranges()
-    data = iter(zip(ranges, store.read_ranges(chunk.segment, ranges), strict=True))
+    data = iter(zip(ranges, store.read_ranges(chunk.segment, ranges, into), strict=True))
     begin, view = 0, memoryview(b"")
     for offset, length in zip(
         chunk.rows["offset"].tolist(), chunk.rows["length"].tolist(), strict=True
@@ -73,10 +93,12 @@ def _records(store: Store, chunk: Chunk) -> Iterator[memoryview]:
         yield view[offset - begin : offset - begin + length]
 
 
-def _read_chunk(store: Store, chunk: Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
+def _read_chunk(
+    store: Store, chunk: Chunk, damaged: dict[BlockKey, str], into: memoryview | None = None
+) -> list[BlockState]:
     """Read what can be read; what cannot is noted. StoreAwayError: nothing is known of it."""
     try:
-        views = list(_records(store, chunk))
+        views = list(_records(store, chunk, into))
     except StoreAwayError:
         raise
     except StoreError as error:
@@ -120,17 +142,24 @@ def _note(damaged: dict[BlockKey, str], chunk: Chunk, row: np.void, error: Store
     damaged[key] = f"block {key[1]} of table {key[0]} in {where}: {error}"
 
 
-def read_rows(store: Store, places: Places, rows: Rows, take: Take) -> dict[BlockKey, str]:
+def read_rows(
+    store: Store, places: Places, rows: Rows, take: Take, memory: Memory | None = None
+) -> dict[BlockKey, str]:
     """Hand blocks to `take`, a chunk at a time; returns a sentence for each that is damaged.
 
+    With `memory` the blocks lie in it, and are gone once `take` returns; otherwise they stay.
     StoreAwayError: the store cannot be asked, so nothing is known of the rest.
     """
     damaged: dict[BlockKey, str] = {}
     chunks = list(chunks_of(places, rows))
 
     def one(chunk: Chunk) -> None:
-        if blocks := _read_chunk(store, chunk, damaged):
+        into = None if memory is None else memory.take(sum(n for _, n in chunk.ranges()))
+        if blocks := _read_chunk(store, chunk, damaged, into):
             take(blocks)
+        # Not after an exception: who knows then who still looks at it.
+        if memory is not None and into is not None:
+            memory.give(into)
 
     if len(chunks) == 1:
         one(chunks[0])
@@ -178,7 +207,8 @@ def read_slots(
     """Read the blocks of some slots, each from the newest save that has it whole.
 
     `where`: the job's prefix, the shard, and the incarnation that all saves must be older than.
-    `begin` is called with the newest manifest before the first block is taken. What is damaged is
+    `begin` is called with the newest manifest before the first block is taken; the blocks are gone
+    once `take` returns. What is damaged is
     looked for in older manifests, then in the full cuts; what is nowhere is not taken.
     StoreError: there is no readable manifest. StoreAwayError: the store cannot be asked.
     """
@@ -187,6 +217,7 @@ def read_slots(
     wanted: NDArray[np.uint64] = np.empty(0, np.uint64)
     damaged: dict[BlockKey, str] = {}
     tried: dict[BlockKey, set[tuple[str, int]]] = {}
+    memory = Memory()
     for name, manifest in _sources(store, where):
         if isinstance(manifest, StoreError):
             sentences.append(f"{name}: {manifest}")
@@ -200,7 +231,7 @@ def read_slots(
             at = manifest.blocks.find(wanted)
             rows = rows[at[at >= 0]]
             rows = rows[[_is_new(manifest.blocks, row, tried) for row in rows]]
-        bad = read_rows(store, manifest.blocks, rows, take)
+        bad = read_rows(store, manifest.blocks, rows, take, memory)
         for key in _keys(rows):
             if key in bad:
                 damaged.setdefault(key, bad[key])

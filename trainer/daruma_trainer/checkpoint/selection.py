@@ -1,5 +1,10 @@
-"""Which blocks to save next. Pure: distances and a cursor in, block indices out."""
+"""Which blocks to save next. Pure: distances and sizes in, block indices out.
 
+All selections may spend the same bytes: what a save uses less or more than its share, because
+blocks are saved whole, the next ones have or lack.
+"""
+
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -8,33 +13,75 @@ from daruma_trainer.layout import Floats, Ints
 
 
 class Selection(StrEnum):
-    """spec.checkpoint.selection."""
+    """spec.checkpoint.selection; DISTANCE is for comparison only."""
 
     PRIORITY = "Priority"
-    """SCAR (Qiao et al., 2019): the blocks farthest from their last saved value."""
+    """The blocks whose squared distance to their saved value is largest *for their bytes*: no other
+    choice of as many bytes leaves less distance. Where blocks are equally large, that is SCAR's."""
     ROUND_ROBIN = "RoundRobin"
     RANDOM = "Random"
+    DISTANCE = "Distance"
+    """SCAR (Qiao et al., 2019): the blocks farthest from their saved value, however large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one save leaves for the next."""
+
+    cursor: int = 0
+    """Where it is a block's turn."""
+    left: int = 0
+    """Bytes that were not spent; negative: those that were spent beyond the share."""
 
 
 def select(
-    how: Selection, distances: Floats, count: int, cursor: int, rng: np.random.Generator
-) -> tuple[Ints, int]:
-    """Return the indices of `count` blocks, ascending, and the cursor for the next time.
+    how: Selection,
+    blocks: tuple[Floats, Ints],
+    fraction: float,
+    turn: Turn,
+    rng: np.random.Generator,
+) -> tuple[Ints, Turn]:
+    """Return the indices of the blocks to save, ascending and at least one, and the next turn.
 
-    `distances` has one entry a block (infinite: never saved). Ties of Priority go to the lower
-    index beyond the cursor, so that blocks that never change are saved in turn all the same.
+    `blocks`: the squared distance of each (infinite: never saved), and its size in bytes. Ties go
+    to the lower index beyond the cursor, so that blocks that never change are saved in turn all the
+    same.
     """
+    distances, sizes = blocks
     n = len(distances)
-    count = min(count, n)
+    if not n:
+        return np.empty(0, np.int64), turn
+    budget = fraction * int(sizes.sum()) + turn.left
     if how is Selection.ROUND_ROBIN:
-        chosen = (cursor + np.arange(count)) % max(n, 1)
+        order = (turn.cursor + np.arange(n)) % n
     elif how is Selection.RANDOM:
-        chosen = rng.choice(n, count, replace=False)
+        order = rng.permutation(n)
     else:
-        # A diverged block (NaN) is as far away as can be.
-        far = np.where(np.isnan(distances), np.float32(np.inf), distances)
-        limit = np.partition(far, n - count)[n - count] if count else np.float32(np.inf)
-        beyond, ties = np.flatnonzero(far > limit), np.flatnonzero(far == limit)
-        ties = np.roll(ties, -int(np.searchsorted(ties, cursor)))
-        chosen = np.concatenate([beyond, ties[: count - len(beyond)]])
-    return np.sort(chosen).astype(np.int64), (cursor + count) % max(n, 1)
+        far = distances
+        if how is Selection.PRIORITY:
+            far = distances / sizes.astype(np.float32)
+        order = _farthest(far, sizes, budget, turn.cursor)
+    chosen = order[: _fitting(sizes[order], budget)]
+    most = int(sizes.max())
+    left = max(-most, min(most, round(budget - int(sizes[chosen].sum()))))
+    return np.sort(chosen).astype(np.int64), Turn((turn.cursor + len(chosen)) % n, left)
+
+
+def _farthest(far: Floats, sizes: Ints, budget: float, cursor: int) -> Ints:
+    """Return blocks, the farthest first, as far as they may be chosen."""
+    # A diverged block (NaN) is as far away as can be.
+    far = np.where(np.isnan(far), np.float32(np.inf), far)
+    order = np.argsort(-far)
+    limit = far[order[_fitting(sizes[order], budget) - 1]]
+    beyond, ties = np.flatnonzero(far > limit), np.flatnonzero(far == limit)
+    ties = np.roll(ties, -int(np.searchsorted(ties, cursor)))
+    return np.concatenate([beyond, ties])
+
+
+def _fitting(sizes: Ints, budget: float) -> int:
+    """Return how many of the first come nearest to the budget; at least one."""
+    spent = np.cumsum(sizes)
+    n = int(np.searchsorted(spent, budget))
+    if n < len(spent) and spent[n] - budget <= budget - (spent[n - 1] if n else 0):
+        n += 1
+    return max(1, n)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 from daruma_trainer.errors import (
     ConfigurationError,
     StoreAwayError,
@@ -37,11 +39,14 @@ class Store(Protocol):
     def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
         """Return bytes of an object; StoreError if it is not there or shorter."""
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(
+        self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
+    ) -> Sequence[bytes | memoryview]:
         """Return the bytes of each (offset, length), in the order asked for.
 
-        What lies close together is read at once. StoreError if the object is not there, or ends
-        within any of them.
+        What lies close together is read at once. `into`: memory for all of them, which a store may
+        use, where they are then returned from; fresh memory costs more than the reading. StoreError
+        if the object is not there, or ends within any of them.
         """
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
@@ -95,7 +100,9 @@ def check_ranges(name: str, ranges: Sequence[tuple[int, int]]) -> None:
             raise StoreError(f"{name}: {length} bytes at {offset} are no range")
 
 
-def check_whole(name: str, ranges: Sequence[tuple[int, int]], found: Sequence[bytes]) -> None:
+def check_whole(
+    name: str, ranges: Sequence[tuple[int, int]], found: Sequence[bytes | memoryview]
+) -> None:
     """StoreError unless what was found is as long as what was asked for."""
     for (offset, length), data in zip(ranges, found, strict=True):
         if len(data) != length:
@@ -122,12 +129,19 @@ class DirectoryStore:
             raise StoreError(f"{name} ends at {offset + len(data)}, {length} bytes were expected")
         return data
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(
+        self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
+    ) -> Sequence[bytes | memoryview]:
         """See Store.read_ranges."""
         check_ranges(name, ranges)
+        if into is None:
+            into = np.empty(sum(length for _, length in ranges), np.uint8).data
+        found: list[memoryview] = []
         try:
             with self._path(name).open("rb", buffering=0) as file:
-                found = [_pread(file.fileno(), offset, length) for offset, length in ranges]
+                for offset, length in ranges:
+                    found.append(into[: _pread(file.fileno(), offset, into[:length])])
+                    into = into[length:]
         except OSError as error:
             raise _error(error)(f"cannot read {name}: {error.strerror}") from error
         check_whole(name, ranges, found)
@@ -223,10 +237,9 @@ def _error(error: OSError) -> type[StoreError]:
     return StoreAwayError if error.errno in _AWAY else StoreError
 
 
-def _pread(handle: int, offset: int, length: int) -> bytes:
-    """Read at a place; shorter only where the file ends, as one call reads 2 GB at most."""
-    parts = []
-    while length and (part := os.pread(handle, length, offset)):
-        parts.append(part)
-        offset, length = offset + len(part), length - len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _pread(handle: int, offset: int, into: memoryview) -> int:
+    """Read at a place; less only where the file ends, as one call reads 2 GB at most."""
+    size = 0
+    while size < len(into) and (read := os.preadv(handle, [into[size:]], offset + size)):
+        size += read
+    return size

@@ -79,9 +79,9 @@ def _move(store: Store, segments: Sequence[str], rows: Rows, into: str) -> tuple
     return moved, np.array(bad, np.int64), end
 
 
-def _records(store: Store, places: Sequence[Place]) -> list[bytes | None]:
+def _records(store: Store, places: Sequence[Place]) -> list[bytes | memoryview | None]:
     """Read records of one segment; None: it is not whole."""
-    found: list[bytes | None]
+    found: list[bytes | memoryview | None]
     try:
         found = list(store.read_ranges(places[0].segment, [(p.offset, p.length) for p in places]))
     except StoreError:

@@ -1,7 +1,7 @@
 """Write into the tables what was read: of a save, of a cut, or of a shard that is handed over.
 
 The store's thread reads, and the tables belong to the loop's thread; what is large comes across in
-chunks, of which few are under way at once.
+chunks, each of which waits until it is taken: what it lies in is used for the next.
 """
 
 import threading
@@ -21,10 +21,8 @@ from daruma_trainer.server.background import Background
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.handover import fetch
 
-READ_AHEAD = 6
-"""Chunks that were read and not yet written into the tables."""
 TAKE_SECONDS = 30.0
-"""How long a chunk may wait for the loop to take an earlier one."""
+"""How long a chunk may wait for the loop to take it."""
 
 
 class Intake:
@@ -46,7 +44,6 @@ class Intake:
         self._background = background
         self._wanted = wanted
         self._moments_only = moments_only
-        self._ahead = threading.BoundedSemaphore(READ_AHEAD)
         self._got: list[NDArray[np.bool_]] = []
         """For each table which blocks came."""
         self.problem: str | None = None
@@ -78,9 +75,15 @@ class Intake:
         self._background.post(lambda: self._begin(manifest))
 
     def _hand(self, blocks: list[BlockState]) -> None:
-        if not self._ahead.acquire(timeout=TAKE_SECONDS):
+        taken = threading.Event()
+
+        def take() -> None:
+            self._take(blocks)
+            taken.set()
+
+        self._background.post(take)
+        if not taken.wait(TAKE_SECONDS):
             raise StoreError(f"the serve loop took nothing for {TAKE_SECONDS:.0f} s")
-        self._background.post(lambda: self._take(blocks))
 
     def _begin(self, manifest: Manifest) -> None:
         if self._wanted():
@@ -88,7 +91,6 @@ class Intake:
             self._got = [np.zeros(len(t.steps), np.bool_) for t in self._plane.shard.tables]
 
     def _take(self, blocks: list[BlockState]) -> None:
-        self._ahead.release()
         if self.problem or not self._wanted():
             return
         for table, index in set_blocks(self._plane, blocks, moments_only=self._moments_only):

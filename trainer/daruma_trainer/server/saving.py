@@ -16,7 +16,7 @@ import xxhash
 
 from daruma_trainer.checkpoint.manifest import Manifest, SlotStates, shard_folder
 from daruma_trainer.checkpoint.places import ROW, Places
-from daruma_trainer.checkpoint.selection import Selection, select
+from daruma_trainer.checkpoint.selection import Selection, Turn, select
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import Membership, SavedState
 from daruma_trainer.errors import StoreError
@@ -96,7 +96,7 @@ class Saver:
             store, background, (membership.prefix, self._folder), self._settings.keep, self._failed
         )
         self._number = 0
-        self._cursor = 0
+        self._choice = Turn()
         self._turn = 0
         self._writing = 0
         self._began_at = 0.0
@@ -154,7 +154,7 @@ class Saver:
             return
         tables = self._tables()
         # Where everything is saved there is nothing to choose.
-        all_of_it = self._count() >= sum(len(t.layout.blocks) for t in tables)
+        all_of_it = self._settings.fraction >= 1
         self._measuring = iter(()) if all_of_it else self._distances.measure(tables)
         self._due_at = self._worked_at = time.monotonic()
 
@@ -172,16 +172,15 @@ class Saver:
             if self._worked_at > until:
                 return
         self._measuring = None
-        cursor = self._cursor
+        before, started = self._choice, time.monotonic()
         chosen = self._select()
-        started = time.monotonic()
         snapshot = self._copy(chosen, "running")
         self.copied_seconds = time.monotonic() - started
 
         def done(written: Written | None, _error: str | None) -> None:
             if written is None:
                 # Or whoever is saved in turn would be saved a whole round later.
-                self._cursor = cursor
+                self._choice = before
 
         self._write_running(snapshot, done)
 
@@ -232,17 +231,14 @@ class Saver:
             then()
 
     def _select(self) -> list[Ints]:
-        counts = [len(t.layout.blocks) for t in self._tables()]
-        distances = self._distances.all()
-        how = Selection(self._settings.selection)
-        chosen, self._cursor = select(how, distances, self._count(), self._cursor, self._rng)
-        edges = np.concatenate([[0], np.cumsum(counts)])
+        tables = self._tables()
+        sizes = np.concatenate([4 * record_floats(t) for t in tables] or [np.empty(0, np.int64)])
+        chosen, self._choice = select(
+            Selection(self._settings.selection), (self._distances.all(), sizes),
+            self._settings.fraction, self._choice, self._rng,
+        )  # fmt: skip
+        edges = np.concatenate([[0], np.cumsum([len(t.layout.blocks) for t in tables])])
         return [chosen[(chosen >= a) & (chosen < b)] - a for a, b in pairwise(edges)]
-
-    def _count(self) -> int:
-        """Blocks in a partial save."""
-        blocks = sum(len(t.layout.blocks) for t in self._plane.shard.tables)
-        return max(1, round(self._settings.fraction * blocks))
 
     def _tables(self) -> list[TableArrays]:
         tables = self._plane.shard.tables
@@ -371,7 +367,9 @@ class Saver:
         It is touched here, because the first touch of fresh memory costs more than the copy.
         """
         sizes = np.concatenate([record_floats(t) for t in self._plane.shard.tables])
-        need = int(np.sort(sizes)[-self._count() :].sum()) if self.every else 0
+        # A share, and what the save before may have left and a block may go beyond it.
+        share = self._settings.fraction * sizes.sum() + 2 * sizes.max(initial=0)
+        need = int(min(share, sizes.sum())) if self.every else 0
         if self._settings.cuts or buffer.size <= 2 * need:
             self._buffers.give(buffer)
         if 0 < 2 * need < buffer.size:

@@ -74,6 +74,12 @@ def specs(problem: Problem) -> list[TableSpec]:
     ]  # fmt: skip
 
 
+def even(problem: Problem) -> bool:
+    """Whether all blocks are equally large, so that a choice by distance needs no sizes."""
+    pairs = zip(specs(problem), problem.tables, strict=True)
+    return len({(spec.block_rows * table.cols, table.rule.name) for spec, table in pairs}) == 1
+
+
 class Servers:
     """One training run on real shards."""
 

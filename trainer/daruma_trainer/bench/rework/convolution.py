@@ -67,6 +67,11 @@ class Convolution:
         del step
         return rng.integers(0, len(self._samples.x), BATCH)
 
+    def derive(self, values: Values) -> Values:
+        """See Problem.derive."""
+        del values
+        return []
+
     def pushes(self, values: Values, batch: NDArray[np.int64]) -> Values:
         """See Problem.pushes."""
         patches = self._patches[batch]

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
 
-from daruma_trainer.bench.rework.arena import Saves, Servers, seconds_of
+from daruma_trainer.bench.rework.arena import Saves, Servers, even, seconds_of
 from daruma_trainer.bench.rework.arms import Grid, Saving, Strategy
 from daruma_trainer.bench.rework.catalogue import PROGRAMS
 from daruma_trainer.bench.rework.problems import Problem
@@ -28,6 +28,7 @@ from daruma_trainer.bench.rework.trial import (
     stream,
     target_of,
 )
+from daruma_trainer.checkpoint.selection import Selection
 
 SEED_SECONDS = 4 * 3600.0
 """A seed that takes longer than this is stuck."""
@@ -85,6 +86,9 @@ def measure(name: str, size: Size) -> dict[str, Any]:
     mtbf = at / 2
     interval = young_daly(problem, mtbf)
     grid = replace(size.grid, young_daly=interval.steps)
+    if even(problem):
+        others = tuple(s for s in grid.selections if s is not Selection.DISTANCE)
+        grid = replace(grid, selections=others)
     plans = [Plan(seed, size.failures, target, mtbf, grid) for seed in range(size.seeds)]
     runs = run_all(name, plans, size.jobs)
     return {

@@ -50,6 +50,11 @@ class Factors:
     def batch(self, rng: np.random.Generator, step: int) -> None:
         """See Problem.batch: nothing is drawn."""
 
+    def derive(self, values: Values) -> Values:
+        """See Problem.derive."""
+        del values
+        return []
+
     def pushes(self, values: Values, batch: None) -> Values:
         """See Problem.pushes."""
         del batch

@@ -22,7 +22,8 @@ NATURE: Mapping[str, str] = {
     "mf": "Users are solved anew from the items at once: a lost block of users costs nothing, "
     "however old its copy is and whatever was chosen.",
     "cnn": "Adam moves every weight by about its learning rate, whatever its gradient is; so a "
-    "block's distance follows its size and the age of its copy, not what it matters.",
+    "block's distance follows its size and the age of its copy, and the few bytes of the "
+    "convolution would wait for long if it were not distance for bytes that counts.",
     "lda": "A sampler goes on moving where it has arrived: distance to the saved topics (total "
     "variation, as in SCAR) is partly noise, and so is rework.",
 }
@@ -55,11 +56,14 @@ def findings(program: Mapping[str, Any]) -> list[str]:
     found = _by_arm(program)
     better: list[str] = []
     worse: list[str] = []
+    against: list[tuple[float, float]] = []
     for every in sorted({c["every"] for c in program["cells"] if c["lost"]}):
         for lost in LOST:
             ours = found.get((f"Partial Priority r=1/8 C={every}", lost))
             turn = found.get((f"Partial RoundRobin r=1/8 C={every}", lost))
             whole = found.get((f"Partial all C={every}", lost))
+            if (theirs := found.get((f"Partial Distance r=1/8 C={every}", lost))) and ours:
+                against.append((ours["rework"]["mean"], theirs["rework"]["mean"]))
             if ours is None or turn is None or whole is None:
                 continue
             best = min(turn["rework"]["mean"], whole["rework"]["mean"])
@@ -73,6 +77,12 @@ def findings(program: Mapping[str, Any]) -> list[str]:
     )
     if worse:
         said += ", but not at " + "; ".join(worse)
+    if against:
+        better_than = sum(a < b for a, b in against)
+        said += (
+            ". Against SCAR's rule to the letter (Distance: the farthest blocks, however large) it "
+            f"had less in {better_than} of {len(against)}"
+        )
     share = program["concentration"]
     return [
         f"{said}. How much there is to choose: the eighth of the rows that moved farthest in eight "

@@ -25,8 +25,11 @@ class MemoryStore:
             raise StoreError(f"{name} ends at {len(data)}, {offset + length} was expected")
         return found
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(
+        self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
+    ) -> list[bytes]:
         """Read several ranges of one object."""
+        del into
         return [self.read(name, offset, length) for offset, length in ranges]
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:

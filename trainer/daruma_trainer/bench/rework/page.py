@@ -27,7 +27,10 @@ against the servers' own: they work on all arms at once. One worker's batch stan
 all workers.
 
 **Arms.** `Partial`: lost blocks come from the running checkpoint, a fraction r saved every r·C
-steps; *all* is r = 1, where selection does not matter. `Freshest`: parameters from a worker's
+steps; *all* is r = 1, where selection does not matter. `Priority` takes the blocks whose squared
+distance is largest for their bytes; `Distance`, SCAR's rule to the letter, the farthest however
+large (shown where blocks differ in size: elsewhere the two are one). All spend the same bytes.
+`Freshest`: parameters from a worker's
 last complete pull, optimizer state from the running checkpoint (Priority, the smallest r).
 *{Copy.SYNC}*: that pull is the state of the step. *{Copy.ASYNC}*: for each lost server the pull
 is of this step or of the one before, with equal chance, and pushes since are lost.

@@ -45,6 +45,13 @@ class Problem(Protocol):
     def batch(self, rng: np.random.Generator, step: int) -> Any:
         """Draw all that is random in step number `step` (1: the first)."""
 
+    def derive(self, values: Values) -> Values:
+        """Return what is made from the tables alone and is quicker to keep than to make again.
+
+        It may follow the tables in the `values` of `pushes`, which then return it as it has
+        become, and of `losses`. Nothing, for most.
+        """
+
     def pushes(self, values: Values, batch: Any) -> Values:
         """Return what the workers push after a pull of `values`: whole tables."""
 
@@ -115,6 +122,11 @@ class Softmax:
         """See Problem.batch."""
         del step
         return rng.integers(0, len(self.samples.x), self._batch)
+
+    def derive(self, values: Values) -> Values:
+        """See Problem.derive."""
+        del values
+        return []
 
     def pushes(self, values: Values, batch: NDArray[np.int64]) -> Values:
         """See Problem.pushes."""

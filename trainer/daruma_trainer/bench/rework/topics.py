@@ -19,7 +19,8 @@ DOCUMENTS, TOKENS, WORDS, TOPICS = 512, 200, 1000, 10
 PART = 16
 ALPHA, BETA = 0.1, 0.05
 
-Batch = tuple[NDArray[np.int64], NDArray[np.float32]]
+Numbers = NDArray[np.int64]
+Batch = tuple[Numbers, Floats]
 """Documents, and a uniform number for each of their tokens."""
 
 
@@ -64,52 +65,65 @@ class Topics:
         chosen = rng.choice(DOCUMENTS, DOCUMENTS // PART, replace=False)
         return chosen, rng.random(len(chosen) * TOKENS, np.float32)
 
+    def derive(self, values: Values) -> Values:
+        """See Problem.derive: tokens by (topic, word), and by (document, topic)."""
+        counts: Values = [
+            np.empty((len(values[0]), TOPICS, WORDS), np.float32),
+            np.empty((len(values[0]), DOCUMENTS, TOPICS), np.float32),
+        ]
+        for arm, by_word, by_document in zip(values[0], *counts, strict=True):
+            z = arm.astype(np.int64)
+            _count(z * WORDS + self._words, by_word)
+            _count(self._rows * TOPICS + z, by_document)
+        return counts
+
     def pushes(self, values: Values, batch: Batch) -> Values:
         """See Problem.pushes."""
-        out = values[0].copy()
-        for arm in out:
-            self._sample(arm, *batch)
-        return [out]
+        out = [v.copy() for v in (values if len(values) > 1 else values + self.derive(values))]
+        for arm, by_word, by_document in zip(*out, strict=True):
+            self._sample(arm, by_word, by_document, *batch)
+        return out[: len(values)]
 
     def losses(self, values: Values) -> NDArray[np.float64]:
         """See Problem.losses: −log p(words, topics), a token."""
         words, topics, totals = self._log
+        _, by_words, by_documents = values if len(values) > 1 else values + self.derive(values)
         out = np.empty(len(values[0]))
-        for i, arm in enumerate(values[0]):
-            z = arm.astype(np.int64)
-            by_word = self._by_word(z)
-            by_document = np.bincount(
-                (self._rows * TOPICS + z).ravel(), minlength=DOCUMENTS * TOPICS
-            )
+        for i in range(len(out)):
+            by_word, by_document = by_words[i].astype(np.int64), by_documents[i].astype(np.int64)
             total = by_word.sum(axis=1)
             out[i] = totals[total].sum() - words[by_word].sum() - topics[by_document].sum()
         return out / (DOCUMENTS * TOKENS)
 
-    def _by_word(self, z: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Count tokens by (topic, word)."""
-        flat = (z * WORDS + self._words).ravel()
-        return np.bincount(flat, minlength=TOPICS * WORDS).reshape(TOPICS, WORDS)
-
-    def _sample(self, arm: Floats, documents: NDArray[np.int64], u: NDArray[np.float32]) -> None:
-        z = arm.astype(np.int64)
-        by_word = self._by_word(z).astype(np.float32)
-        old, words = z[documents].ravel(), self._words[documents].ravel()
-        n = len(documents)
-        flat = np.repeat(np.arange(n), TOKENS) * TOPICS + old
-        by_document = np.bincount(flat, minlength=n * TOPICS).reshape(n, TOPICS).astype(np.float32)
+    def _sample(
+        self, arm: Floats, by_word: Floats, by_document: Floats, documents: Numbers, u: Floats
+    ) -> None:
+        """Sample all tokens of these documents against the counts of the beginning; change all."""
+        old, words = arm[documents].astype(np.int64).ravel(), self._words[documents].ravel()
+        here, rows = np.arange(len(old)), np.repeat(np.arange(len(documents)), TOKENS)
+        total, share = by_word.sum(axis=1), by_document[documents]
+        weight = ((by_word + BETA) / (total + WORDS * BETA)[:, None])[:, words]
+        weight = weight.reshape(TOPICS, len(documents), TOKENS)
+        weight *= (share + ALPHA).T[:, :, None]
+        weight = weight.reshape(TOPICS, -1)
         # Counts without the token itself, for the one topic that it has.
-        here = np.arange(len(old))
-        weight = (by_word + np.float32(BETA))[:, words]
-        weight[old, here] -= 1
-        share = np.repeat((by_document + np.float32(ALPHA)).T, TOKENS, axis=1)
-        share[old, here] -= 1
-        weight *= share
-        total = by_word.sum(axis=1) + np.float32(WORDS * BETA)
-        weight /= total[:, None]
-        weight[old, here] *= total[old] / (total[old] - 1)
+        weight[old, here] = (
+            (by_word[old, words] - 1 + BETA) * (share[rows, old] - 1 + ALPHA)
+            / (total[old] - 1 + WORDS * BETA)
+        )  # fmt: skip
         np.cumsum(weight, axis=0, out=weight)
         new = (weight[:-1] < u * weight[-1]).sum(axis=0)
-        arm[documents] = new.reshape(n, TOKENS)
+        arm[documents] = new.reshape(len(documents), TOKENS)
+        for topics, sign in ((new, 1), (old, -1)):
+            changed = np.bincount(topics * WORDS + words, minlength=TOPICS * WORDS)
+            by_word += sign * changed.reshape(by_word.shape)
+        _count(rows * TOPICS + new, share)
+        by_document[documents] = share
+
+
+def _count(flat: Numbers, out: Floats) -> None:
+    """Count each number below the size of `out`."""
+    out[:] = np.bincount(flat.ravel(), minlength=out.size).reshape(out.shape)
 
 
 def _log_gammas(size: int, offset: float) -> NDArray[np.float64]:

@@ -87,6 +87,7 @@ def losses_of_run(problem: Problem, seed: int, steps: int) -> list[float]:
     """Train without servers; the loss after each step, the initial one first."""
     rng = stream(problem, seed, 0)
     arms = fresh(problem, problem.initial(stream(problem, seed, 1)))
+    arms.values += problem.derive(arms.values)
     found = [float(problem.losses(arms.values)[0])]
     for step in range(1, steps + 1):
         apply(
@@ -263,6 +264,7 @@ def go_on(
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Train all arms on the same batches; the first step of each with a loss of at most ε."""
     cap = CAP * problem.budget
+    arms = Arms(arms.values + problem.derive(arms.values), arms.moments, arms.steps)
     kappa = np.full(len(arms.values[0]), cap, np.int64)
     alive = np.arange(len(kappa))
     for now in range(step, cap + 1):

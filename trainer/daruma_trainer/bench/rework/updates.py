@@ -48,13 +48,17 @@ def join(parts: list[Arms]) -> Arms:
 
 
 def apply(arms: Arms, pushes: Values, tables: tuple[Table, ...], lr: float) -> None:
-    """Change all arms by one push of whole tables, as servers with a single worker's step would."""
+    """Change all arms by one push of whole tables, as servers with a single worker's step would.
+
+    What follows the tables is derived of them, and comes with the push.
+    """
     for t, table in enumerate(tables):
         arms.steps[t] += 1
         kernel = _KERNELS.get(type(table.rule))
         if kernel is None:
             raise TypeError(f"no kernel for rule {table.rule.name}")
         kernel(table.rule, arms, t, pushes[t], lr)
+    arms.values[len(tables) :] = pushes[len(tables) :]
 
 
 def _sgd(rule: SGD, arms: Arms, t: int, push: Floats, lr: float) -> None:
@@ -77,7 +81,7 @@ def _adam(rule: Adam, arms: Arms, t: int, push: Floats, lr: float) -> None:
 
 
 def _assign(_rule: Assign, arms: Arms, t: int, push: Floats, _lr: float) -> None:
-    arms.values[t] = push.copy()
+    arms.values[t] = push
 
 
 def _add(_rule: Add, arms: Arms, t: int, push: Floats, _lr: float) -> None:
