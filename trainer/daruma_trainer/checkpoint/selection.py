@@ -59,7 +59,7 @@ def select(
     else:
         far = distances
         if how is Selection.PRIORITY:
-            far = distances / sizes.astype(np.float32)
+            far = np.divide(distances, sizes, dtype=np.float32)
         order = _farthest(far, sizes, budget, turn.cursor)
     chosen = order[: _fitting(sizes[order], budget)]
     most = int(sizes.max())
