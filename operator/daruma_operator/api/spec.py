@@ -170,7 +170,8 @@ class Checkpoint(SpecModel):
         ),
     )
     selection: SelectionMode = Field(
-        default=SelectionMode.PRIORITY, description="Priority: the most changed blocks first."
+        default=SelectionMode.PRIORITY,
+        description="Priority: the blocks that changed most, for their size, first.",
     )
     keep: int = Field(default=2, ge=1, le=100, description="Saves kept of each kind.")
     final: bool = Field(
