@@ -9,6 +9,10 @@ from hypothesis import settings
 
 from s3_server import environment, make_bucket, s3_server
 
+# Before numpy is loaded: the tests share few cores, and threads of linear algebra that wait for
+# each other burn them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Speed is judged by benchmarks, never by a test: a busy machine must not fail one.
 settings.register_profile("daruma", deadline=None)
 settings.register_profile("soak", deadline=None, max_examples=20_000)

@@ -46,7 +46,7 @@ def small_network() -> Convolution:
 def toy_runs() -> tuple[Run, ...]:
     problem = toy()
     target, at = target_of(problem)
-    return tuple(run_seed(problem, Plan(seed, 8, target, at / 2, GRID)) for seed in range(4))
+    return tuple(run_seed(problem, Plan(seed, 16, target, at / 2, GRID)) for seed in range(2))
 
 
 def reductions(runs: Sequence[Run], arm: str) -> list[float]:
