@@ -1,5 +1,8 @@
 """A server's shard without sockets, whose store's thread works when it is told to."""
 
+import queue
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +102,25 @@ class World:
 
 def must_not_fail(_written: object, error: str | None) -> None:
     assert error is None
+
+
+def save_for_ever(folder: Path) -> None:
+    """Train, save and compact, and say the number of each manifest once it is durable."""
+    calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    world = World(folder, thread=Background(calls.put))
+    world.saver.save_all("running", "", must_not_fail)
+    told = 0
+    rng = np.random.default_rng(0)
+    while True:
+        while told == world.saver.saves:
+            calls.get(timeout=60)()
+        told = world.saver.saves
+        assert world.saver.newest is not None
+        moved = "moved" if world.saver.moved_total else "not"
+        sys.stdout.write(f"{world.saver.newest.path[-15:-5]} {moved}\n")
+        sys.stdout.flush()
+        world.train(1, 0.0)
+        world.change(rng.integers(0, 40, 5), 1.0)
+        world.saver.tick()
+        while world.saver.pending:
+            world.saver.work(idle=True)
