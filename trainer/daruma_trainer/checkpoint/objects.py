@@ -11,7 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
 
 from daruma_trainer.checkpoint.store import check_name, check_ranges, check_whole
@@ -146,6 +146,8 @@ class ObjectStore:
     A write whose answer was lost is repeated; one that raised may be there later all the same,
     whole. `create` may say False of what it wrote itself, where the answer to that was lost.
     """
+
+    readers: ClassVar[int] = 4
 
     def __init__(self, uri: str, inner: "Inner", patience: Patience) -> None:
         self._uri = uri.rstrip("/")

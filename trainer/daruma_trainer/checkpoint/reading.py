@@ -25,7 +25,6 @@ from daruma_trainer.layout import Ints, slot_of_blocks
 
 CHUNK = 8 << 20
 """Bytes read at once: large enough for a store far away, small enough to be used while hot."""
-THREADS = 4
 GIVE_UP = 3
 """Records of one segment that fail in a row, before the rest is taken from elsewhere: one that is
 gone must not be asked for each block."""
@@ -164,7 +163,7 @@ def read_rows(
     if len(chunks) == 1:
         one(chunks[0])
     elif chunks:
-        with ThreadPoolExecutor(THREADS, "read") as pool:
+        with ThreadPoolExecutor(store.readers, "read") as pool:
             list(pool.map(one, chunks))
     return damaged
 

@@ -113,5 +113,7 @@ def read_block(record: bytes | memoryview) -> BlockState:
     """Read one record, exactly; its arrays are views of it. DamagedError: what does not fit."""
     view = memoryview(record)
     states, table, block, lineage, position, steps, size = check_record(view)
-    values = np.frombuffer(view, np.float32, offset=HEAD.itemsize).reshape(states + 1, size)
-    return BlockState(table, block, lineage, position, steps, values[0], tuple(values[1:]))
+    values = np.frombuffer(view, np.float32, offset=HEAD.itemsize)
+    # Most have no state, and a shard has thousands: it is not worth a matrix.
+    state = tuple(values[size:].reshape(states, size)) if states else ()
+    return BlockState(table, block, lineage, position, steps, values[:size], state)

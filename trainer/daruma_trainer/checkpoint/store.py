@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -35,6 +35,9 @@ class Store(Protocol):
     Every method raises StoreAwayError where the store itself cannot be asked, and another
     StoreError where what was asked for is not to be had.
     """
+
+    readers: ClassVar[int]
+    """How many may well read at once."""
 
     def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
         """Return bytes of an object; StoreError if it is not there or shorter."""
@@ -113,6 +116,9 @@ def check_whole(
 
 class DirectoryStore:
     """A directory. Objects are written beside their place, fsynced, then renamed into it."""
+
+    # More wait for each other's turn at the interpreter longer than for a disk.
+    readers: ClassVar[int] = 2
 
     def __init__(self, root: Path) -> None:
         self._root = root

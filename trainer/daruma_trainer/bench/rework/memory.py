@@ -1,12 +1,15 @@
 """A store in memory that counts what is written to it."""
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from daruma_trainer.errors import StoreError
 
 
 class MemoryStore:
     """See checkpoint.store.Store. What is written is there until this process ends."""
+
+    readers: ClassVar[int] = 1
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}
