@@ -44,8 +44,15 @@ def test_a_second_server_while_the_first_is_restored(long: LongJob) -> None:
         kill(long.jobs, name, Role.SERVER, 2)
 
 
+def test_the_job_that_went_through_this_succeeds(long: LongJob, run_folder: Path) -> None:
+    check_loss(long.jobs, long.ended(), run_folder)
+
+
 def test_a_frozen_server_that_goes_on_after_it_was_replaced(long: LongJob) -> None:
-    """Nothing that it accepts counts, and it ends by itself."""
+    """Nothing that it accepts counts, and it ends by itself.
+
+    Of another job, which trains a third of its steps without that server, and so ends elsewhere.
+    """
     with long.losing("server-1") as name:
         known = len(recoveries(long.status()))
         frozen, cluster = seat(long.jobs, name, Role.SERVER, 1), long.jobs.cluster
@@ -58,7 +65,3 @@ def test_a_frozen_server_that_goes_on_after_it_was_replaced(long: LongJob) -> No
         cluster.until(lambda: not cluster.pids(**frozen), "the old process ends", 60)
     (record,) = recoveries(long.status())[known:]
     assert [x["reason"] for x in record["losses"]] == ["Unresponsive"]
-
-
-def test_the_job_that_went_through_this_succeeds(long: LongJob, run_folder: Path) -> None:
-    check_loss(long.jobs, long.ended(), run_folder)

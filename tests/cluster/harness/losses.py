@@ -40,7 +40,8 @@ def loss_of(jobs: JobNamespace, uri: str) -> float:
 def check_loss(jobs: JobNamespace, status: dict[str, Any], folder: Path) -> None:
     """A job's result must be at most a tenth worse than the worst of those undisturbed."""
     loss = loss_of(jobs, status["result"]["uri"])
-    assert math.isnan(loss) or loss <= 1.1 * undisturbed(folder)
+    limit = 1.1 * undisturbed(folder)
+    assert math.isnan(loss) or loss <= limit, f"a loss of {loss:.4f}, at most {limit:.4f}"
 
 
 def undisturbed(folder: Path) -> float:
