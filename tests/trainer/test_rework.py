@@ -4,15 +4,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from daruma_trainer.bench.arena import BenchError
 from daruma_trainer.bench.rework import command
 from daruma_trainer.bench.rework.arena import Peer, Saves, Servers, even
 from daruma_trainer.bench.rework.arms import LOST, SERVERS, UNDISTURBED, Grid, Saving, Strategy
 from daruma_trainer.bench.rework.catalogue import PROGRAMS
 from daruma_trainer.bench.rework.convolution import Convolution
+from daruma_trainer.bench.rework.experiment import Size
 from daruma_trainer.bench.rework.factors import Factors
 from daruma_trainer.bench.rework.page import page
 from daruma_trainer.bench.rework.perturbation import Kind, Sample, study, summarise
@@ -264,7 +268,8 @@ def test_the_page_is_made_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     runs = toy_runs()
     program = {
         "program": "toy", "title": "a toy", "tables": [["w", 65, 5, "sgd"]], "parameters": 325,
-        "seeds": 4, "failures": 15, "target": 0.7, "target_step": 180, "budget": 300, "cap": 900,
+        "seeds": 4, "failures": 15, "date": "2026-01-01", "seconds": 2.0,
+        "target": 0.7, "target_step": 180, "budget": 300, "cap": 900,
         "mtbf": 90.0, "young_daly": {"steps": 8, "save_steps": 0.4}, "concentration": 0.8,
         "cells": [c.to_json() for c in cells(runs, GRID, 50)],
         "standing": [s.to_json() for s in standing(runs, GRID.savings())],
@@ -279,6 +284,32 @@ def test_the_page_is_made_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     assert "exactly 0 | 0 | met" in made
     assert "](rework/toy.svg)" in made
     assert "0 violations in 18 | 0 | met" in made
+
+
+def test_a_run_goes_on_with_what_was_measured_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[str] = []
+
+    def measure(name: str, size: Size) -> dict[str, Any]:
+        if name == "mf":
+            raise BenchError("stopped here")
+        measured.append(name)
+        return {"program": name, "seeds": size.seeds, "failures": size.failures, "seconds": 1.0}
+
+    monkeypatch.setattr(command, "measure", measure)
+    file = tmp_path / "result.json"
+    run = ["--quick", "--study", "rework", "--programs", "toy,mlr,mf", "--json", str(file)]
+    assert command.main(run) == 1
+    assert [p["program"] for p in json.loads(file.read_text())["programs"]] == ["toy", "mlr"]
+    assert command.main([*run, "--resume"]) == 1
+    assert measured == ["toy", "mlr"]
+    assert command.main([*run, "--resume", "--seeds", "3"]) == 1
+    assert measured == ["toy", "mlr"] * 2, "of another size"
+    assert command.main([*run[1:], "--resume"]) == 2
+    assert "another kind of run" in capsys.readouterr().err
+    assert command.main(["--quick", "--resume"]) == 2
+    assert "--json" in capsys.readouterr().err
 
 
 def test_an_unknown_program_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,21 @@
 """How many iterations a failure costs, for each way to save and to recover.
 
     daruma bench rework [--quick] [--json FILE] [--write FILE] [--jobs N] [--programs A,B]
-                        [--study perturbation]
+                        [--study perturbation] [--resume]
 
 Without processes, clusters or clocks: the servers' own tables, saves and recoveries, thousands of
 failures of small programs. `--write` makes the page and its plots; nothing in it is typed by hand.
+`--json` has each program as soon as it is measured; with `--resume` those that it has of as large a
+run on the same machine are not measured again.
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from daruma_trainer.bench.cli import Result, conclude, machine, parser_of, today
 from daruma_trainer.bench.rework.arms import Grid
@@ -36,7 +40,6 @@ def run(options: argparse.Namespace) -> Result:
     """Run what was asked for. ConfigurationError: there is no such program."""
     if unknown := sorted(set(options.programs) - set(PROGRAMS)):
         raise ConfigurationError(f"no program {unknown[0]}; there are {', '.join(PROGRAMS)}")
-    began = time.monotonic()
     quick = options.quick
     size = Size(
         options.seeds or (2 if quick else 10),
@@ -44,17 +47,39 @@ def run(options: argparse.Namespace) -> Result:
         QUICK if quick else WHOLE,
         options.jobs,
     )
-    rework = options.study in ("all", "rework")
-    bounds = options.study in ("all", "perturbation")
-    return {
+    result: Result = {
         "benchmark": "rework",
         "quick": quick,
         "machine": f"{machine()}, {options.jobs} processes",
         "date": today(),
-        "programs": [measure(name, size) for name in options.programs] if rework else [],
-        "perturbation": [s.to_json() for s in study(200 if quick else 5000)] if bounds else [],
-        "seconds": time.monotonic() - began,
+        "programs": [],
+        "perturbation": [],
+        "seconds": 0.0,
     }
+    before = _before(options, result, size) if options.resume else {}
+    for name in options.programs if options.study in ("all", "rework") else []:
+        result["programs"].append(before.get(name) or measure(name, size))
+        result["seconds"] += result["programs"][-1]["seconds"]
+        if options.json:
+            options.json.write_text(json.dumps(result) + "\n")
+    if options.study in ("all", "perturbation"):
+        began = time.monotonic()
+        result["perturbation"] = [s.to_json() for s in study(200 if quick else 5000)]
+        result["seconds"] += time.monotonic() - began
+    return result
+
+
+def _before(options: argparse.Namespace, now: Result, size: Size) -> dict[str, dict[str, Any]]:
+    """Return the programs that an earlier run has measured as this one would."""
+    if not options.json:
+        raise ConfigurationError("--resume goes on with what --json has: say which file")
+    if not options.json.exists():
+        return {}
+    result = json.loads(options.json.read_text())
+    if any(result[key] != now[key] for key in ("benchmark", "quick", "machine")):
+        raise ConfigurationError(f"{options.json} is of another machine, or another kind of run")
+    wanted = (size.seeds, size.failures)
+    return {p["program"]: p for p in result["programs"] if (p["seeds"], p["failures"]) == wanted}
 
 
 def written(path: Path, result: Result) -> str:
@@ -70,6 +95,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--seeds", type=int, metavar="N", help="training seeds (10)")
     parser.add_argument("--failures", type=int, metavar="N", help="failures a seed (30)")
+    parser.add_argument("--resume", action="store_true", help="go on with what --json has")
     parser.add_argument("--study", choices=STUDIES, default="all")
     parser.add_argument(
         "--programs",

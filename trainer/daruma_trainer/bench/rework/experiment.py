@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
 
+from daruma_trainer.bench.cli import today
 from daruma_trainer.bench.rework.arena import Saves, Servers, even, seconds_of
 from daruma_trainer.bench.rework.arms import Grid, Saving, Strategy
 from daruma_trainer.bench.rework.catalogue import PROGRAMS
@@ -94,6 +95,7 @@ def measure(name: str, size: Size) -> dict[str, Any]:
     return {
         "program": name,
         "title": problem.title,
+        "date": today(),
         "tables": [[t.name, t.rows, t.cols, t.rule.name] for t in problem.tables],
         "parameters": sum(t.rows * t.cols for t in problem.tables),
         "seeds": size.seeds,

@@ -99,7 +99,8 @@ def _program(program: Mapping[str, Any], plot: str | None) -> list[str]:
         "",
         f"{program['parameters']:,} parameters in "
         + ", ".join(f"{n} ({r} × {c}, {rule})" for n, r, c, rule in program["tables"])
-        + f". {program['seeds']} seeds × {program['failures']} failures; "
+        + f". {program['seeds']} seeds × {program['failures']} failures, {program['date']}, "
+        f"{program['seconds']:.0f} s; "
         f"ε = {program['target']:.5g} "
         f"(pilots at step {program['target_step']}), MTBF {program['mtbf']:g} steps, cap "
         f"{program['cap']}. A save holds requests up for {yd['save_steps']:.2f} steps, so "

@@ -48,8 +48,8 @@ class Problem(Protocol):
     def derive(self, values: Values) -> Values:
         """Return what is made from the tables alone and is quicker to keep than to make again.
 
-        It may follow the tables in the `values` of `pushes`, which then return it as it has
-        become, and of `losses`. Nothing, for most.
+        It may follow the tables in the `values` of `losses`, and of `pushes`, which then change all
+        of it in place and return it. Nothing, for most.
         """
 
     def pushes(self, values: Values, batch: Any) -> Values:

@@ -79,10 +79,10 @@ class Topics:
 
     def pushes(self, values: Values, batch: Batch) -> Values:
         """See Problem.pushes."""
-        out = [v.copy() for v in (values if len(values) > 1 else values + self.derive(values))]
-        for arm, by_word, by_document in zip(*out, strict=True):
+        whole = values if len(values) > 1 else [values[0].copy(), *self.derive(values)]
+        for arm, by_word, by_document in zip(*whole, strict=True):
             self._sample(arm, by_word, by_document, *batch)
-        return out[: len(values)]
+        return whole[: len(values)]
 
     def losses(self, values: Values) -> NDArray[np.float64]:
         """See Problem.losses: −log p(words, topics), a token."""
@@ -102,7 +102,8 @@ class Topics:
         old, words = arm[documents].astype(np.int64).ravel(), self._words[documents].ravel()
         here, rows = np.arange(len(old)), np.repeat(np.arange(len(documents)), TOKENS)
         total, share = by_word.sum(axis=1), by_document[documents]
-        weight = ((by_word + BETA) / (total + WORDS * BETA)[:, None])[:, words]
+        likely = (by_word + BETA) / (total + WORDS * BETA)[:, None]
+        weight = likely.take(words, axis=1, mode="clip")
         weight = weight.reshape(TOPICS, len(documents), TOKENS)
         weight *= (share + ALPHA).T[:, :, None]
         weight = weight.reshape(TOPICS, -1)
@@ -114,9 +115,11 @@ class Topics:
         np.cumsum(weight, axis=0, out=weight)
         new = (weight[:-1] < u * weight[-1]).sum(axis=0)
         arm[documents] = new.reshape(len(documents), TOKENS)
-        for topics, sign in ((new, 1), (old, -1)):
-            changed = np.bincount(topics * WORDS + words, minlength=TOPICS * WORDS)
-            by_word += sign * changed.reshape(by_word.shape)
+        old *= WORDS
+        old += words
+        size = TOPICS * WORDS
+        change = np.bincount(new * WORDS + words, minlength=size) - np.bincount(old, minlength=size)
+        by_word += change.reshape(by_word.shape)
         _count(rows * TOPICS + new, share)
         by_document[documents] = share
 
