@@ -76,19 +76,24 @@ def test_mf_ends_with_the_error_that_it_has_without_failures(
     mean = float(train.values.mean())
     users = np.zeros((60, 3), np.float32)
     items = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    errors: list[tuple[float, float]] = []
     for _ in range(10):
         centred = train.values - np.float32(mean)
         part = mf.part_of(train.users, train.items, centred, 0, 1)
         users[part.rows] = mf.solve(part, items, 0.02)
         part = mf.part_of(train.items, train.users, centred, 0, 1)
         items[part.rows] = mf.solve(part, users, 0.02)
+        errors.append((mf.rmse(train, users, items, mean), mf.rmse(test, users, items, mean)))
     found = run(
         tmp_path, kill, "mf", "--data", source, "--iterations", "10", "--rank", "3",
         "--think-ms", "60", mode=mode, strategy=strategy,
     )  # fmt: skip
-    # A push that one failure lost is made good by the iterations after it.
-    assert found["train_rmse"] == pytest.approx(mf.rmse(train, users, items, mean), rel=0.01)
-    assert found["test_rmse"] == pytest.approx(mf.rmse(test, users, items, mean), rel=0.03)
+    # What one failure cost is made good by the iterations after it, but for the last few of them.
+    for name, (last, before) in zip(
+        ("train_rmse", "test_rmse"), zip(errors[-1], errors[-4], strict=True), strict=True
+    ):
+        least, most = min(last, before), max(last, before)
+        assert 0.97 * least <= found[name] <= 1.03 * most, (errors, found)
 
 
 @pytest.mark.parametrize("kill", KILLS)
