@@ -71,7 +71,9 @@ class LongJob:
         Nobody else was touched, and status tells what it cost.
         """
         before = self.trains()
-        pods = self.jobs.pods(self.name)
+        # Not those of an earlier loss that are on their way out.
+        counted = {m["pod"] for m in before["members"]}
+        pods = {p: uid for p, uid in self.jobs.pods(self.name).items() if p in counted}
         yield self.name
         after = self.jobs.cluster.until(
             lambda: self._recovered(before, seats), f"{self.name} recovers {seats}", SECONDS
