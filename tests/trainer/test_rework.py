@@ -182,6 +182,28 @@ def test_an_eighth_at_each_step_is_as_many_bytes_as_all_at_the_eighth() -> None:
     assert whole.memory >= parts.memory > before + servers.nbytes
 
 
+def test_ways_to_save_that_look_on_together_choose_as_each_would_alone() -> None:
+    problem = toy()
+
+    def saved(*savings: Saving) -> list[np.ndarray[Any, Any]]:
+        """What the last of them brings back."""
+        servers = Servers("uid", problem, problem.initial(stream(problem, 0, 1)))
+        ways = [Saves(servers, saving) for saving in savings]
+        for saves in ways:
+            saves.begin()
+        rng = stream(problem, 0, 0)
+        for step in range(1, 31):
+            servers.push(step, problem.pushes(servers.state().values, problem.batch(rng, step)))
+            for saves in ways:
+                saves.tick()
+        return [ways[-1].restore(server).shard.tables[0].data for server in range(SERVERS)]
+
+    last = Saving(Strategy.PARTIAL, 40, 0.125)
+    others = [Saving(Strategy.PARTIAL, 8, 0.125, how) for how in Selection]
+    for alone, together in zip(saved(last), saved(*others, last), strict=True):
+        np.testing.assert_array_equal(alone, together)
+
+
 # The programs
 
 

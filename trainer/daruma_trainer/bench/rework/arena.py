@@ -216,6 +216,10 @@ class Saves:
 
     def tick(self) -> None:
         """After a step: save what is due."""
+        # Another way to save may have measured these blocks, and marked them as unchanged.
+        for plane in self._servers.planes:
+            for table in plane.shard.tables:
+                table.changed[:] = True
         began = time.process_time()
         for part in self._cuts or self._savers:
             part.tick()
