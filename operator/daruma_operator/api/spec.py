@@ -161,7 +161,7 @@ class Checkpoint(SpecModel):
         default=0.125,
         gt=0,
         le=1,
-        description="r: save this fraction of the blocks every r·C steps; 1: all, every C steps.",
+        description="r: save this fraction of the bytes every r·C steps; 1: all, every C steps.",
         json_schema_extra=cel(
             rule(
                 "self > 0.0 && self <= 1.0",

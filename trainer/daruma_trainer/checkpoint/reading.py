@@ -207,8 +207,8 @@ def read_slots(
 
     `where`: the job's prefix, the shard, and the incarnation that all saves must be older than.
     `begin` is called with the newest manifest before the first block is taken; the blocks are gone
-    once `take` returns. What is damaged is
-    looked for in older manifests, then in the full cuts; what is nowhere is not taken.
+    once `take` returns. What is damaged is looked for in older manifests, then in the full cuts;
+    what is nowhere is not taken.
     StoreError: there is no readable manifest. StoreAwayError: the store cannot be asked.
     """
     sentences: list[str] = []

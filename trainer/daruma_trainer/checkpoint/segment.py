@@ -26,7 +26,7 @@ HEAD = np.dtype(
 )  # fmt: skip
 """A record's first bytes; `size` is the number of values in the block."""
 _HEAD = struct.Struct("<Q4sHHIIqqqII")
-"""The same, to read one: numpy takes ten times as long for a few numbers."""
+"""The same, to read one: for a few numbers numpy is slow, and a shard has thousands of heads."""
 HEAD_FLOATS = HEAD.itemsize // 4
 """A head's place in an array of float32."""
 _CHECKED = 8
@@ -113,7 +113,5 @@ def read_block(record: bytes | memoryview) -> BlockState:
     """Read one record, exactly; its arrays are views of it. DamagedError: what does not fit."""
     view = memoryview(record)
     states, table, block, lineage, position, steps, size = check_record(view)
-    values = np.frombuffer(view, np.float32, offset=HEAD.itemsize)
-    # Most have no state, and a shard has thousands: it is not worth a matrix.
-    state = tuple(values[size:].reshape(states, size)) if states else ()
-    return BlockState(table, block, lineage, position, steps, values[:size], state)
+    values = np.frombuffer(view, np.float32, offset=HEAD.itemsize).reshape(states + 1, size)
+    return BlockState(table, block, lineage, position, steps, values[0], tuple(values[1:]))
