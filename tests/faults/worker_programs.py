@@ -104,7 +104,8 @@ def two_tables(_: str) -> None:
         rows.barrier()
         if rows.values().tolist() != [[1.0, 2.0]] * job.workers:
             raise RuntimeError(f"after the barrier: {rows.values()}")
-        if sums.values().tolist() != [job.workers] * 3:
+        # Who left the barrier first may have pushed its next batch already.
+        if sums.values().tolist() not in ([2.0, 2.0, 2.0], [2.0, 7.0, 2.0]):
             raise RuntimeError(f"after the barrier: {sums.values()}")
         if job.index == 0:
             sums.push([1], [5.0])
