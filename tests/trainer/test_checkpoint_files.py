@@ -273,36 +273,35 @@ def test_names_outside_of_the_store_and_other_stores_are_refused(tmp_path: Path)
 
 
 EQUAL = np.full(5, 100)
+SHUFFLED = np.random.default_rng(0).permutation
 
 
 def test_priority_takes_the_farthest_and_all_in_turn() -> None:
-    rng = np.random.default_rng(0)
     distances = np.array([1, 9, 0, 9, 4], np.float32)
-    chosen, turn = select(Selection.PRIORITY, (distances, EQUAL), 0.4, Turn(), rng)
+    chosen, turn = select(Selection.PRIORITY, (distances, EQUAL), 0.4, Turn(), SHUFFLED)
     assert (chosen.tolist(), turn) == ([1, 3], Turn(2))
     seen: set[int] = set()
     for _ in range(5):
         still = np.zeros(5, np.float32), EQUAL
-        chosen, turn = select(Selection.PRIORITY, still, 0.2, turn, rng)
+        chosen, turn = select(Selection.PRIORITY, still, 0.2, turn, SHUFFLED)
         seen |= set(chosen.tolist())
     assert seen == set(range(5)), "blocks that do not change are saved in turn"
     blocks = distances, EQUAL
-    chosen, turn = select(Selection.ROUND_ROBIN, blocks, 0.6, Turn(4), rng)
+    chosen, turn = select(Selection.ROUND_ROBIN, blocks, 0.6, Turn(4), SHUFFLED)
     assert (chosen.tolist(), turn.cursor) == ([0, 1, 4], 2)
-    chosen, _ = select(Selection.RANDOM, blocks, 0.6, Turn(), rng)
+    chosen, _ = select(Selection.RANDOM, blocks, 0.6, Turn(), SHUFFLED)
     assert len(set(chosen.tolist())) == 3
 
 
 def test_priority_takes_what_leaves_the_least_distance_for_its_bytes() -> None:
-    rng = np.random.default_rng(0)
     distances = np.array([9, 5, 5, 1, np.nan], np.float32)
     sizes = np.array([400, 100, 100, 100, 100])
-    chosen, _ = select(Selection.PRIORITY, (distances, sizes), 0.375, Turn(), rng)
+    chosen, _ = select(Selection.PRIORITY, (distances, sizes), 0.375, Turn(), SHUFFLED)
     assert chosen.tolist() == [1, 2, 4]
-    chosen, _ = select(Selection.DISTANCE, (distances, sizes), 0.625, Turn(), rng)
+    chosen, _ = select(Selection.DISTANCE, (distances, sizes), 0.625, Turn(), SHUFFLED)
     assert chosen.tolist() == [0, 4]
     nothing = select(
-        Selection.PRIORITY, (np.empty(0, np.float32), np.empty(0, np.int64)), 0.5, Turn(), rng
+        Selection.PRIORITY, (np.empty(0, np.float32), np.empty(0, np.int64)), 0.5, Turn(), SHUFFLED
     )
     assert (nothing[0].tolist(), nothing[1]) == ([], Turn())
 
@@ -314,8 +313,8 @@ def test_every_selection_spends_its_share_of_the_bytes(how: Selection) -> None:
     turn, spent = Turn(), 0
     for save in range(1, 41):
         distances = rng.random(23).astype(np.float32)
-        chosen, turn = select(how, (distances, sizes), 0.125, turn, rng)
+        chosen, turn = select(how, (distances, sizes), 0.125, turn, SHUFFLED)
         spent += int(sizes[chosen].sum())
         assert abs(spent - save * 0.125 * sizes.sum()) <= sizes.max() + save / 2
-    chosen, _ = select(how, (distances, sizes), 1.0, Turn(), rng)
+    chosen, _ = select(how, (distances, sizes), 1.0, Turn(), SHUFFLED)
     assert chosen.tolist() == list(range(23))

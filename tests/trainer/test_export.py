@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from daruma_trainer.checkpoint import export
+from daruma_trainer.checkpoint import export, loading
 from daruma_trainer.checkpoint.manifest import Cut, Manifest, SlotStates, cut_name
 from daruma_trainer.checkpoint.places import Place, Places
 from daruma_trainer.checkpoint.segment import BlockState, write_segment
@@ -73,12 +73,12 @@ def test_torch(tmp_path: Path) -> None:
 
 def test_a_jobs_folder_gives_its_newest_cut(tmp_path: Path) -> None:
     save(tmp_path)
-    assert export.open_cut(f"file://{tmp_path}/{PREFIX}")[1].step == 9
+    assert loading.open_cut(f"file://{tmp_path}/{PREFIX}")[1].step == 9
 
 
 def test_a_folder_without_a_cut_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no complete cut"):
-        export.open_cut(f"file://{tmp_path}/{PREFIX}")
+        loading.open_cut(f"file://{tmp_path}/{PREFIX}")
 
 
 def test_a_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
@@ -97,16 +97,16 @@ def test_a_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
     found = f"the cut before it, of step 4, is file://{tmp_path}/{name}"
     for asked in (uri, f"file://{tmp_path}/{PREFIX}"):
         with pytest.raises(DamagedError, match=found):
-            export.load(asked)
+            loading.load(asked)
     (tmp_path / PREFIX / "shard-0001" / "manifest").unlink()
     with pytest.raises(DamagedError, match=found):
-        export.load(uri)
+        loading.load(uri)
 
 
 def test_a_missing_block_is_an_error_and_no_zeros(tmp_path: Path) -> None:
     uri = save(tmp_path, leave_out=(0, 1))
     with pytest.raises(DamagedError, match="'weight': 2 of 3 blocks"):
-        export.load_state(*export.open_cut(uri))
+        loading.load_state(*loading.open_cut(uri))
 
 
 @pytest.mark.parametrize(

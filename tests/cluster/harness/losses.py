@@ -11,7 +11,8 @@ import numpy as np
 from testcluster import locked
 from testjobs import DATA, RATE, SOFTMAX, STEPS, JobNamespace
 
-from daruma_trainer.checkpoint.export import Arrays, load_state, open_cut
+from daruma_trainer.checkpoint.export import Arrays
+from daruma_trainer.checkpoint.loading import load_state, open_cut
 from daruma_trainer.contract import Settings
 from daruma_trainer.programs.data import classification
 from local_cluster import local_cluster

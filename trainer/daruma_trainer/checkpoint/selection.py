@@ -4,6 +4,7 @@ All selections may spend the same bytes: what a save uses less or more than its 
 blocks are saved whole, the next ones have or lack.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -39,13 +40,13 @@ def select(
     blocks: tuple[Floats, Ints],
     fraction: float,
     turn: Turn,
-    rng: np.random.Generator,
+    shuffled: Callable[[int], Ints],
 ) -> tuple[Ints, Turn]:
     """Return the indices of the blocks to save, ascending and at least one, and the next turn.
 
-    `blocks`: the squared distance of each (infinite: never saved), and its size in bytes. Ties go
-    to the lower index beyond the cursor, so that blocks that never change are saved in turn all the
-    same.
+    `blocks`: the squared distance of each (infinite: never saved), and its size in bytes.
+    `shuffled`: returns 0 to n - 1 in random order. Ties go to the lower index beyond the cursor, so
+    that blocks that never change are saved in turn all the same.
     """
     distances, sizes = blocks
     n = len(distances)
@@ -55,7 +56,7 @@ def select(
     if how is Selection.ROUND_ROBIN:
         order = (turn.cursor + np.arange(n)) % n
     elif how is Selection.RANDOM:
-        order = rng.permutation(n)
+        order = shuffled(n)
     else:
         far = distances
         if how is Selection.PRIORITY:

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from daruma_trainer.agent import Outcome
-from daruma_trainer.checkpoint.export import load
+from daruma_trainer.checkpoint.loading import load
 from daruma_trainer.checkpoint.manifest import Cut
 from daruma_trainer.checkpoint.reading import Unread
 from daruma_trainer.checkpoint.store import Store, open_store
