@@ -21,7 +21,7 @@ from daruma_trainer.contract import AGENT_PORT, DATA_PORT, Membership, Report, R
 
 KEY = JobKey("n", "j")
 TOKEN = "a-token"
-DEADLINE = 20.0
+DEADLINE = 60.0
 SETTINGS = Settings(
     passes=2, progress_seconds=0.02, calm_seconds=0.02, copies_seconds=0.2, retry_seconds=0.01
 )

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from daruma_operator.substrate.forkserver import ForkServer
+from daruma_operator.substrate import forkserver
 from daruma_operator.substrate.ports import Ports
 from daruma_trainer.checkpoint.manifest import newest_cut, read_manifest
 from daruma_trainer.checkpoint.reading import read_blocks
@@ -44,6 +44,9 @@ from daruma_trainer.contract import (
 DEADLINE = 60.0
 FORKED = str(Path(__file__).with_name("forked_members.py"))
 TOKEN = "a-token-of-this-test"
+T = TypeVar("T")
+# Tests have nothing else to start members with, however long it takes.
+forkserver.ANSWER_SECONDS = DEADLINE
 
 
 def free_ports() -> int:
@@ -110,7 +113,7 @@ class LocalCluster:
             "DARUMA_TOKEN_FILE": str(folder / "token"),
             "OMP_NUM_THREADS": "1",
         }
-        self._forks = ForkServer(os.environ | shared, [FORKED])
+        self._forks = forkserver.ForkServer(os.environ | shared, [FORKED])
         self.membership = Membership(
             "uid-of-the-test", "test", "job", 1, servers, workers, (), settings
         )
@@ -198,10 +201,13 @@ class LocalCluster:
         view = None if member is None else self.view(member)
         return Report("", 0, "Away") if view is None else view.own
 
-    def until(self, true: Callable[[], bool], what: str, seconds: float = DEADLINE) -> None:
-        """Wait with a deadline."""
+    def until(self, true: Callable[[], T | None], what: str, seconds: float = DEADLINE) -> T:
+        """Wait with a deadline until something is truthy, and return it."""
         end = time.monotonic() + seconds
-        while not true():
+        while True:
+            found = true()
+            if found:
+                return found
             if time.monotonic() > end:
                 raise TimeoutError(f"{what}: not within {seconds} s\n{self.logs()}")
             time.sleep(0.02)

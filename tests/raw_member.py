@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from daruma_trainer.contract import Member
+from daruma_trainer.contract import Member, Membership
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.wire import (
     PULL,
@@ -15,6 +15,7 @@ from daruma_trainer.wire import (
     Header,
     Kind,
     Push,
+    Refusal,
     Slots,
     State,
     TablePush,
@@ -32,7 +33,14 @@ SECONDS = 10.0
 class RawMember:
     """One connection to one server."""
 
-    def __init__(self, own_id: str, server: Member, token: str = TOKEN, *, epoch: int = 1) -> None:
+    def __init__(
+        self,
+        own_id: str,
+        server: Member,
+        membership: Membership | None = None,
+        *,
+        token: str = TOKEN,
+    ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
@@ -41,7 +49,9 @@ class RawMember:
         self._socket.plain_password = token.encode()
         self._socket.connect(f"tcp://{server.address}")
         self._incarnation = server.incarnation
-        self._epoch = epoch
+        self._membership = membership
+        """What it tells a server that is not sure; None: nothing."""
+        self._epoch = 1 if membership is None else membership.epoch
         self._request = 0
 
     def close(self) -> None:
@@ -70,11 +80,16 @@ class RawMember:
         self._socket.send_multipart(frames)
 
     def receive(self, seconds: float = SECONDS) -> tuple[Header, list[bytes]] | None:
-        """Return the next message, or None."""
-        if not self._socket.poll(int(1000 * seconds)):
-            return None
-        frames = self._socket.recv_multipart()
-        return Header.decode(frames), frames
+        """Return the next message that is not about membership, or None."""
+        end = time.monotonic() + seconds
+        while self._socket.poll(max(0, int(1000 * (end - time.monotonic())))):
+            frames = self._socket.recv_multipart()
+            header = Header.decode(frames)
+            if header.kind is not Kind.EPOCH or self._membership is None:
+                return header, frames
+            told = Header(Kind.MEMBERSHIP, 0, self._epoch, self._incarnation)
+            self._socket.send_multipart([told.encode(), encode_json(self._membership.to_json())])
+        return None
 
     def answer(self, request: int) -> tuple[Header, list[bytes]]:
         """Wait for the answer to a request."""
@@ -86,8 +101,13 @@ class RawMember:
         raise TimeoutError(f"no answer to request {request}")
 
     def ask(self, kind: Kind, body: Sequence[Frame], **changes: int) -> tuple[Header, list[bytes]]:
-        """Send a request and wait for its answer."""
-        return self.answer(self.send(kind, body, **changes))
+        """Send a request, again while the server is not sure of itself, and wait for its answer."""
+        end = time.monotonic() + SECONDS
+        while True:
+            header, frames = self.answer(self.send(kind, body, **changes))
+            unsure = (header.kind, header.flags) == (Kind.REFUSED, Refusal.UNSURE)
+            if not unsure or "epoch" in changes or time.monotonic() > end:
+                return header, frames
 
     def create(self, spec: TableSpec) -> Header:
         """Make a table."""

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from time import monotonic
 from typing import Any
 
 import aiohttp
@@ -14,8 +15,9 @@ LEASE = "daruma-operator"
 LEASE_SECONDS = 4
 """Another takes over when the holder was silent for so long."""
 RENEW_SECONDS = 3
-"""A holder that could not renew for so long gives up by itself."""
+"""A holder that did not renew for so long gives up by itself, after one more attempt."""
 RETRY_SECONDS = 1
+"""Between attempts; and what one may take, so that an answer or two may be late or lost."""
 _FAULTS = (client.ApiException, aiohttp.ClientError, OSError, TimeoutError)
 
 
@@ -29,9 +31,9 @@ class Election:
         self._namespace = namespace
         self._identity = identity
         self._clock = clock
-        self._seen: tuple[str, datetime] | None = None
+        self._seen: tuple[str, float] | None = None
         """The holder's last renewal, and when this process first saw it: no clock of another
-        machine is trusted."""
+        machine is trusted, and none that can be set."""
 
     async def won(self) -> None:
         """Return once this candidate leads."""
@@ -41,11 +43,13 @@ class Election:
 
     async def lost(self) -> None:
         """Return once it no longer does."""
-        renewed = self._clock()
-        while self._clock() - renewed < timedelta(seconds=RENEW_SECONDS):
+        renewed = monotonic()
+        while monotonic() - renewed < RENEW_SECONDS:
             await asyncio.sleep(RETRY_SECONDS)
+            # Others count from when the API server has it: at the earliest from now.
+            began = monotonic()
             if await self._attempt():
-                renewed = self._clock()
+                renewed = began
         LOG.error("%s could not renew its lease for %s s", self._identity, RENEW_SECONDS)
 
     async def resign(self) -> None:
@@ -60,14 +64,13 @@ class Election:
 
     async def _attempt(self) -> bool:
         try:
-            return await asyncio.wait_for(self._take(), RETRY_SECONDS * 2)
+            return await asyncio.wait_for(self._take(), RETRY_SECONDS)
         except _FAULTS as error:
             LOG.warning("the lease could not be renewed: %r", error)
             return False
 
     async def _take(self) -> bool:
-        now = self._clock()
-        stamp = now.isoformat(timespec="microseconds").replace("+00:00", "Z")
+        stamp = self._clock().isoformat(timespec="microseconds").replace("+00:00", "Z")
         spec = {
             "holderIdentity": self._identity,
             "leaseDurationSeconds": LEASE_SECONDS,
@@ -84,17 +87,17 @@ class Election:
             await self._leases.create_namespaced_lease(self._namespace, body)
             return True
         holder = lease["spec"].get("holderIdentity")
-        if holder not in (self._identity, "", None) and not self._expired(lease["spec"], now):
+        if holder not in (self._identity, "", None) and not self._expired(lease["spec"]):
             return False
         lease["spec"] = {**lease["spec"], **spec}
         await self._replace(lease)
         return True
 
-    def _expired(self, spec: dict[str, Any], now: datetime) -> bool:
+    def _expired(self, spec: dict[str, Any]) -> bool:
         renewal = str(spec.get("renewTime"))
         if self._seen is None or self._seen[0] != renewal:
-            self._seen = (renewal, now)
-        return now - self._seen[1] > timedelta(seconds=spec.get("leaseDurationSeconds") or 0)
+            self._seen = (renewal, monotonic())
+        return monotonic() - self._seen[1] > (spec.get("leaseDurationSeconds") or 0)
 
     async def _read(self) -> dict[str, Any] | None:
         try:

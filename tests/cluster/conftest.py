@@ -18,8 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            # The fixtures have deadlines of their own, and may have to build the cluster first.
-            item.add_marker(pytest.mark.timeout(600, func_only=True))
+            item.add_marker(pytest.mark.timeout(600))
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from render import render
-from testcluster import Cluster
+from testcluster import Cluster, locked
 
 from bad_manifests import BAD, PROGRAM, manifest
 
@@ -14,12 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def with_crd(k8s: Cluster) -> Cluster:
+def with_crd(k8s: Cluster, run_folder: Path) -> Cluster:
     """A cluster that knows TrainingJobs."""
-    k8s.kubectl("apply", "-f", str(ROOT / "manifests/crd.yaml"))
-    k8s.kubectl(
-        "wait", "--for=condition=Established", "crd/trainingjobs.daruma.dev", "--timeout=30s"
-    )
+    with locked(run_folder):  # Helm makes the same one
+        k8s.kubectl("apply", "-f", str(ROOT / "manifests/crd.yaml"))
+        k8s.kubectl(
+            "wait", "--for=condition=Established", "crd/trainingjobs.daruma.dev", "--timeout=60s"
+        )
+    served = ("get", "trainingjobs", "--all-namespaces")
+    k8s.until(lambda: k8s.kubectl(*served, check=False).returncode == 0, "they are served", 60)
     return k8s
 
 

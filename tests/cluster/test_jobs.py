@@ -4,23 +4,24 @@ Its result is at most a tenth worse than the worst of five jobs that went undist
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from longjob import LongJob, recoveries
 from losses import check_loss
 from members import incarnations, kill, restarts
-from testcluster import Cluster
+from testcluster import Cluster, operator_stays
 from testjobs import JobNamespace, job_namespace, mlr
 
 from daruma_trainer.contract import Role
 
 
 @pytest.fixture(scope="module")
-def long(operated: Cluster) -> Iterator[LongJob]:
+def long(operated: Cluster, run_folder: Path) -> Iterator[LongJob]:
     """The job of this file."""
     with job_namespace(operated, "jobs") as jobs:
-        yield LongJob(jobs, "long")
+        yield LongJob(jobs, "long", partial(operator_stays, run_folder))
 
 
 def test_a_job_succeeds_and_says_where_its_result_is(jobs: JobNamespace) -> None:

@@ -9,6 +9,7 @@ time.
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import yaml
 from longjob import LongJob, recoveries
 from members import kill
-from testcluster import ROOT, SYSTEM, Cluster
+from testcluster import ROOT, SYSTEM, Cluster, operator_away
 from testjobs import JobNamespace, job_namespace
 
 from daruma_trainer.contract import Role
@@ -37,14 +38,15 @@ METRICS = "/api/v1/namespaces/daruma-system/services/daruma-operator-metrics:met
 
 
 @pytest.fixture(scope="module")
-def long(operated: Cluster) -> Iterator[LongJob]:
-    """The job whose recoveries the operator does not survive."""
+def long(operated: Cluster, run_folder: Path) -> Iterator[LongJob]:
+    """The job whose recoveries the operator does not survive, so that they take longer."""
     with job_namespace(operated, "operator") as jobs:
-        yield LongJob(jobs, "at", servers=2, workers=1)
+        away = partial(operator_away, run_folder)
+        yield LongJob(jobs, "at", away, enough=200, servers=2, workers=1, steps=600)
 
 
 @pytest.fixture(scope="module")
-def watched(operated: Cluster) -> Iterator[Cluster]:
+def watched(operated: Cluster, run_folder: Path) -> Iterator[Cluster]:
     """The cluster, with somebody at the operator's elbow; afterwards the usual one again."""
     before = operated.get("deploy", "daruma-operator", SYSTEM)["spec"]["template"]["spec"]
     container = before["containers"][0]
@@ -59,10 +61,12 @@ def watched(operated: Cluster) -> Iterator[Cluster]:
         ],
     }
     try:
-        _replace(operated, changed)
+        with operator_away(run_folder):
+            _replace(operated, changed)
         yield operated
     finally:
-        _replace(operated, before)
+        with operator_away(run_folder):
+            _replace(operated, before)
 
 
 def _replace(cluster: Cluster, spec: dict[str, Any]) -> None:
@@ -79,8 +83,18 @@ def _pods(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def _lines(cluster: Cluster, file: str) -> list[str]:
-    done = cluster.kubectl("exec", "-n", SYSTEM, DEPLOYMENT, "--", "cat", file, check=False)
-    return done.stdout.split() if done.returncode == 0 else []
+    read = ("sh", "-c", f"cat {file} 2>/dev/null; true")
+    return cluster.kubectl("exec", "-n", SYSTEM, DEPLOYMENT, "--", *read).stdout.split()
+
+
+def _value(text: str, name: str, **labels: str) -> float:
+    """Return a sample of an exposition; 0 if it is not there."""
+    wanted = {f'{key}="{value}"' for key, value in labels.items()}
+    for line in text.splitlines():
+        found = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+        if found and wanted <= set((found.group(1) or "").split(",")):
+            return float(found.group(2))
+    return 0.0
 
 
 def test_the_operators_image_has_neither_torch_nor_numpy(operated: Cluster) -> None:
@@ -95,15 +109,14 @@ def test_the_operator_exports_metrics_through_its_service(operated: Cluster) -> 
     assert "daruma_build_info" in text
 
 
-def test_kubectl_apply_of_the_manifests_works_as_well(jobs: JobNamespace) -> None:
+def test_kubectl_apply_of_the_manifests_works_as_well(jobs: JobNamespace, run_folder: Path) -> None:
     """install.yaml takes over from Helm's objects of the same names; the operator goes on."""
     documents = list(yaml.safe_load_all((ROOT / "manifests/install.yaml").read_text()))
     assert {d["kind"] for d in documents if d} >= {"Deployment", "ClusterRole", "ServiceAccount"}
-    cluster = jobs.cluster
-    cluster.kubectl(
-        "apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "manifests/install.yaml")
-    )
-    cluster.kubectl("rollout", "status", "-n", SYSTEM, DEPLOYMENT, "--timeout=110s")
+    cluster, file = jobs.cluster, str(ROOT / "manifests/install.yaml")
+    with operator_away(run_folder):
+        cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", file)
+        cluster.kubectl("rollout", "status", "-n", SYSTEM, DEPLOYMENT, "--timeout=110s")
     cluster.apply(jobs.manifest("applied", servers=1, workers=1, steps=20))
     jobs.ended("applied")
     assert parts.tag("operator") in json.dumps(documents)
@@ -113,13 +126,13 @@ def test_kubectl_apply_of_the_manifests_works_as_well(jobs: JobNamespace) -> Non
 def test_the_operator_killed_during_a_recovery(watched: Cluster, long: LongJob, point: str) -> None:
     with long.losing("server-1") as name:
         known = len(recoveries(long.status()))
-        ended = _lines(watched, "/tmp/ends")
+        before = len(_lines(watched, "/tmp/ends"))
         watched.kubectl(
             "exec", "-n", SYSTEM, DEPLOYMENT, "--", "sh", "-c", f"echo {point} > /tmp/die-at"
         )
         kill(long.jobs, name, Role.SERVER, 1)
         watched.until(
-            lambda: _lines(watched, "/tmp/ends") == [*ended, "137"], f"it is killed at {point}", 60
+            lambda: "137" in _lines(watched, "/tmp/ends")[before:], f"it is killed at {point}", 60
         )
     assert len(recoveries(long.status())) == known + 1, "a second recovery"
     members = {m["pod"] for m in long.status()["members"]}
@@ -142,17 +155,12 @@ def test_metrics_tell_what_status_tells(watched: Cluster, jobs: JobNamespace) ->
     jobs.at_step("counted", 10)
     kill(jobs, "counted", Role.SERVER, 0)
     (record,) = jobs.ended("counted")["recoveries"]
-    text = watched.raw(METRICS)
-
-    def value(name: str, **labels: str) -> float:
-        wanted = {f'{key}="{value}"' for key, value in labels.items()}
-        for line in text.splitlines():
-            found = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
-            if found and wanted <= set((found.group(1) or "").split(",")):
-                return float(found.group(2))
-        return 0.0
-
     here = {"namespace": jobs.name}
+    # The status may be read before the operator has the answer to its write.
+    watched.until(
+        lambda: _value(watched.raw(METRICS), "daruma_jobs", **here, phase="Succeeded"), "counted"
+    )
+    value = partial(_value, watched.raw(METRICS))
     what = {"strategy": record["strategy"], "cause": record["cause"]}
     assert value("daruma_recoveries_total", **here, **what, outcome="Succeeded") == 1
     (loss,) = record["losses"]

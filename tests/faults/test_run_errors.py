@@ -94,7 +94,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = daruma(tmp_path, "run", str(manifest(tmp_path)), "--ports", str(port - 2))
+        done = daruma(tmp_path, "run", str(manifest(tmp_path)), "--ports", str(port))
     one_message(done, 3, f"port {port}", "--ports")
 
 

@@ -14,7 +14,7 @@ import pytest
 import softmax
 from daruma_trainer.checkpoint.manifest import newest_manifest
 from daruma_trainer.checkpoint.objects import ENV_SECONDS
-from daruma_trainer.checkpoint.store import open_store
+from daruma_trainer.checkpoint.store import Store, open_store
 from faulty_proxy import Fault, FaultyProxy, faulty_proxy
 from left_behind import left_by
 from s3_server import environment
@@ -58,9 +58,15 @@ def running(
 
 
 @pytest.fixture
-def proxy(s3: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+def direct(s3: str) -> Store:
+    """The store as it is without the proxy."""
+    return open_store(s3)
+
+
+@pytest.fixture
+def proxy(direct: Store, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    assert direct.list("default/toy") == [], "it is opened before the way to it changes"
     with faulty_proxy(s3_port) as found:
-        # Only now: `s3` says where the store is without it.
         for key, value in environment(found.port).items():
             monkeypatch.setenv(key, value)
         monkeypatch.setenv(ENV_SECONDS, PATIENCE)
@@ -94,26 +100,27 @@ def ended(folder: Path, process: subprocess.Popen[str], steps: int = STEPS) -> d
     return found
 
 
-def saved_steps(store: str) -> list[int]:
+def saved_steps(store: Store) -> list[int]:
     """The step of each shard's newest save."""
-    opened = open_store(store)
-    (uid,) = opened.list("default/toy")
-    found = [newest_manifest(opened, f"default/toy/{uid}", shard, 10**6) for shard in (0, 1)]
-    return [0 if one is None else one[1].step for one in found]
+    prefixes = [f"default/toy/{uid}" for uid in store.list("default/toy")]
+    found = [
+        newest_manifest(store, prefix, shard, 10**6) for prefix in prefixes for shard in (0, 1)
+    ]
+    return [0 if one is None else one[1].step for one in found] or [0]
 
 
 def test_training_outlives_its_store_and_saves_catch_up(
-    tmp_path: Path, s3: str, proxy: FaultyProxy
+    tmp_path: Path, s3: str, direct: Store, proxy: FaultyProxy
 ) -> None:
     with running(tmp_path, s3, {"strategy": "Partial"}, steps=400) as process:
-        until(tmp_path, "a save", lambda: told(tmp_path, "step ") and min(saved_steps(s3)) > 0)
+        until(tmp_path, "a save", lambda: told(tmp_path, "step ") and min(saved_steps(direct)) > 0)
         proxy.fail(Fault.REFUSED)
         until(tmp_path, "a failed save is told", lambda: told(tmp_path, "CheckpointFailed: "))
         proxy.heal()
-        before = saved_steps(s3)
+        before = saved_steps(direct)
         until(
             tmp_path, "newer saves",
-            lambda: all(new > old for new, old in zip(saved_steps(s3), before, strict=True)),
+            lambda: all(new > old for new, old in zip(saved_steps(direct), before, strict=True)),
         )  # fmt: skip
         assert process.poll() is None, "these are no saves of the end"
         found = ended(tmp_path, process, 400)
@@ -158,14 +165,21 @@ def test_a_recovery_waits_no_longer_than_its_deadline_and_takes_the_next_rung(
     assert list(record["sources"]) == ["peer"]
 
 
+@pytest.fixture
+def patient(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> FaultyProxy:
+    """A proxy whose every answer is waited for: an operation that gives up is no lost file."""
+    monkeypatch.setenv(ENV_SECONDS, "10")
+    return proxy
+
+
 def test_where_the_newest_cut_lost_a_file_all_go_back_to_the_one_before(
-    tmp_path: Path, s3: str, proxy: FaultyProxy
+    tmp_path: Path, s3: str, patient: FaultyProxy
 ) -> None:
-    proxy.fail(Fault.GONE, 1, method="GET", path=f"{LOST}cut-")
+    patient.fail(Fault.GONE, 1, method="GET", path=f"{LOST}cut-")
     recovery = {"strategy": "FullCheckpoint"}
     with running(tmp_path, s3, recovery, "--kill", "server-1@step=80") as process:
         found = ended(tmp_path, process)
-    assert proxy.done[Fault.GONE] == 1
+    assert patient.done[Fault.GONE] == 1
     (record,) = found["recoveries"]
     assert (record["outcome"], record["reason"]) == ("Succeeded", "RolledBackToOlderCut")
     rework = record["rework"]
@@ -177,9 +191,9 @@ def test_where_the_newest_cut_lost_a_file_all_go_back_to_the_one_before(
 
 
 def test_where_no_cut_is_whole_the_next_rung_restores_all_servers(
-    tmp_path: Path, s3: str, proxy: FaultyProxy
+    tmp_path: Path, s3: str, patient: FaultyProxy
 ) -> None:
-    proxy.fail(Fault.GONE, method="GET", path=f"{LOST}cut-")
+    patient.fail(Fault.GONE, method="GET", path=f"{LOST}cut-")
     recovery = {"strategy": "FullCheckpoint", "fallback": ["Partial"]}
     with running(tmp_path, s3, recovery, "--kill", "server-1@step=80") as process:
         found = ended(tmp_path, process)

@@ -23,8 +23,8 @@ from left_behind import left_by
 pytestmark = pytest.mark.faults
 DEADLINE = 180.0
 STEPS = 90
-PROCESSES = 6
-"""What `daruma run` starts for 3 servers and 2 workers: the server that forks servers, too."""
+PROCESSES = 5
+"""What `daruma run` starts at least, for 3 servers and 2 workers."""
 MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
 kind: TrainingJob
@@ -164,7 +164,8 @@ def test_others_are_killed(tmp_path: Path, kills: list[str]) -> None:
 @pytest.mark.parametrize("mode", ["Async", "Sync"])
 @pytest.mark.parametrize("strategy", ["FullCheckpoint", "Partial", "Stateless"])
 def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> None:
-    kill = ("--kill", "server-2@step=50")
+    # Between two cuts: what is seen of a step is late by some.
+    kill = ("--kill", "server-2@step=40")
     with running(tmp_path, "--strategy", strategy, *kill, "--json", mode=mode) as it:
         assert ended(tmp_path, it) == 0, output(tmp_path)
     found = report(tmp_path)
@@ -176,7 +177,10 @@ def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> Non
 
 @pytest.mark.parametrize("mode", ["Async", "Sync"])
 def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> None:
-    with running(tmp_path, "--kill", "server-2@step=30", mode=mode, placement="Adopt") as it:
+    # Where workers go on without the server, they must not be done before its slots return.
+    steps = 300 if mode == "Async" else STEPS
+    kill = ("--kill", "server-2@step=5")
+    with running(tmp_path, *kill, mode=mode, placement="Adopt", steps=steps) as it:
         assert ended(tmp_path, it) == 0, output(tmp_path)
     found = report(tmp_path)
     causes = [(r["cause"], r["placement"], r["indexes"]) for r in found["recoveries"]]
@@ -189,7 +193,7 @@ def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> 
     assert all(
         r["pushes"]["lost"] == 0 for r in (handed if mode == "Async" else found["recoveries"])
     )
-    assert (found["phase"], found["steps"]) == ("Succeeded", STEPS)
+    assert (found["phase"], found["steps"]) == ("Succeeded", steps)
     assert found["metrics"]["test_accuracy"] >= 0.9
 
 
@@ -216,7 +220,7 @@ def test_the_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 
 def test_no_member_survives_a_killed_daruma(tmp_path: Path) -> None:
     with running(tmp_path, steps=100_000) as process:
-        until("members run", lambda: len(left_by(tmp_path)) == PROCESSES)
+        until("members run", lambda: len(left_by(tmp_path)) >= PROCESSES)
         os.kill(process.pid, signal.SIGKILL)
         until("none is left", lambda: left_by(tmp_path) == [])
 
@@ -225,7 +229,7 @@ def test_ctrl_c_before_training_begins_ends_at_once(tmp_path: Path) -> None:
     sleeper = tmp_path / "sleeper.py"
     sleeper.write_text("import time; time.sleep(600)")
     with running(tmp_path, program=str(sleeper)) as process:
-        until("members run", lambda: len(left_by(tmp_path)) == PROCESSES)
+        until("members run", lambda: len(left_by(tmp_path)) >= PROCESSES)
         process.send_signal(signal.SIGINT)
         assert ended(tmp_path, process) == 1
     assert "there is nothing to save" in output(tmp_path)
@@ -236,7 +240,7 @@ def test_ctrl_c_before_training_begins_ends_at_once(tmp_path: Path) -> None:
 
 def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
     with running(tmp_path, steps=100_000) as process:
-        until("members run", lambda: len(left_by(tmp_path)) == PROCESSES)
+        until("members run", lambda: len(left_by(tmp_path)) >= PROCESSES)
         command = [sys.executable, "-m", "daruma_operator.cli.main", "run", "toy.yaml"]
         second = subprocess.run(
             [*command, "--out", "out"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from daruma_trainer.contract import ExitCode, Role, Rollback, Settings
+from daruma_trainer.contract import ExitCode, Report, Role, Rollback, SavedState, Settings
 from local_cluster import DEADLINE, LocalCluster, local_cluster, replace_worker
 
 pytestmark = pytest.mark.faults
@@ -28,8 +28,12 @@ def running(
 
 def metrics(cluster: LocalCluster, worker: int) -> Mapping[str, float]:
     """What a worker reported, once it has left."""
-    cluster.until(lambda: cluster.report(Role.WORKER, worker).state == "Left", "it leaves")
-    return cluster.report(Role.WORKER, worker).metrics
+
+    def left() -> Report | None:
+        report = cluster.report(Role.WORKER, worker)
+        return report if report.state == "Left" else None
+
+    return cluster.until(left, "it leaves").metrics
 
 
 def test_tables_made_one_after_the_other_have_their_own_initial_values(tmp_path: Path) -> None:
@@ -63,15 +67,25 @@ def test_a_killed_worker_goes_on_where_it_was_and_no_batch_counts_twice(
     np.testing.assert_array_equal(seen, 10)
 
 
-def test_a_rollback_brings_back_a_worker_that_was_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_a_rollback_brings_back_a_worker_that_was_done(tmp_path: Path, all_of_it: bool) -> None:
+    """The cut may lack some of its batches, or have them all."""
     with running(tmp_path, "lag", "30", every=10) as cluster:
-        states = [lambda w=w: cluster.report(Role.WORKER, w).state for w in (0, 1)]
-        cluster.until(lambda: states[0]() == "Finished", "worker 0 is done")
-        assert states[1]() == "Training", "worker 1 comes late"
+        cluster.until(lambda: cluster.report(Role.SERVER, 0).cut is not None, "a cut")
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).state == "Finished", "it is done")
         cut = cluster.report(Role.SERVER, 0).cut
         assert cut is not None
+        if all_of_it:
+            known = cut.path
+
+            def newer() -> SavedState | None:
+                found = cluster.report(Role.SERVER, 0).cut
+                return found if found is not None and found.path != known else None
+
+            cut = cluster.until(newer, "a cut after it")
+        assert cluster.report(Role.WORKER, 1).state not in ("Finished", "Left"), "it comes late"
         cluster.tell(raise_epoch=True, initialised=True, rollback=Rollback(1, cut.path))
-        cluster.until(lambda: states[0]() == "Training", "worker 0 came back")
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).generation == 1, "it came back")
         cluster.finish()
         seen = cluster.result(tmp_path / "store")["seen"].ravel()
     np.testing.assert_array_equal(seen, 5)

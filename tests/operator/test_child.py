@@ -12,7 +12,7 @@ import pytest
 
 from daruma_operator.substrate.child import Child
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 def ended_child(tmp_path: Path, command: list[str], act: signal.Signals | None = None) -> Child:
@@ -33,7 +33,7 @@ def ended_child(tmp_path: Path, command: list[str], act: signal.Signals | None =
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from controller_live import KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
+from controller_live import DEADLINE, KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
+from daruma_operator.controller import gather
 from daruma_operator.controller.agents import Agents, Talk, Targets, news
 from daruma_operator.controller.gather import observe, reachable
 from daruma_operator.errors import ClusterError
@@ -177,13 +178,16 @@ class Asking(Agents):
         await super().look(talk, targets)
 
 
-def test_what_a_worker_said_just_before_its_end_is_asked_for(world: LiveWorld) -> None:
+def test_what_a_worker_said_just_before_its_end_is_asked_for(
+    world: LiveWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its metrics are no news, so that a view just got may lack them."""
+    monkeypatch.setattr(gather, "FRESH_SECONDS", DEADLINE)
     substrate = LiveSubstrate(world)
     operate(substrate, lambda: trains(world))
 
     async def asked(exit_code: int | None) -> frozenset[str]:
-        agents = Asking(SETTINGS, lambda _key: None)
+        agents = Asking(replace(SETTINGS, view_seconds=DEADLINE), lambda _key: None)
         talk = agents.begin(KEY, "u", TOKEN)
         server = world.cells["server-1-1"]
         last = Report("worker-0-1", 1, "Left")

@@ -26,7 +26,7 @@ from daruma_operator.substrate.protocol import (
 )
 from daruma_trainer.contract import Role
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 ECHO = 'echo "$DARUMA_ROLE $DARUMA_INDEX $DARUMA_INCARNATION $COLOUR"; cat "$DARUMA_TOKEN_FILE"'
 
 

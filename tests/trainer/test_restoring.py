@@ -29,7 +29,15 @@ ME = Identity("n", "j", Role.SERVER, 0, 9, "")
 class Counting(DirectoryStore):
     """Counts the bytes that are read."""
 
-    segments = manifests = 0
+    manifests = 0
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._sizes: list[int] = []  # appended by several threads at once
+
+    @property
+    def segments(self) -> int:
+        return sum(self._sizes)
 
     def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
         data = super().read(name, offset, length)
@@ -40,7 +48,7 @@ class Counting(DirectoryStore):
         self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
     ) -> Sequence[bytes | memoryview]:
         data = super().read_ranges(name, ranges, into)
-        self.segments += sum(len(d) for d in data)
+        self._sizes.append(sum(len(d) for d in data))
         return data
 
 

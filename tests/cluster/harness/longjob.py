@@ -1,16 +1,18 @@
 """A job that several tests hurt, one after the other, and what must hold after each."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
-from members import restarts
+from members import incarnations, restarts
 from testjobs import END, STEPS, JobNamespace
 
-ENOUGH_STEPS = 100
-"""What a job must have before it to be hurt once more."""
+from daruma_trainer.contract import Role
+
+ENOUGH_STEPS = 120
+"""What a job must have before it to be hurt once more: a recovery may take seconds."""
 MORE_STEPS = 5
 """A job trains again when it made so many."""
 SECONDS = 180.0
@@ -25,9 +27,21 @@ def recoveries(status: dict[str, Any]) -> list[dict[str, Any]]:
 class LongJob:
     """One job at a time: when a test made it end, the next has another."""
 
-    def __init__(self, jobs: JobNamespace, stem: str, **manifest: Any) -> None:
+    def __init__(
+        self,
+        jobs: JobNamespace,
+        stem: str,
+        calm: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        enough: int = ENOUGH_STEPS,
+        **manifest: Any,
+    ) -> None:
         self.jobs = jobs
         self.stem = stem
+        self._calm = calm
+        """Entered around each loss."""
+        self._enough = enough
+        self._steps = manifest.get("steps", STEPS)
         self._manifest = manifest
         self._number = 0
         self._furthest = 0
@@ -61,8 +75,9 @@ class LongJob:
         return self.status()
 
     def _almost_over(self) -> bool:
-        progress = self.status().get("progress") or {}
-        return int(progress.get("step", 0)) > STEPS - ENOUGH_STEPS
+        # What the server says: status may be ten seconds behind it.
+        ended = self.status().get("phase") in END
+        return ended or self.jobs.step_of(self.name) > self._steps - self._enough
 
     @contextmanager
     def losing(self, *seats: str) -> Iterator[str]:
@@ -70,6 +85,10 @@ class LongJob:
 
         Nobody else was touched, and status tells what it cost.
         """
+        with self._calm():
+            yield from self._losing(seats)
+
+    def _losing(self, seats: tuple[str, ...]) -> Iterator[str]:
         before = self.trains()
         # Not those of an earlier loss that are on their way out.
         counted = {m["pod"] for m in before["members"]}
@@ -101,10 +120,18 @@ class LongJob:
             raise AssertionError(f"{self.name} ended: {json.dumps(status)[:3000]}")
         return status if status["phase"] == "Running" and lost == set(seats) else None
 
+    def replaced(self, server: int, number: int) -> None:
+        """Wait until it is decided that a server's incarnation is not the last."""
+        self.jobs.cluster.until(
+            lambda: incarnations(self.status(), Role.SERVER)[server] > number,
+            f"server {server} is being replaced",
+            SECONDS,
+        )
+
     def ended(self) -> dict[str, Any]:
         """Wait until it succeeds; returns its status."""
         if not self._number:
             self.trains()
         status = self.jobs.ended(self.name)
-        assert status["progress"]["step"] >= STEPS
+        assert status["progress"]["step"] >= self._steps
         return status

@@ -300,10 +300,24 @@ def uninstall(made: Cluster) -> None:
 
 
 @contextmanager
-def locked(folder: Path, name: str = "lock") -> Iterator[None]:
-    """Keep the other processes of this test run out."""
+def locked(folder: Path, name: str = "lock", *, shared: bool = False) -> Iterator[None]:
+    """Keep the other processes of this test run out; `shared`: only those that are not."""
     with (folder / name).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def operator_away(folder: Path) -> Iterator[None]:
+    """Do to the operator what `operator_stays` of other processes must not see."""
+    with locked(folder, "operator.lock"):
+        yield
+
+
+@contextmanager
+def operator_stays(folder: Path) -> Iterator[None]:
+    """What a job learns while a server is away is not measured while the operator is, too."""
+    with locked(folder, "operator.lock", shared=True):
         yield
 
 

@@ -91,12 +91,11 @@ class JobNamespace:
         return {p["metadata"]["name"]: p["metadata"]["uid"] for p in found["items"]}
 
     def reached(self, name: str, step: int) -> bool:
-        """Whether a running job made that many steps."""
+        """Whether a job runs and its first server is at a step; it must not have ended."""
         status = self.status(name)
         if status.get("phase") in END:
             raise AssertionError(f"{name} ended: {json.dumps(status)[:3000]}")
-        progress = status.get("progress") or {}
-        return status.get("phase") == "Running" and progress.get("step", 0) >= step
+        return status.get("phase") == "Running" and self.step_of(name) >= step
 
     def step_of(self, name: str) -> float:
         """Return a live server's own step, from its metrics: fresher than status."""

@@ -303,6 +303,8 @@ class Job:
         while self.batch < total or self._come_back():
             if self.stopped is not None:
                 return
+            if self.batch >= total:
+                continue  # sent back to a cut that has all of this worker's batches
             before, self._batch_generation = self.batch, self._generation
             if in_phases:
                 self.barrier()
