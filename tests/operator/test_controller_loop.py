@@ -130,16 +130,19 @@ def test_what_was_written_is_told_though_an_act_fails(world: LiveWorld) -> None:
     assert sorted(e.reason for e in substrate.events) == told
 
 
-def test_what_was_written_is_told_though_the_answer_was_lost(world: LiveWorld) -> None:
+def test_what_was_written_is_told_and_counted_though_the_answer_was_lost(world: LiveWorld) -> None:
     substrate = LiveSubstrate(world)
     write = substrate.write_status
+    told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
     fallen: list[str] = []
     lost: list[int] = []
+    """How many recoveries had ended in each write whose answer is lost."""
 
     async def unanswered(job: TrainingJob, status: TrainingJobStatus) -> TrainingJob:
         written = await write(job, status)
-        if status.recovery is not None and not lost:
-            lost.append(status.epoch)
+        ended = len(status.recoveries)
+        if (status.recovery is not None or ended) and ended not in lost:
+            lost.append(ended)
             raise ClusterError("the API server did not answer")
         return written
 
@@ -149,13 +152,18 @@ def test_what_was_written_is_told_though_the_answer_was_lost(world: LiveWorld) -
             fallen.append("server-1")
             world.fall(fallen[0])
             return False
-        return bool(fallen) and recovered(world)
+        return bool(fallen) and recovered(world) and len(substrate.events) == len(told)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(substrate, "write_status", unanswered)
-        operate(substrate, over)
-    assert lost
-    told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
+        operator = operate(substrate, over)
+    assert lost == [0, 1]
+    count = operator.metrics.registry.get_sample_value
+    labels = {"strategy": "Freshest", "cause": "ServerLost"}
+    assert count("daruma_recovery_seconds_count", labels) == 1
+    (loss,) = world.status.recoveries[0].losses
+    labels = {"namespace": KEY.namespace, "role": "Server", "cause": loss.reason}
+    assert count("daruma_pod_failures_total", labels) == 1
     assert sorted(e.reason for e in substrate.events) == told
 
 

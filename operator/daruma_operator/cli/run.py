@@ -67,7 +67,6 @@ def run(options: RunOptions, environment: Mapping[str, str]) -> int:
         substrate = ProcessSubstrate(job, out, environment, ports)
         one = _Run(substrate, JobKey(job.namespace, job.name), kills, console)
         report, phase = asyncio.run(one.to_the_end(out))
-        write_report(out, report)
     if options.json:
         print(json.dumps(report, indent=2))
     else:
@@ -128,7 +127,10 @@ class _Run:
         self.interrupted = False
 
     async def to_the_end(self, out: Path) -> tuple[dict[str, Any], Phase | None]:
-        """Run until the job is final, or was interrupted; nothing that was started remains."""
+        """Run until the job is final, or was interrupted, and write the report.
+
+        Nothing that was started remains.
+        """
         loop = asyncio.get_running_loop()
         self._started = loop.time()
         self._substrate.open()
@@ -150,6 +152,7 @@ class _Run:
             await self._substrate.close(0.0 if self._aborted.is_set() else _GRACE_SECONDS)
         job = self._substrate.job
         report = self._recorder.report(job, self._seconds(), interrupted=self.interrupted)
+        write_report(out, report)  # while nobody can interrupt it
         return report, job.status.phase
 
     async def _wait(self) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import perf_counter
 
+from daruma_operator.api.job import TrainingJob
+from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.controller.agents import Agents
 from daruma_operator.controller.apply import apply
 from daruma_operator.controller.decide import Decision, decide
@@ -72,6 +74,8 @@ class Controller:
         self._errors: dict[JobKey, int] = {}
         self._known: dict[JobKey, str] = {}
         """Uids of jobs of which this operator has told what the one before may not have."""
+        self._unanswered: dict[JobKey, tuple[TrainingJob, TrainingJobStatus]] = {}
+        """Jobs as they were before a status write whose answer has not come, and what was to be."""
 
     def enqueue(self, key: JobKey) -> None:
         """Ask for a pass: something about the job may have changed. From the loop's thread."""
@@ -144,8 +148,13 @@ class Controller:
             self._agents.forget(key)
             self._queue.forget(key)
             self._known.pop(key, None)
+            self._unanswered.pop(key, None)
             self._metrics.note_job(key.namespace, key.name, None)
             return
+        if unanswered := self._unanswered.pop(key, None):
+            before, wanted = unanswered
+            if (job.uid, job.status) == (before.uid, wanted):
+                self._count(key, before, wanted)
         pods = tuple(await self._substrate.list_pods(job))
         talk = self._agents.talk(key, job.uid) or self._agents.begin(
             key, job.uid, await self._substrate.token(job)
@@ -158,10 +167,10 @@ class Controller:
         if decision.status != job.status:
             # It may be written though the answer is lost: then the next pass tells of it.
             self._known.pop(key, None)
+            self._unanswered[key] = job, decision.status
             written = await self._substrate.write_status(job, decision.status)
-            self._metrics.note_write(
-                key.namespace, job.status, decision.status, job.spec.run_policy.backoff_limit
-            )
+            del self._unanswered[key]
+            self._count(key, job, decision.status)
             if decision.reason != job.status.reason or decision.phase != job.status.phase:
                 LOG.info("%s: %s, %s: %s", key, decision.phase, decision.reason, decision.message)
             job = written
@@ -183,3 +192,8 @@ class Controller:
             self._queue.add_after(key, decision.after)
         if decision.final:
             self._agents.forget(key)
+
+    def _count(self, key: JobKey, before: TrainingJob, status: TrainingJobStatus) -> None:
+        """Count what a status that was written changed."""
+        limit = before.spec.run_policy.backoff_limit
+        self._metrics.note_write(key.namespace, before.status, status, limit)
