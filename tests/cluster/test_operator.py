@@ -42,7 +42,7 @@ def long(operated: Cluster, run_folder: Path) -> Iterator[LongJob]:
     """The job whose recoveries the operator does not survive, so that they take longer."""
     with job_namespace(operated, "operator") as jobs:
         away = partial(operator_away, run_folder)
-        yield LongJob(jobs, "at", away, enough=200, servers=2, workers=1, steps=600)
+        yield LongJob(jobs, "at", away, enough=100, servers=2, workers=1, steps=300, think_ms="200")
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,12 @@ def guests(status: dict[str, Any]) -> list[int]:
 
 def test_two_of_four_are_adopted_and_return_and_then_all_four_are_lost(jobs: JobNamespace) -> None:
     # It must not end while another test has the operator away, for however long that takes.
-    endless = 1_000_000
+    endless, think_ms = 1_000_000, "300"
+    recovery = {"placement": "Adopt"}
     jobs.cluster.apply(
-        jobs.manifest("adopt", servers=4, steps=endless, recovery={"placement": "Adopt"})
+        jobs.manifest("adopt", servers=4, steps=endless, think_ms=think_ms, recovery=recovery)
     )
-    jobs.at_step("adopt", 20)
+    jobs.at_step("adopt", 10)
     before = jobs.pods("adopt")
     delete(jobs, "adopt", 1, 3)
 
@@ -66,7 +67,7 @@ def test_two_of_four_are_adopted_and_return_and_then_all_four_are_lost(jobs: Job
     status = jobs.cluster.until(all_back, "all four are back", 120)
     assert {r["outcome"] for r in status["recoveries"]} == {"Succeeded"}
     assert status["restarts"]["workers"] == 0
-    jobs.at_step("adopt", status["progress"]["step"] + 10)
+    jobs.at_step("adopt", status["progress"]["step"] + 5)
 
 
 def test_two_of_four_are_restored_from_s3(jobs: JobNamespace) -> None:

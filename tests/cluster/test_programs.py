@@ -2,14 +2,14 @@
 
 import parts
 from members import kill
-from testjobs import THINK_MS, JobNamespace
+from testjobs import JobNamespace
 
 from daruma_trainer.contract import Role
 
 PROGRAMS = {
-    "mf": (["--data", "synthetic:60,50,3,1500", "--iterations", "60", "--rank", "3"], 0.5),
-    "lda": (["--data", "synthetic:60,100,4,30", "--sweeps", "120", "--topics", "4"], 4.2),
-    "cnn": (["--data", "synthetic:400,8,4", "--steps", "150", "--lr", "0.004"], 1.2),
+    "mf": (["--data", "synthetic:60,50,3,1500", "--iterations", "30", "--rank", "3"], 0.5),
+    "lda": (["--data", "synthetic:60,100,4,30", "--sweeps", "60", "--topics", "4"], 4.2),
+    "cnn": (["--data", "synthetic:400,8,4", "--steps", "80", "--lr", "0.004"], 1.2),
 }
 """Arguments, and a loss above that of every end, below that of every beginning."""
 
@@ -24,7 +24,7 @@ def test_each_program_goes_on_after_it_lost_a_server(jobs: JobNamespace) -> None
                 program={
                     "image": parts.tag("worker"),
                     "command": ["python", "-m", f"daruma_trainer.programs.{name}"],
-                    "args": [*arguments, "--think-ms", THINK_MS],
+                    "args": [*arguments, "--think-ms", "200"],
                 },
             )
             for name, (arguments, _) in PROGRAMS.items()

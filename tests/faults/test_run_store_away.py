@@ -77,7 +77,7 @@ def until(folder: Path, what: str, true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE
     while not true():
         assert time.monotonic() < deadline, f"{what}\n{(folder / 'output').read_text()}"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def told(folder: Path, words: str) -> bool:

@@ -6,6 +6,7 @@ its arrays in that order, so each slot is one contiguous range of rows.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -53,7 +54,7 @@ class TableSpec:
     @property
     def cols(self) -> int:
         """Elements of a row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64))
+        return math.prod(self.shape[1:])
 
     @property
     def blocks(self) -> int:

@@ -70,6 +70,9 @@ class Kind(IntEnum):
     """All workers reached the end of their batches: no rollback brings anybody back any more."""
 
 
+_KINDS = frozenset(Kind)
+
+
 class Refusal(IntEnum):
     """Why a request was refused; in the header's `flags`."""
 
@@ -112,7 +115,7 @@ class Header:
         magic, kind, flags, _, generation, request, epoch, incarnation = HEADER.unpack(frames[0])
         if magic != MAGIC:
             raise MalformedError("not a message of this protocol's version")
-        if kind not in set(Kind):
+        if kind not in _KINDS:
             raise MalformedError(f"no message kind {kind}")
         return cls(Kind(kind), request, epoch, incarnation, generation, flags)
 

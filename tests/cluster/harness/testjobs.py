@@ -44,7 +44,14 @@ class JobNamespace:
         """A folder that is the same here and where the cluster can be reached."""
 
     def manifest(
-        self, name: str, *, servers: int = 3, workers: int = 2, steps: int = STEPS, **spec: Any
+        self,
+        name: str,
+        *,
+        servers: int = 3,
+        workers: int = 2,
+        steps: int = STEPS,
+        think_ms: str = THINK_MS,
+        **spec: Any,
     ) -> dict[str, Any]:
         """Return a job of a regression on synthetic data; `spec` overrides whole parts.
 
@@ -59,7 +66,7 @@ class JobNamespace:
                 "program": {
                     "image": parts.tag("worker"),
                     "command": ["python", "-c", SOFTMAX.read_text()],
-                    "args": [str(steps), DATA, RATE, THINK_MS],
+                    "args": [str(steps), DATA, RATE, think_ms],
                 },
                 "servers": {"replicas": servers, "image": parts.tag("server")},
                 "workers": {"replicas": workers},

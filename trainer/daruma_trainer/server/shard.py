@@ -80,6 +80,8 @@ class Shard:
     def row_offsets(self, table: int, k: Ints) -> Ints:
         """Where each slot of `k` begins in an array of just these slots; one more than slots."""
         rows = self.tables[table].layout.slot_rows
+        if len(k) and k[-1] - k[0] == len(k) - 1:
+            return np.asarray(rows[k[0] : k[-1] + 2] - rows[k[0]])
         return np.concatenate([[0], np.cumsum(rows[k + 1] - rows[k])])
 
     def check(self, parts: Sequence[TablePush], k: Ints) -> str | None:
@@ -224,9 +226,14 @@ def _ascending(rows: Ints, limit: int) -> bool:
 
 
 def _consecutive(k: Ints, chosen: Ints) -> list[tuple[int, int]]:
-    """Ranges [a, b) of `k` that are all chosen and follow each other in the shard."""
+    """Ranges [a, b) of `k` that are all chosen and follow each other in the shard.
+
+    Both ascend, each number once.
+    """
     if not len(chosen):
         return []
+    if k[chosen[-1]] - k[chosen[0]] == len(chosen) - 1:
+        return [(int(chosen[0]), int(chosen[-1]) + 1)]
     breaks = np.flatnonzero((np.diff(chosen) != 1) | (np.diff(k[chosen]) != 1)) + 1
     starts = [0, *breaks.tolist()]
     stops = [*breaks.tolist(), len(chosen)]

@@ -27,6 +27,9 @@ class SlotState(IntEnum):
     READY = 2
 
 
+_READY = np.uint8(SlotState.READY)
+
+
 class Slots:
     """The slots of one shard, in ascending order; `k` below is an index into that order.
 
@@ -45,10 +48,12 @@ class Slots:
     @property
     def ready(self) -> NDArray[np.bool_]:
         """Which slots serve; shape (n,)."""
-        return np.equal(self.state, SlotState.READY)
+        return np.equal(self.state, _READY)
 
     def index_of(self, ids: Ints) -> Ints:
         """Return the index of each slot id, or −1 for one that is not of this shard."""
+        if np.array_equal(ids, self.ids):
+            return np.arange(len(ids))  # nearly always all of them
         k = np.searchsorted(self.ids, ids)
         k[k == len(self.ids)] = 0
         return np.where(self.ids[k] == ids, k, -1) if len(self.ids) else np.full(len(ids), -1)
@@ -100,9 +105,10 @@ class Slots:
 
     def vectors(self, k: Ints) -> tuple[Ints, Ints, NDArray[np.uint64]]:
         """Return the distinct applied vectors of the slots `k`: (index per slot, last, window)."""
-        both = np.hstack([self.last[k], self.window[k].view(np.int64)])
-        if len(k) and (both == both[0]).all():
-            return np.zeros(len(k), np.int64), self.last[k[:1]], self.window[k[:1]]
+        last, window = self.last[k], self.window[k]
+        if len(k) and (last == last[0]).all() and (window == window[0]).all():
+            return np.zeros(len(k), np.int64), last[:1], window[:1]
+        both = np.hstack([last, window.view(np.int64)])
         unique, index = np.unique(both, axis=0, return_inverse=True)
         workers = self.last.shape[1]
         window = np.ascontiguousarray(unique[:, workers:]).view(np.uint64)
