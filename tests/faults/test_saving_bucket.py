@@ -13,7 +13,7 @@ from faulty_proxy import Fault, faulty_proxy
 from s3_server import environment
 from saving_world import ROWS, World
 
-BRIEF = Patience(silence=10.0, retrying=3.0)
+BRIEF = Patience(silence=4.0, retrying=3.0)
 
 
 def world_of(store: Store, folder: Path) -> World:
