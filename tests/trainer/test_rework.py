@@ -305,6 +305,7 @@ def test_the_page_is_made_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     assert "| toy: reduction by Priority" in made
     assert "exactly 0 | 0 | met" in made
     assert "](rework/toy.svg)" in made
+    assert "Not measured in this run: mlr, mf, cnn, lda." in made
     assert "0 violations in 18 | 0 | met" in made
 
 

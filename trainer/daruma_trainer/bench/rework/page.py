@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from daruma_trainer.bench.rework.arms import LOST, SERVERS, Copy
+from daruma_trainer.bench.rework.catalogue import PROGRAMS
 from daruma_trainer.bench.rework.findings import bars, findings
 from daruma_trainer.bench.rework.trial import CAP, PILOTS, TARGET
 
@@ -54,6 +55,8 @@ def page(result: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         + (" (`--quick`: a small part, with wide intervals)." if result["quick"] else "."),
         "",
     ]
+    if left := [p for p in PROGRAMS if p not in {x["program"] for x in result["programs"]}]:
+        lines += [f"Not measured in this run: {', '.join(left)}.", ""]
     lines += bars(result)
     for program in result["programs"]:
         lines += _program(program, plots.get(program["program"]))
