@@ -40,7 +40,8 @@ class ClusterArena:
             self.placement = str(made["spec"].get("recovery", {}).get("placement", "Replace"))
         except (KeyError, TypeError, ValueError) as error:
             raise BenchError(f"{manifest} is not one TrainingJob: {error!r}") from error
-        self._records: list[dict[str, Any]] = []
+        self._records: dict[int, dict[str, Any]] = {}
+        """By id: status keeps the newest ten, and a hand-back is one, too."""
         self._token = ""
 
     @contextlib.contextmanager
@@ -50,7 +51,7 @@ class ClusterArena:
         try:
             self._until_trained()
             yield
-            self._records = self._status()["recoveries"]
+            self._status()
         finally:
             self._kubectl("delete", "-f", str(self._manifest), "--timeout=60s")
 
@@ -68,11 +69,12 @@ class ClusterArena:
 
     def records(self) -> list[dict[str, Any]]:
         """See Arena."""
-        return self._records
+        return [record for _, record in sorted(self._records.items())]
 
     def _status(self) -> dict[str, Any]:
         text = self._kubectl("get", "tj", self._name, "-n", self._namespace, "-o", "json")
         found: dict[str, Any] = json.loads(text).get("status", {})
+        self._records |= {r["id"]: r for r in found.get("recoveries", [])}
         return found
 
     def _read_token(self) -> str:
