@@ -1,5 +1,6 @@
 """A server's saves in a bucket: whole after every save, and training goes on when it fails."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from daruma_trainer.checkpoint.manifest import newest_cut, newest_manifest
 from daruma_trainer.checkpoint.objects import Patience, open_objects
 from daruma_trainer.checkpoint.reading import read_blocks
 from daruma_trainer.checkpoint.store import Store, open_store
-from faulty_proxy import Fault, faulty_proxy
+from faulty_proxy import Fault, FaultyProxy, faulty_proxy
 from s3_server import environment
 from saving_world import ROWS, World
 
@@ -58,52 +59,64 @@ def test_the_newest_save_reads_back(
     assert sum(n.startswith("segment-") for n in names) < 12, "old segments go"
 
 
+@pytest.fixture
+def direct(s3: str) -> Store:
+    """The bucket as it is, whatever becomes of the way to it."""
+    return open_store(s3)
+
+
+@pytest.fixture
+def proxy(direct: Store, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """What stands before every store that is opened from here on."""
+    with faulty_proxy(s3_port) as found:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", environment(found.port)["AWS_ENDPOINT_URL"])
+        yield found
+
+
+@pytest.fixture
+def world(s3: str, proxy: FaultyProxy, tmp_path: Path) -> World:
+    """Saves through the proxy, and does not wait for long."""
+    return world_of(open_objects(s3, BRIEF), tmp_path)
+
+
 @pytest.mark.parametrize("fault", [Fault.SILENT, Fault.UNAVAILABLE, Fault.CUT_REQUEST, Fault.FULL])
 def test_training_goes_on_while_the_bucket_fails(
-    fault: Fault, s3: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Fault, s3: str, direct: Store, proxy: FaultyProxy, world: World
 ) -> None:
-    direct = open_store(s3)
-    with faulty_proxy(s3_port) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", environment(proxy.port)["AWS_ENDPOINT_URL"])
-        world = world_of(open_objects(s3, BRIEF), tmp_path)
-        world.begin()
-        world.background.run()
+    world.begin()
+    world.background.run()
+    train(world)
+    before = saved(world, direct)
+    proxy.fail(fault)
+    train(world)
+    assert world.saver.error is not None
+    assert s3 in world.saver.error
+    assert world.plane.step == 2
+    # What was durable is so still, and nothing that is half there is found.
+    after = saved(world, direct)
+    assert after[0] == before[0]
+    assert np.array_equal(after[1], before[1])
+    proxy.heal()
+    for _ in range(4):
         train(world)
-        before = saved(world, direct)
-        proxy.fail(fault)
-        train(world)
-        assert world.saver.error is not None
-        assert s3 in world.saver.error
-        assert world.plane.step == 2
-        # What was durable is so still, and nothing that is half there is found.
-        after = saved(world, direct)
-        assert after[0] == before[0]
-        assert np.array_equal(after[1], before[1])
-        proxy.heal()
-        for _ in range(4):
-            train(world)
-        assert world.saver.error is None
-        step, values = saved(world, direct)
-        assert step == world.plane.step == 6
-        # What could not be saved was not forgotten: by now every block was.
-        assert values.min() > 1
+    assert world.saver.error is None
+    step, values = saved(world, direct)
+    assert step == world.plane.step == 6
+    # What could not be saved was not forgotten: by now every block was.
+    assert values.min() > 1
 
 
 @pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.LOST_ANSWER])
 def test_a_result_that_failed_at_its_last_request_is_saved_when_it_is_asked_for_again(
-    fault: Fault, s3: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Fault, direct: Store, proxy: FaultyProxy, world: World
 ) -> None:
-    direct = open_store(s3)
-    with faulty_proxy(s3_port) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", environment(proxy.port)["AWS_ENDPOINT_URL"])
-        world = world_of(open_objects(s3, BRIEF), tmp_path)
-        proxy.fail(fault, method="PUT", path="/cuts/")
-        world.cuts.take_final("9-9")
-        world.background.run()
-        assert world.cuts.final is None
-        proxy.heal()
-        world.cuts.take_final("9-9")
-        world.background.run()
+    proxy.fail(fault, method="PUT", path="/cuts/")
+    world.cuts.take_final("9-9")
+    world.background.run()
+    assert world.cuts.final is None
+    proxy.heal()
+    world.cuts.take_final("9-9")
+    world.background.run()
     assert world.cuts.final == f"{world.membership.prefix}/cuts/9-9.json"
     found = newest_cut(direct, world.membership.prefix)
     assert found is not None
