@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import parts
@@ -31,13 +32,20 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
 
 
 @pytest.fixture(scope="session")
-def k8s(run_folder: Path) -> Iterator[Cluster]:
+def until_the_end() -> Iterator[ExitStack]:
+    """What this process must hold until all of its tests are done."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="package")
+def k8s(run_folder: Path, until_the_end: ExitStack) -> Iterator[Cluster]:
     """A real Kubernetes, without Daruma unless another test installed it."""
-    with shared(run_folder) as made:
+    with shared(run_folder, until_the_end) as made:
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def operated(k8s: Cluster, run_folder: Path) -> Cluster:
     """The same, with the operator installed by the real Helm from the chart."""
     return installed(k8s, run_folder)

@@ -140,7 +140,7 @@ def images() -> list[Path]:
 
 
 def store() -> Path:
-    """Return a root folder of containerd with our images, unpacked once for all nodes to link."""
+    """Return a root folder of containerd with our images, unpacked once for all nodes."""
     archives = [pause(), *images()]
 
     def build(folder: Path) -> None:
@@ -166,6 +166,33 @@ def store() -> Path:
             )  # fmt: skip
 
     return _made("store", [str(archive).encode() for archive in archives], build) / "root"
+
+
+@contextmanager
+def used_store() -> Iterator[Path]:
+    """Give the store to nodes that link its layers; it is not removed before the block ends."""
+    while (held := _lock((found := store()).parent, fcntl.LOCK_SH)) is None:
+        pass
+    try:
+        yield found
+    finally:
+        os.close(held)
+
+
+def _lock(folder: Path, how: int) -> int | None:
+    """Lock a folder until what is returned is closed; None: it is gone, or in use (LOCK_NB)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, how)
+        if folder.exists():
+            return handle
+    except BlockingIOError:
+        pass
+    os.close(handle)
+    return None
 
 
 def _changed(path: Path) -> float:
@@ -297,9 +324,16 @@ def _made(name: str, inputs: Iterable[bytes], build: Callable[[Path], None]) -> 
         if name in (*IMAGES, "store"):
             for old in folder.parent.glob("[0-9a-f]*"):
                 if old not in (partial, folder):
-                    shutil.rmtree(old, ignore_errors=True)
+                    _remove_unused(old)
         partial.rename(folder)
     return folder
+
+
+def _remove_unused(folder: Path) -> None:
+    held = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if held is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 @contextmanager

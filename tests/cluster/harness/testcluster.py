@@ -68,6 +68,7 @@ class Cluster:
         environment: Mapping[str, str],
         folder: Path | None,
         proxy: str = "",
+        init: int = 0,
     ) -> None:
         self.prefix = prefix
         """What runs a command where the cluster can be reached."""
@@ -76,6 +77,8 @@ class Cluster:
         self._proxy = proxy
         self.folder = folder
         """Of our own cluster: logs, pids and volumes. None for somebody else's."""
+        self._init = init
+        """Pid of the first process of our own cluster: all others end with it."""
 
     def run(
         self,
@@ -98,6 +101,7 @@ class Cluster:
         return {
             "prefix": self.prefix, "kubectl": self._kubectl, "environment": self._environment,
             "folder": None if self.folder is None else str(self.folder), "proxy": self._proxy,
+            "init": self._init,
         }  # fmt: skip
 
     def kubectl(
@@ -194,6 +198,11 @@ class Cluster:
         os.kill(pids[0], number)
         return pids[0]
 
+    def end(self) -> None:
+        """Stop all of a cluster of our own; who started it removes what is left."""
+        if self._init:
+            os.kill(self._init, signal.SIGKILL)
+
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
@@ -201,8 +210,13 @@ def cluster() -> Iterator[Cluster]:
     if os.environ.get("KUBECONFIG"):
         with Cluster([], ["kubectl"], os.environ, None).proxied() as made:
             yield made
-        return
-    store = parts.store()
+    else:
+        with parts.used_store() as store, _own_cluster(store) as made:
+            yield made
+
+
+@contextmanager
+def _own_cluster(store: Path) -> Iterator[Cluster]:
     _sweep()
     folder = Path(tempfile.mkdtemp(prefix="daruma-cluster-"))
     (folder / "owner").write_text(str(os.getpid()))
@@ -235,35 +249,52 @@ def cluster() -> Iterator[Cluster]:
 
 
 @contextmanager
-def shared(folder: Path) -> Iterator[Cluster]:
+def shared(folder: Path, until_the_end: contextlib.ExitStack) -> Iterator[Cluster]:
     """Give the one cluster of all processes that name this folder.
 
-    The first to come starts it, and stays until the others have left; with it the cluster ends.
+    The first to come starts it, the last to leave ends it, whoever that is. The first must stay
+    for as long (`until_the_end`): what it started ends with it.
     """
     me = folder / "users" / str(os.getpid())
+    note = folder / "cluster.json"
     with locked(folder):
         me.parent.mkdir(exist_ok=True)
         me.touch()
-        note = folder / "cluster.json"
         if note.exists():
             raw = json.loads(note.read_text())
             raw["folder"] = raw["folder"] and Path(raw["folder"])
-            made, own = Cluster(**raw), None
+            made = Cluster(**raw)
         else:
-            own = contextlib.ExitStack()
-            made = own.enter_context(cluster())
+            made = until_the_end.enter_context(cluster())
+            until_the_end.callback(_until_left, folder)
             note.write_text(json.dumps(made.to_json()))
     try:
         yield made
     finally:
-        me.unlink()
-        if own is not None:
-            with own:
-                made.until(lambda: not _users(folder), "the others are done", SHARED_SECONDS)
-                made.until(lambda: not made.get("namespaces", selector=TEST)["items"],
-                           "the tests' namespaces are gone")  # fmt: skip
-                if (folder / "installed").exists():
-                    uninstall(made)
+        with locked(folder):
+            me.unlink()
+            if not _users(folder):
+                note.unlink()
+                _end(made, folder)
+
+
+def _end(made: Cluster, folder: Path) -> None:
+    try:
+        made.until(lambda: not made.get("namespaces", selector=TEST)["items"],
+                   "the tests' namespaces are gone")  # fmt: skip
+        if (folder / "installed").exists():
+            (folder / "installed").unlink()
+            uninstall(made)
+    finally:
+        made.end()
+
+
+def _until_left(folder: Path) -> None:
+    end = time.monotonic() + SHARED_SECONDS
+    while _users(folder):
+        if time.monotonic() > end:
+            raise AssertionError(f"the cluster is in use for {SHARED_SECONDS:.0f} s more")
+        time.sleep(0.5)
 
 
 def installed(made: Cluster, folder: Path) -> Cluster:
@@ -363,11 +394,12 @@ def _reach(
         if process.poll() is not None or time.monotonic() > end:
             raise AssertionError(f"the cluster did not come up: {(folder / 'up.log').read_text()}")
         time.sleep(0.1)
-    prefix = ["nsenter", "--target", _inside(process)[0], "--mount", "--net", "--pid", "--"]
+    init = _inside(process)[0]
+    prefix = ["nsenter", "--target", init, "--mount", "--net", "--pid", "--"]
     kubectl = [environment["KUBE"], "kubectl", "--kubeconfig", f"{folder}/root/admin.kubeconfig"]
     reach = {**environment, "KUBECONFIG": f"{folder}/root/admin.kubeconfig"}
     reach["KUBECTL"] = " ".join(kubectl)
-    with Cluster(prefix, kubectl, reach, folder).proxied() as made:
+    with Cluster(prefix, kubectl, reach, folder, init=int(init)).proxied() as made:
         made.until(lambda: _ready_nodes(made) == 2, "two nodes are Ready")
         yield made
 

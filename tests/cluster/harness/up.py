@@ -271,18 +271,21 @@ def cgroup(name: str) -> str:
 def link_store(store: pathlib.Path, target: pathlib.Path) -> None:
     """Give a node its images: links to what was unpacked once; copies of the databases alone.
 
-    Layers and blobs are never written again, so nodes may share them. Where links are not
-    possible (the cache lies on another file system) they are copied.
+    Layers and blobs are never written again, so nodes may share them; to remove one removes its
+    link.
     """
-    linked = subprocess.run(
-        ["cp", "-al", str(store), str(target)], capture_output=True, check=False
-    )
-    if linked.returncode:
-        shutil.rmtree(target, ignore_errors=True)
-        subprocess.run(["cp", "-a", str(store), str(target)], check=True)
-    for database in [*target.glob("*/*.db"), *target.glob("*.db")]:
-        database.unlink()
-        shutil.copy2(store / database.relative_to(target), database)
+    shared = [
+        store / "io.containerd.content.v1.content/blobs/sha256",
+        store / "io.containerd.snapshotter.v1.overlayfs/snapshots",
+    ]
+
+    def linked(folder: str, names: list[str]) -> list[str]:
+        return names if pathlib.Path(folder) in shared else []
+
+    shutil.copytree(store, target, ignore=linked)
+    for folder in shared:
+        for entry in folder.iterdir():
+            (target / entry.relative_to(store)).symlink_to(entry)
 
 
 def node(i: int) -> None:
