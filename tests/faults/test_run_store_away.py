@@ -30,14 +30,15 @@ LOST = "shard-0001/00000001/"
 
 @contextmanager
 def running(
-    folder: Path, store: str, recovery: dict[str, Any], *arguments: str, steps: int = STEPS
+    folder: Path, store: str, recovery: dict[str, Any], *arguments: str, think_ms: int = 10
 ) -> Iterator[subprocess.Popen[str]]:
+    command = ["python", softmax.__file__, str(STEPS), "digits", "0.5", str(think_ms)]
     manifest = {
         "apiVersion": "daruma.dev/v1alpha1",
         "kind": "TrainingJob",
         "metadata": {"name": "toy"},
         "spec": {
-            "program": {"image": "none", "command": ["python", softmax.__file__, str(steps)]},
+            "program": {"image": "none", "command": command},
             "servers": {"replicas": 2},
             "workers": {"replicas": 2},
             "checkpoint": {"store": store, "every": 32, "fraction": 0.25},
@@ -90,12 +91,12 @@ def logged(folder: Path, words: str) -> bool:
     return words in (folder / "out" / "logs" / "daruma.log").read_text()
 
 
-def ended(folder: Path, process: subprocess.Popen[str], steps: int = STEPS) -> dict[str, Any]:
+def ended(folder: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
     """Wait for the end, with nothing left and no step lost; returns the report."""
     assert process.wait(DEADLINE) == 0, (folder / "output").read_text()
     assert left_by(folder) == []
     found: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
-    assert (found["phase"], found["steps"]) == ("Succeeded", steps)
+    assert (found["phase"], found["steps"]) == ("Succeeded", STEPS)
     assert found["metrics"]["test_accuracy"] >= 0.9
     return found
 
@@ -112,7 +113,7 @@ def saved_steps(store: Store) -> list[int]:
 def test_training_outlives_its_store_and_saves_catch_up(
     tmp_path: Path, s3: str, direct: Store, proxy: FaultyProxy
 ) -> None:
-    with running(tmp_path, s3, {"strategy": "Partial"}, steps=400) as process:
+    with running(tmp_path, s3, {"strategy": "Partial"}, think_ms=40) as process:
         until(tmp_path, "a save", lambda: told(tmp_path, "step ") and min(saved_steps(direct)) > 0)
         proxy.fail(Fault.REFUSED)
         until(tmp_path, "a failed save is told", lambda: told(tmp_path, "CheckpointFailed: "))
@@ -123,9 +124,9 @@ def test_training_outlives_its_store_and_saves_catch_up(
             lambda: all(new > old for new, old in zip(saved_steps(direct), before, strict=True)),
         )  # fmt: skip
         assert process.poll() is None, "these are no saves of the end"
-        found = ended(tmp_path, process, 400)
+        found = ended(tmp_path, process)
     assert found["recoveries"] == []
-    assert found["pushes"]["applied"] == 2 * 400
+    assert found["pushes"]["applied"] == 2 * STEPS
     assert found["pushes"]["lost"] == 0
 
 

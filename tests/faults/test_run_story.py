@@ -32,7 +32,7 @@ metadata: {name: toy}
 spec:
   program:
     image: none
-    command: [python, PROGRAM]
+    command: [python, PROGRAM, "STEPS", digits, "0.5", "THINK"]
   servers: {replicas: 3}
   workers: {replicas: 2}
   checkpoint: {store: "file:///saves", every: 32, fraction: 0.25}
@@ -49,12 +49,14 @@ def running(
     folder: Path,
     *arguments: str,
     steps: int = STEPS,
+    think_ms: int = 10,
     mode: str = "Async",
     program: str = SOFTMAX,
     placement: str = "Replace",
 ) -> Iterator[subprocess.Popen[str]]:
     manifest = folder / "toy.yaml"
-    text = MANIFEST.replace("PROGRAM", f'{program}, "{steps}"').replace("MODE", mode)
+    text = MANIFEST.replace("PROGRAM", program).replace("STEPS", str(steps))
+    text = text.replace("THINK", str(think_ms)).replace("MODE", mode)
     manifest.write_text(text.replace("PLACEMENT", placement))
     command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
     with (folder / "output").open("w") as output:
@@ -178,9 +180,9 @@ def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> Non
 @pytest.mark.parametrize("mode", ["Async", "Sync"])
 def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> None:
     # Where workers go on without the server, they must not be done before its slots return.
-    steps = 300 if mode == "Async" else STEPS
+    think_ms = 80 if mode == "Async" else 10
     kill = ("--kill", "server-2@step=5")
-    with running(tmp_path, *kill, mode=mode, placement="Adopt", steps=steps) as it:
+    with running(tmp_path, *kill, mode=mode, placement="Adopt", think_ms=think_ms) as it:
         assert ended(tmp_path, it) == 0, output(tmp_path)
     found = report(tmp_path)
     causes = [(r["cause"], r["placement"], r["indexes"]) for r in found["recoveries"]]
@@ -193,7 +195,7 @@ def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> 
     assert all(
         r["pushes"]["lost"] == 0 for r in (handed if mode == "Async" else found["recoveries"])
     )
-    assert (found["phase"], found["steps"]) == ("Succeeded", steps)
+    assert (found["phase"], found["steps"]) == ("Succeeded", STEPS)
     assert found["metrics"]["test_accuracy"] >= 0.9
 
 
