@@ -21,7 +21,7 @@ from s3_server import environment
 
 pytestmark = pytest.mark.faults
 DEADLINE = 120.0
-STEPS = 200
+STEPS = 130
 PATIENCE = "0.5"
 """Seconds that an operation on the store may take."""
 LOST = "shard-0001/00000001/"

@@ -9,12 +9,12 @@ anything it does not understand, before it allocates.
 import hashlib
 import hmac
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import lru_cache
 from typing import Any, Final
 
-from daruma_trainer.parsing import ContractError, parse_message
+from daruma_trainer.parsing import ContractError, parse_message, plain
 from daruma_trainer.views import (
     Copies,
     Guest,
@@ -226,7 +226,8 @@ class Membership:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        found: dict[str, Any] = plain(self)
+        return found
 
     @classmethod
     def from_json(cls, raw: Any) -> "Membership":
@@ -261,7 +262,8 @@ class Restore:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        found: dict[str, Any] = plain(self)
+        return found
 
     @classmethod
     def from_json(cls, raw: Any) -> "Restore":

@@ -7,7 +7,7 @@ a timeout would be paid otherwise. What died with a peer is sent again by its ow
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 import zmq
@@ -115,12 +115,17 @@ class Link:
             return False
         return True
 
-    def receive(self, unasked: Callable[["Link", Header, Sequence[Frame]], None]) -> list[str]:
+    def receive(
+        self,
+        ready: Container[object],
+        unasked: Callable[["Link", Header, Sequence[Frame]], None],
+    ) -> list[str]:
         """Take in all that has come: answers to their requests, the rest to `unasked`.
 
+        `ready`: the sockets where the poller saw something; to ask others costs system calls.
         Returns what the monitor saw: `connected`, `disconnected`.
         """
-        while True:
+        while self._socket in ready:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -136,7 +141,7 @@ class Link:
                 pending.answer(header, parts)
             else:
                 unasked(self, header, parts)
-        return self._events()
+        return self._events() if self._monitor in ready else []
 
     def expire(self, seconds: float, patience: float = 0.0) -> None:
         """Forget requests that were unanswered for so long; their owner has sent them again.

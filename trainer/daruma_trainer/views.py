@@ -4,10 +4,10 @@ Part of the contract between operator and trainer: import it from there. Standar
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from daruma_trainer.parsing import parse_message
+from daruma_trainer.parsing import parse_message, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        found: dict[str, Any] = plain(self)
+        return found
 
     @classmethod
     def from_json(cls, raw: Any) -> "Report":
@@ -161,7 +162,8 @@ class View:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        found: dict[str, Any] = plain(self)
+        return found
 
     @classmethod
     def from_json(cls, raw: Any) -> "View":

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from daruma_trainer.agent import ViewCell
@@ -96,10 +97,10 @@ def report_of(server: "Server") -> Report:
     """Say what this server is at."""
     life = server.life
     plane, saver, cuts = life.plane, life.saver, life.cuts
-    base = Report(
+    make = partial(
+        Report,
         server.me.id,
         0 if server.membership is None else server.membership.epoch,
-        "Joining",
         generation=life.generation,
         initialised=life.initialised,
         suspects=server.suspects(),
@@ -107,11 +108,10 @@ def report_of(server: "Server") -> Report:
         error=life.error,
         older=life.older,
         waiting=life.waiting,
-        final=life.final,
         guests=server.guests.report,
     )
     if plane is None:
-        return base
+        return make("Joining", final=life.final)
     ready = int(plane.slots.ready.sum())
     if life.frozen:
         state = "Frozen"
@@ -122,15 +122,14 @@ def report_of(server: "Server") -> Report:
     now = time.monotonic()
     running = saver.newest if saver else None
     cut = cuts.newest if cuts else None
-    return replace(
-        base,
-        state=state,
+    return make(
+        state,
         step=plane.step,
         ready=ready,
         running=replace(running, age=now - saver.newest_at) if saver and running else None,
         cut=replace(cut, age=now - cuts.newest_at) if cuts and cut else None,
         save_error=saver.error if saver else None,
-        final=cuts.final if cuts and cuts.final is not None else base.final,
+        final=cuts.final if cuts and cuts.final is not None else life.final,
         restore=life.restorer.report if life.restorer else None,
         update_norm=plane.shard.update_norm,
         moves=life.moves,

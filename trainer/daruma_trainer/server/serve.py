@@ -100,7 +100,7 @@ class Server:
                     self._run_inbox()
                 if comes:
                     self._serve()
-                self._siblings.turn(self._from_sibling)
+                self._siblings.turn(ready, self._from_sibling)
                 if time.monotonic() - beat > HEARTBEAT_SECONDS:
                     beat = time.monotonic()
                     self._tell_siblings()

@@ -1,6 +1,6 @@
 """The connections that a server opened to the other servers of its job. For the loop's thread."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 
 import zmq
@@ -29,10 +29,14 @@ class Siblings:
         """Open and close links at the next `turn`: one of them may be being read now."""
         self._newest = membership
 
-    def turn(self, unasked: Callable[[Link, Header, Sequence[Frame]], None]) -> None:
-        """Take in what has come, then do what `follow` asked for."""
+    def turn(
+        self,
+        ready: Container[object],
+        unasked: Callable[[Link, Header, Sequence[Frame]], None],
+    ) -> None:
+        """Take in what has come (`ready`: Link.receive), then do what `follow` asked for."""
         for link in self._links.values():
-            link.receive(unasked)
+            link.receive(ready, unasked)
         if self._newest is not None:
             self._relink(self._newest)
             self._newest = None

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
@@ -53,6 +53,9 @@ from daruma_trainer.worker.sessions import Sessions, Wanted
 LOG = logging.getLogger("daruma")
 HEARTBEAT_SECONDS = 0.25
 TICK_MS = 20
+"""How often is looked whether it is time to ask a server again."""
+CALM_MS = 100
+"""And where nobody is to be asked again: all else comes with a message, or `wake`."""
 
 
 class Client:
@@ -284,12 +287,13 @@ class Client:
     def _loop(self) -> None:
         beat = 0.0
         while not self._closing:
-            ready = dict(self._poller.poll(TICK_MS))
+            calm = self._sessions is None or not self._sessions.unsettled
+            ready = dict(self._poller.poll(CALM_MS if calm else TICK_MS))
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             with self.lock:
                 try:
-                    self._turn()
+                    self._turn(ready)
                 except DarumaError as error:
                     self.failure = error
                 except ContractError as error:
@@ -301,7 +305,7 @@ class Client:
                     self._heartbeat()
                 self.lock.notify_all()
 
-    def _turn(self) -> None:
+    def _turn(self, ready: Container[object]) -> None:
         if self._sessions is None:
             return
         if self._follow_later:
@@ -310,7 +314,7 @@ class Client:
         todo, self._todo = self._todo, []
         for send in todo:
             send()
-        self._sessions.turn(self._unasked)
+        self._sessions.turn(ready, self._unasked)
 
     def _heard(self, _header: Header, _frames: Sequence[Frame]) -> None:
         self._answers += 1

@@ -5,7 +5,7 @@ anew, and every step of that is idempotent. For the I/O thread alone, under the 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -110,11 +110,20 @@ class Sessions:
         session = self.by_server.get(server)
         return session is not None and session.stage is Stage.SYNCED
 
-    def turn(self, unasked: Callable[[Link, Header, Sequence[Frame]], None]) -> None:
-        """Take in what has come, and go on where something is due."""
+    @property
+    def unsettled(self) -> bool:
+        """Whether a server is to be asked again when it is time."""
+        return any(session.retry_at is not None for session in self.by_server.values())
+
+    def turn(
+        self,
+        ready: Container[object],
+        unasked: Callable[[Link, Header, Sequence[Frame]], None],
+    ) -> None:
+        """Take in what has come (`ready`: Link.receive), and go on where something is due."""
         now = time.monotonic()
         for server, session in list(self.by_server.items()):
-            for event in session.link.receive(unasked):
+            for event in session.link.receive(ready, unasked):
                 if event == "disconnected" and session.stage is not Stage.TABLES:
                     self._begin(session)
                 elif event == "connected":
