@@ -76,8 +76,9 @@ kind-test: $(STAMP) ## the same on a kind cluster (needs docker and kind)
 	@bash tests/cluster/harness/kind.sh $(BIN)/pytest tests/cluster
 
 .PHONY: soak
-soak: $(STAMP) ## long counts of the fault and fuzz tests; minutes to hours, outside CI
-	@HYPOTHESIS_PROFILE=soak DARUMA_SOAK=1 $(BIN)/pytest --timeout 7200 tests/faults tests/trainer/test_wire.py tests/trainer/test_slots_model.py
+soak: $(STAMP) ## what is random, tried very often; a quarter of an hour, outside CI
+	@DARUMA_SOAK=1 PYTHONPATH=tests $(BIN)/pytest -n $(JOBS) -p soak --soak-page docs/benchmarks/soak.md \
+		--timeout 7200 tests/trainer tests/operator tests/faults
 
 .PHONY: bench
 bench: $(STAMP) machine ## times and costs, written to docs/benchmarks/; hours

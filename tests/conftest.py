@@ -15,8 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Speed is judged by benchmarks, never by a test: a busy machine must not fail one.
 settings.register_profile("daruma", deadline=None)
-settings.register_profile("soak", deadline=None, max_examples=20_000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "daruma"))
+settings.load_profile("daruma")
 
 _NUMBERS = itertools.count(1)
 

@@ -113,7 +113,7 @@ def saved_steps(store: Store) -> list[int]:
 def test_training_outlives_its_store_and_saves_catch_up(
     tmp_path: Path, s3: str, direct: Store, proxy: FaultyProxy
 ) -> None:
-    with running(tmp_path, s3, {"strategy": "Partial"}, think_ms=40) as process:
+    with running(tmp_path, s3, {"strategy": "Partial"}, think_ms=80) as process:
         until(tmp_path, "a save", lambda: told(tmp_path, "step ") and min(saved_steps(direct)) > 0)
         proxy.fail(Fault.REFUSED)
         until(tmp_path, "a failed save is told", lambda: told(tmp_path, "CheckpointFailed: "))

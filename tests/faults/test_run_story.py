@@ -22,7 +22,7 @@ from left_behind import left_by
 
 pytestmark = pytest.mark.faults
 DEADLINE = 180.0
-STEPS = 60
+STEPS = 70
 PROCESSES = 5
 """What `daruma run` starts at least, for 3 servers and 2 workers."""
 MANIFEST = """\
@@ -166,9 +166,9 @@ def test_others_are_killed(tmp_path: Path, kills: list[str]) -> None:
 @pytest.mark.parametrize("mode", ["Async", "Sync"])
 @pytest.mark.parametrize("strategy", ["FullCheckpoint", "Partial", "Stateless"])
 def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> None:
-    # Between two cuts: what is seen of a step is late by some.
-    kill = ("--kill", "server-2@step=34")
-    with running(tmp_path, "--strategy", strategy, *kill, "--json", mode=mode) as it:
+    # Between two cuts: what is seen of a step is late by some, and a cut is of some steps later.
+    kill = ("--kill", "server-2@step=40")
+    with running(tmp_path, "--strategy", strategy, *kill, "--json", mode=mode, steps=90) as it:
         assert ended(tmp_path, it) == 0, output(tmp_path)
     found = report(tmp_path)
     (recovery,) = found["recoveries"]
@@ -180,7 +180,7 @@ def test_each_strategy_recovers(tmp_path: Path, strategy: str, mode: str) -> Non
 @pytest.mark.parametrize("mode", ["Async", "Sync"])
 def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> None:
     # Where workers go on without the server, they must not be done before its slots return.
-    think_ms = 80 if mode == "Async" else 40
+    think_ms = 120 if mode == "Async" else 40
     kill = ("--kill", "server-2@step=5")
     with running(tmp_path, *kill, mode=mode, placement="Adopt", think_ms=think_ms) as it:
         assert ended(tmp_path, it) == 0, output(tmp_path)

@@ -1,6 +1,5 @@
 """A saver that is killed at any moment leaves its newest durable save whole."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,10 +9,12 @@ import numpy as np
 import pytest
 
 from saving_world import World
+from soak import counted
 
-SEEDS = 200 if os.environ.get("DARUMA_SOAK") else 20
+SEEDS, COUNTED = counted("kills while saving and compacting", 20, 200)
 
 
+@COUNTED
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_kill_9_while_saving_and_compacting(tmp_path: Path, seed: int) -> None:
     code = f"""

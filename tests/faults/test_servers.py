@@ -33,9 +33,11 @@ from daruma_trainer.server.fencing import STILL_SECONDS
 from daruma_trainer.wire import Kind, Refusal, from_bitmap, mask_of
 from local_cluster import LocalCluster, freshest, local_cluster, lose_and_replace
 from raw_member import RawMember
+from soak import counted
 
 pytestmark = pytest.mark.faults
 SOFTMAX = (softmax.__file__, "120")
+THROWS, COUNTED = counted("malformed requests to a live server, three at once", 200, 10_000)
 ALL = mask_of(np.arange(SLOTS))
 SPEC = TableSpec(0, "t", (64, 4), 1, rule_to_json(Add()))
 
@@ -236,6 +238,7 @@ def test_without_the_token_nothing_is_answered(tmp_path: Path) -> None:
         cluster.close()
 
 
+@COUNTED
 def test_malformed_bodies_and_frames_change_nothing_and_crash_nothing(tmp_path: Path) -> None:
     cluster = raw_job(tmp_path)
     try:
@@ -244,7 +247,7 @@ def test_malformed_bodies_and_frames_change_nothing_and_crash_nothing(tmp_path: 
             initialised(cluster, worker)
             good = [bytes(f) for f in worker.push_body(0, 1, ALL, np.ones((64, 4)))]
 
-            @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=THROWS, deadline=None, suppress_health_check=list(HealthCheck))
             @given(st.data())
             def throw(data: st.DataObject) -> None:
                 kind = data.draw(

@@ -15,8 +15,10 @@ from daruma_operator.controller.decide import TRANSITIONS
 from daruma_operator.controller.membership import membership_of
 from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import Membership, SavedState, Suspect
+from soak import counted
 
 FOREVER = 10**9
+HISTORIES, COUNTED = counted("histories of up to 12 events: decisions", 150, 20_000)
 CUT = SavedState("n/j/u/cuts/00000002-0000000002.json", 2, 1000, 0.0)
 OLDER = SavedState("n/j/u/cuts/00000002-0000000001.json", 1, 900, 0.0)
 
@@ -719,8 +721,9 @@ def happen(world: World, event: str) -> None:
             REACHED.add((before, decision.phase))
 
 
+@COUNTED
 @settings(
-    max_examples=150, deadline=None, derandomize=True,
+    max_examples=HISTORIES, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 @given(

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from daruma_trainer.contract import SLOTS, Replay
 from daruma_trainer.wire import Slots
 from daruma_trainer.worker.pushes import Held, Pushes, Update
+from soak import counted
 
 SERVERS = 3
 OWNER = np.arange(SLOTS) % SERVERS
@@ -231,5 +232,6 @@ class Outages(RuleBasedStateMachine):
             assert missing <= can
 
 
-TestOutages = Outages.TestCase
-TestOutages.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+STORIES, COUNTED = counted("stories of 30 steps: outages and replays", 60, 20_000)
+TestOutages = COUNTED(Outages.TestCase)
+TestOutages.settings = settings(max_examples=STORIES, stateful_step_count=30, deadline=None)

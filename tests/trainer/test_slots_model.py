@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from daruma_trainer.applied import FULL, Seen, complete_until, mark, seen
 from daruma_trainer.server.slots import Slots, SlotState
+from soak import counted
 
 WORKERS = 2
 IDS = [3, 17, 400, 1023]
@@ -128,8 +129,9 @@ class Protocol(RuleBasedStateMachine):
                 assert done == self.batch[worker]
 
 
-Protocol.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
-TestProtocol = Protocol.TestCase
+STORIES, COUNTED = counted("stories of 30 steps: slots, pushes, memberships", 150, 20_000)
+Protocol.TestCase.settings = settings(max_examples=STORIES, stateful_step_count=30, deadline=None)
+TestProtocol = COUNTED(Protocol.TestCase)
 
 
 def test_entries_know_ranges() -> None:

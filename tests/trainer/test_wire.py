@@ -1,6 +1,5 @@
 """Tests of daruma_trainer.wire: what is sent is read back, and anything else is refused."""
 
-import os
 import tracemalloc
 from typing import Any
 
@@ -31,8 +30,9 @@ from daruma_trainer.wire import (
     mask_of,
     split_slots,
 )
+from soak import counted
 
-EXAMPLES = 100_000 if os.environ.get("DARUMA_SOAK") else 2_000
+EXAMPLES, COUNTED = counted("malformed messages", 2_000, 100_000)
 
 
 def a_push() -> Push:
@@ -122,6 +122,7 @@ def read(frames: list[bytes]) -> None:
             continue
 
 
+@COUNTED
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_malformed_messages_are_refused_by_name_and_allocate_little(data: st.DataObject) -> None:

@@ -29,6 +29,7 @@ COPIED = re.compile(r"trainer/daruma_trainer/\w+\.py")
 """The few files of the trainer that the operator's Dockerfile names."""
 _BUILD_SECONDS = 2400
 _TELL_SECONDS = 60.0
+_AGAIN = 5
 _BUILDAH = {**os.environ, "BUILDAH_ISOLATION": "chroot", "STORAGE_DRIVER": "overlay"}
 
 
@@ -171,8 +172,13 @@ def store() -> Path:
 @contextmanager
 def used_store() -> Iterator[Path]:
     """Give the store to nodes that link its layers; it is not removed before the block ends."""
-    while (held := _lock((found := store()).parent, fcntl.LOCK_SH)) is None:
-        pass
+    for _ in range(_AGAIN):
+        found = store()
+        held = _lock(found.parent, fcntl.LOCK_SH)
+        if held is not None:
+            break
+    else:
+        raise RuntimeError(f"{found}: others removed it {_AGAIN} times")
     try:
         yield found
     finally:
@@ -187,9 +193,9 @@ def _lock(folder: Path, how: int) -> int | None:
         return None
     try:
         fcntl.flock(handle, how)
-        if folder.exists():
+        if os.path.samestat(os.fstat(handle), folder.stat()):
             return handle
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         pass
     os.close(handle)
     return None
@@ -332,7 +338,12 @@ def _made(name: str, inputs: Iterable[bytes], build: Callable[[Path], None]) -> 
 def _remove_unused(folder: Path) -> None:
     held = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if held is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        # What could be removed in part alone shall not be taken for something whole.
+        removed = folder.with_suffix(".removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        if folder.exists():
+            folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
         os.close(held)
 
 

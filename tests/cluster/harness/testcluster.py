@@ -200,8 +200,10 @@ class Cluster:
 
     def end(self) -> None:
         """Stop all of a cluster of our own; who started it removes what is left."""
-        if self._init:
-            os.kill(self._init, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # its owner was killed, and it with it
+            environment = Path(f"/proc/{self._init}/environ").read_bytes()
+            if f"ROOT={self.folder}/".encode() in environment:
+                os.kill(self._init, signal.SIGKILL)
 
 
 @contextmanager
@@ -256,34 +258,42 @@ def shared(folder: Path, until_the_end: contextlib.ExitStack) -> Iterator[Cluste
     for as long (`until_the_end`): what it started ends with it.
     """
     me = folder / "users" / str(os.getpid())
-    note = folder / "cluster.json"
-    with locked(folder):
-        me.parent.mkdir(exist_ok=True)
-        me.touch()
-        if note.exists():
-            raw = json.loads(note.read_text())
-            raw["folder"] = raw["folder"] and Path(raw["folder"])
-            made = Cluster(**raw)
-        else:
-            made = until_the_end.enter_context(cluster())
-            until_the_end.callback(_until_left, folder)
-            note.write_text(json.dumps(made.to_json()))
+    me.parent.mkdir(exist_ok=True)
+    me.touch()
+    made = None
     try:
+        with locked(folder):
+            made = _joined(folder, until_the_end)
         yield made
     finally:
         with locked(folder):
-            me.unlink()
-            if not _users(folder):
-                note.unlink()
-                _end(made, folder)
+            try:
+                if made is not None and _users(folder) == [me.name]:
+                    _end(made, folder)
+            finally:
+                me.unlink()
+
+
+def _joined(folder: Path, until_the_end: contextlib.ExitStack) -> Cluster:
+    note = folder / "cluster.json"
+    if note.exists():
+        raw = json.loads(note.read_text())
+        raw["folder"] = raw["folder"] and Path(raw["folder"])
+        return Cluster(**raw)
+    made = until_the_end.enter_context(cluster())
+    until_the_end.callback(_until_left, folder)
+    note.write_text(json.dumps(made.to_json()))
+    return made
 
 
 def _end(made: Cluster, folder: Path) -> None:
+    installed = (folder / "installed").exists()
+    for file in ("cluster.json", "installed"):
+        (folder / file).unlink(missing_ok=True)
     try:
         made.until(lambda: not made.get("namespaces", selector=TEST)["items"],
                    "the tests' namespaces are gone")  # fmt: skip
-        if (folder / "installed").exists():
-            (folder / "installed").unlink()
+        if installed:
             uninstall(made)
     finally:
         made.end()
@@ -355,7 +365,15 @@ def operator_stays(folder: Path) -> Iterator[None]:
 def _users(folder: Path) -> list[str]:
     """Return processes that use a shared cluster; one that was killed does not any more."""
     pids = [user.name for user in (folder / "users").iterdir()]
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    return [pid for pid in pids if _runs(pid)]
+
+
+def _runs(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def left_by(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ to each server is in `sessions`.
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -55,7 +56,8 @@ HEARTBEAT_SECONDS = 0.25
 TICK_MS = 20
 """How often is looked whether it is time to ask a server again."""
 CALM_MS = 100
-"""And where nobody is to be asked again: all else comes with a message, or `wake`."""
+"""And where nobody is: whether a server has left a request unanswered for too long. All else comes
+with a message, or `wake`."""
 
 
 class Client:
@@ -258,6 +260,13 @@ class Client:
                     mask |= sessions.copy.slots_of(server)
         return mask
 
+    def enter(self, state: str) -> None:
+        """Be at something else (Report.state), and say so now."""
+        with self.lock:
+            changes, self.state = state != self.state, state
+        if changes:
+            self.wake()
+
     def wake(self) -> None:
         """Let the I/O thread look again."""
         os.eventfd_write(self._wake, 1)
@@ -288,7 +297,9 @@ class Client:
         beat = 0.0
         while not self._closing:
             calm = self._sessions is None or not self._sessions.unsettled
-            ready = dict(self._poller.poll(CALM_MS if calm else TICK_MS))
+            rest = math.ceil(1000 * (HEARTBEAT_SECONDS - (time.monotonic() - beat)))
+            tick = min(max(rest, 0), CALM_MS) if calm else TICK_MS
+            ready = dict(self._poller.poll(tick))
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             with self.lock:
@@ -298,7 +309,7 @@ class Client:
                     self.failure = error
                 except ContractError as error:
                     LOG.warning("passed over a message: %s", error)
-                if time.monotonic() - beat > HEARTBEAT_SECONDS:
+                if time.monotonic() - beat >= HEARTBEAT_SECONDS:
                     beat = time.monotonic()
                     self._heartbeat()
                 if self._reporter.is_news(self._report()):

@@ -139,7 +139,7 @@ class Job:
             self._pull_all(BEGIN_SECONDS)
         else:
             self._take_position(BEGIN_SECONDS)
-        self._client.state = "Training"
+        self._client.enter("Training")
 
     def refresh(self) -> None:
         """Pull the newest values of every slot that can be reached."""
@@ -332,7 +332,7 @@ class Job:
         def over() -> bool:
             if pushes.acked < client.batch or not waits:
                 return pushes.acked >= client.batch
-            client.state = "Finished"
+            client.enter("Finished")
             return client.finished == self._generation
 
         self.wait(
@@ -342,7 +342,7 @@ class Job:
         )
         if not self._rolled_back:
             return False
-        client.state = "Training"
+        client.enter("Training")
         self._settle(0)
         return True
 
@@ -365,6 +365,7 @@ class Job:
         """End all workers after their step; the job succeeds with what it has."""
         with self._client.lock:
             self._client.own_stop = reason[:1000]
+        self._client.wake()
 
     def flush(self) -> None:
         """Wait until all slots have every batch of this worker."""

@@ -53,9 +53,7 @@ def join() -> Iterator[Job]:
 
 def _leave(client: Client, job: Job) -> None:
     """Stay as a peer until the result is durable: a server may still need this worker's copy."""
-    with client.lock:
-        client.state = "Left"
-    client.wake()
+    client.enter("Left")
     seconds = 600.0
     if client.membership is not None:
         seconds = client.membership.settings.progress_seconds
