@@ -77,7 +77,7 @@ kind-test: $(STAMP) ## the same on a kind cluster (needs docker and kind)
 
 .PHONY: soak
 soak: $(STAMP) ## what is random, tried very often; a quarter of an hour, outside CI
-	@DARUMA_SOAK=1 PYTHONPATH=tests $(BIN)/pytest -n $(JOBS) -p soak --soak-page docs/benchmarks/soak.md \
+	@DARUMA_SOAK=1 PYTHONPATH=tests $(BIN)/pytest -n $(JOBS) --dist worksteal -p soak --soak-page docs/benchmarks/soak.md \
 		--timeout 7200 tests/trainer tests/operator tests/faults
 
 .PHONY: bench
