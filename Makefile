@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 # Tests at once: most of them wait for processes and pods more than they compute. In the order of
 # the folders: the cluster's wait longest, so they begin first.
 JOBS ?= 4
+# Tests of what `make soak` runs.
+SOAK ?= tests/trainer tests/operator tests/faults
 STAMP := $(VENV)/.installed
 
 .PHONY: help
@@ -78,7 +80,7 @@ kind-test: $(STAMP) ## the same on a kind cluster (needs docker and kind)
 .PHONY: soak
 soak: $(STAMP) ## what is random, tried very often; a quarter of an hour, outside CI
 	@DARUMA_SOAK=1 PYTHONPATH=tests $(BIN)/pytest -n $(JOBS) --dist worksteal -p soak --soak-page docs/benchmarks/soak.md \
-		--timeout 7200 tests/trainer tests/operator tests/faults
+		--timeout 7200 $(SOAK)
 
 .PHONY: bench
 bench: $(STAMP) machine ## times and costs, written to docs/benchmarks/; hours

@@ -232,6 +232,6 @@ class Outages(RuleBasedStateMachine):
             assert missing <= can
 
 
-STORIES, COUNTED = counted("stories of 30 steps: outages and replays", 60, 20_000)
+STORIES, COUNTED = counted("stories of 30 steps: outages and replays", 60, 5_000)
 TestOutages = COUNTED(Outages.TestCase)
 TestOutages.settings = settings(max_examples=STORIES, stateful_step_count=30, deadline=None)

@@ -129,7 +129,7 @@ class Protocol(RuleBasedStateMachine):
                 assert done == self.batch[worker]
 
 
-STORIES, COUNTED = counted("stories of 30 steps: slots, pushes, memberships", 150, 20_000)
+STORIES, COUNTED = counted("stories of 30 steps: slots, pushes, memberships", 150, 5_000)
 Protocol.TestCase.settings = settings(max_examples=STORIES, stateful_step_count=30, deadline=None)
 TestProtocol = COUNTED(Protocol.TestCase)
 
