@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Tests at once: most of them wait for processes and pods more than they compute. In the order of
 # the folders: the cluster's wait longest, so they begin first.
 JOBS ?= 4
-# Tests of what `make soak` runs.
+# Where `make soak` looks for tests.
 SOAK ?= tests/trainer tests/operator tests/faults
 STAMP := $(VENV)/.installed
 

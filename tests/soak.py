@@ -19,7 +19,7 @@ _PAGE = """\
 
 Made by `make soak`; edit the tests, not this page.
 
-{date}, {cores} cores, {system}, Python {python}; {minutes:.0f} min of tests.
+{date}, {cores} cores, {system}, Python {python}; {minutes:.0f} min of tests, of those in {places}.
 
 | test | what | how often | failed | seconds |
 |---|---|---|---|---|
@@ -47,13 +47,15 @@ class Soak:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         """Keep those with a count; each carries it to the process that tells."""
-        others = [item for item in items if item.get_closest_marker("counted") is None]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+        mine: list[pytest.Item] = []
+        others: list[pytest.Item] = []
         for item in items:
             mark = item.get_closest_marker("counted")
+            (others if mark is None else mine).append(item)
             if mark is not None:
                 item.user_properties.append(("counted", mark.args))
+        config.hook.pytest_deselected(items=others)
+        items[:] = mine
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add a test's part up; one test may be made of many."""
@@ -77,6 +79,7 @@ class Soak:
             _PAGE.format(
                 date=datetime.datetime.now(datetime.UTC).date(),
                 cores=os.cpu_count(),
+                places=", ".join(session.config.args),
                 system=f"{platform.system()} {platform.release()}",
                 python=platform.python_version(),
                 minutes=sum(entry[3] for entry in self._tests.values()) / 60,

@@ -226,8 +226,7 @@ class Membership:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        found: dict[str, Any] = plain(self)
-        return found
+        return plain(self)
 
     @classmethod
     def from_json(cls, raw: Any) -> "Membership":
@@ -262,8 +261,7 @@ class Restore:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        found: dict[str, Any] = plain(self)
-        return found
+        return plain(self)
 
     @classmethod
     def from_json(cls, raw: Any) -> "Restore":

@@ -44,16 +44,21 @@ def parse_message(kind: type[T], raw: Any) -> T:
     return made
 
 
-def plain(value: Any) -> Any:
+def plain(message: Any) -> dict[str, Any]:
     """Return what `parse_message` makes a message of again: plain JSON values."""
+    kind: Any = type(message)
+    return {name: _plain(getattr(message, name)) for name in _names(kind) or ()}
+
+
+def _plain(value: Any) -> Any:
     kind: Any = type(value)
     if kind in _LEAVES:
         return value
-    if (names := _names(kind)) is not None:
-        return {name: plain(getattr(value, name)) for name in names}
+    if _names(kind) is not None:
+        return plain(value)
     if isinstance(value, Mapping):
-        return {key: plain(part) for key, part in value.items()}
-    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 @cache
@@ -67,10 +72,9 @@ def _parser(kind: Any) -> Parser:
     origin, args = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return _union(_parser(args[0]), optional=NoneType in args)
-    if origin is tuple and args[-1] is Ellipsis:
-        return _sequence(kind, _parser(args[0]))
     if origin is tuple:
-        return _row(kind, [_parser(arg) for arg in args])
+        inner = [_parser(arg) for arg in args if arg is not Ellipsis]
+        return _tuple(kind, inner, many=args[-1] is Ellipsis)
     if origin is Mapping:
         return _mapping(kind, _parser(args[1]))
     if isinstance(kind, type) and is_dataclass(kind):
@@ -88,24 +92,15 @@ def _union(inner: Parser, *, optional: bool) -> Parser:
     return lambda raw: None if raw is None and optional else inner(raw)
 
 
-def _sequence(kind: Any, inner: Parser) -> Parser:
+def _tuple(kind: Any, inner: list[Parser], *, many: bool) -> Parser:
+    """`many`: as many as there are, all made by the first."""
+
     def parse(raw: Any) -> Any:
-        if not isinstance(raw, list | tuple):
+        if not isinstance(raw, list | tuple) or not (many or len(raw) == len(inner)):
             raise _misfit(kind, raw)
         try:
-            return tuple(map(inner, raw))
-        except _MisfitError as error:
-            error.path = f"[]{error.path}"
-            raise
-
-    return parse
-
-
-def _row(kind: Any, inner: list[Parser]) -> Parser:
-    def parse(raw: Any) -> Any:
-        if not isinstance(raw, list | tuple) or len(raw) != len(inner):
-            raise _misfit(kind, raw)
-        try:
+            if many:
+                return tuple(map(inner[0], raw))
             return tuple(make(value) for make, value in zip(inner, raw, strict=True))
         except _MisfitError as error:
             error.path = f"[]{error.path}"

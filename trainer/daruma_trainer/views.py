@@ -141,8 +141,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        found: dict[str, Any] = plain(self)
-        return found
+        return plain(self)
 
     @classmethod
     def from_json(cls, raw: Any) -> "Report":
@@ -162,8 +161,7 @@ class View:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        found: dict[str, Any] = plain(self)
-        return found
+        return plain(self)
 
     @classmethod
     def from_json(cls, raw: Any) -> "View":

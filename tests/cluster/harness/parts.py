@@ -146,8 +146,9 @@ def store() -> Path:
 
     def build(folder: Path) -> None:
         # From the one before: layers that did not change need not be unpacked again.
-        before = max((cache() / "store").glob("*/root"), key=_changed, default=None)
-        if before is not None and before.parent != folder:
+        whole = [p for p in (cache() / "store").glob("*/root") if not p.parent.suffix]
+        before = max(whole, key=_changed, default=None)
+        if before is not None:
             _link(before, folder / "root")
         script = 'containerd --root "$1" --state "$2/state" --address "$2/sock" 2> "$2/log" & '
         script += 'until ctr -a "$2/sock" version > /dev/null 2>&1; do sleep 0.1; done; '

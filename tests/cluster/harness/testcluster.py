@@ -281,7 +281,9 @@ def _joined(folder: Path, until_the_end: contextlib.ExitStack) -> Cluster:
         raw["folder"] = raw["folder"] and Path(raw["folder"])
         return Cluster(**raw)
     made = until_the_end.enter_context(cluster())
-    until_the_end.callback(_until_left, folder)
+    until_the_end.callback(
+        made.until, lambda: not _users(folder), "the others are done", SHARED_SECONDS
+    )
     note.write_text(json.dumps(made.to_json()))
     return made
 
@@ -297,14 +299,6 @@ def _end(made: Cluster, folder: Path) -> None:
             uninstall(made)
     finally:
         made.end()
-
-
-def _until_left(folder: Path) -> None:
-    end = time.monotonic() + SHARED_SECONDS
-    while _users(folder):
-        if time.monotonic() > end:
-            raise AssertionError(f"the cluster is in use for {SHARED_SECONDS:.0f} s more")
-        time.sleep(0.5)
 
 
 def installed(made: Cluster, folder: Path) -> Cluster:
