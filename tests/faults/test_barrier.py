@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from daruma_trainer.contract import ExitCode, Role, Rollback, Settings, Source, SourceKind
+from daruma_trainer.contract import (
+    ExitCode,
+    Role,
+    Rollback,
+    SavedState,
+    Settings,
+    Source,
+    SourceKind,
+)
 from local_cluster import LocalCluster, local_cluster, lose_and_replace, replace_worker
 
 pytestmark = pytest.mark.faults
@@ -13,10 +21,13 @@ PROGRAMS = str(Path(__file__).with_name("worker_programs.py"))
 
 
 def roll_back(cluster: LocalCluster, _: int) -> None:
-    """Send all members back to the newest cut."""
-    cluster.until(lambda: cluster.report(Role.SERVER, 0).cut is not None, "a cut")
-    cut = cluster.report(Role.SERVER, 0).cut
-    assert cut is not None
+    """Send all members back to the newest cut: those before it are being removed."""
+
+    def last() -> SavedState | None:
+        cut = cluster.report(Role.SERVER, 0).cut
+        return cut if cut is not None and cut.step >= 4 else None
+
+    cut = cluster.until(last, "the last cut before the barrier")
     assert cut.step < 6, "worker 1 is not that far"
     cluster.tell(raise_epoch=True, initialised=True, rollback=Rollback(1, cut.path))
     cluster.until(lambda: cluster.report(Role.WORKER, 0).generation == 1, "it goes back")

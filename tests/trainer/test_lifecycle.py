@@ -115,6 +115,16 @@ def test_a_rollback_to_a_whole_cut(new: Newcomer) -> None:
     assert new.life.cuts.newest.path == THIRD
 
 
+def test_a_cut_that_was_removed_since_is_told_with_the_newest(new: Newcomer) -> None:
+    # The operator may know an older one than the servers, which keep but a few.
+    (new.folder / FIRST).unlink()
+    new.roll_back(FIRST)
+    new.until(lambda: new.life.error is not None)
+    newest = new.life.older
+    assert newest is not None
+    assert (newest.path, newest.step) == (THIRD, 12)
+
+
 @pytest.mark.parametrize(
     ("what", "damage"),
     [

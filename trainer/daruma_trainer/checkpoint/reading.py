@@ -307,7 +307,7 @@ class Unread:
     away: bool = False
     """The store could not be asked: the cut may be whole."""
     older: SavedState | None = None
-    """Else the newest cut before it that exists."""
+    """Else the newest cut before it that exists, or if there is none, the newest."""
 
 
 def try_cut(store: Store, prefix: str, name: str, shard: int) -> CutPart | Unread:
@@ -321,6 +321,9 @@ def try_cut(store: Store, prefix: str, name: str, shard: int) -> CutPart | Unrea
         raise
     except StoreError as error:
         older = newest_cut(store, prefix, before=name)
+        if older is None and name.rpartition("/")[2] not in store.list(f"{prefix}/cuts"):
+            # It was removed since the operator heard of it: newer ones were taken.
+            older = newest_cut(store, prefix)
         return Unread(str(error), older=None if older is None else saved_state(*older))
 
 
