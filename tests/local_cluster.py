@@ -153,7 +153,8 @@ class LocalCluster:
         epoch = self.membership.epoch + raise_epoch
         self.membership = replace(self.membership, epoch=epoch, **changes)
         body = json.dumps(self.membership.to_json()).encode()
-        for member in self.membership.members:
+        addressed = [m for m in self.membership.replicas if m.address is not None]
+        for member in (*self.membership.members, *addressed):
             if self.alive(member.id):
                 self.until(
                     lambda m=member: self.call(m, "PUT", "/v1/membership", body) == 204,  # type: ignore[misc]
@@ -161,8 +162,9 @@ class LocalCluster:
                 )
 
     def alive(self, member_id: str) -> bool:
-        """Return whether its process runs."""
-        return self.processes[member_id].poll() is None
+        """Return whether its process runs; a guest's is not ours to ask."""
+        process = self.processes.get(member_id)
+        return process is None or process.poll() is None
 
     def call(
         self, member: Member, method: str, path: str, body: bytes | None = None, token: str = TOKEN

@@ -1,6 +1,6 @@
 """The regression of programs/mlr.py without torch, which takes seconds to import.
 
-    python softmax.py STEPS [DATA [RATE [THINK_MS]]]
+    python softmax.py STEPS [DATA [RATE [THINK_MS [RULE]]]]
 
 For tests that start many workers. On a cluster it is handed to Python as text (`python -c`).
 """
@@ -13,12 +13,24 @@ import numpy as np
 import daruma_trainer as daruma
 from daruma_trainer.programs.data import classification
 
+RULES: dict[str, daruma.SGD | daruma.Adam] = {
+    "sgd": daruma.SGD(),
+    "momentum": daruma.SGD(momentum=0.9),
+    "adam": daruma.Adam(),
+}
 
-def train(steps: str, data: str = "digits", rate: str = "0.5", think_ms: str = "10") -> None:
+
+def train(
+    steps: str,
+    data: str = "digits",
+    rate: str = "0.5",
+    think_ms: str = "10",
+    rule: str = "sgd",
+) -> None:
     """Train as one worker; reports the minibatch loss, and at the end the test accuracy."""
     (x, y), (test_x, test_y) = classification(data, 0)
     with daruma.join() as job:
-        table = job.table("weight", (int(y.max()) + 1, x.shape[1]), rule=daruma.SGD())
+        table = job.table("weight", (int(y.max()) + 1, x.shape[1]), rule=RULES[rule])
         weight = table.pull()
 
         def score() -> dict[str, float]:

@@ -50,6 +50,10 @@ class Around:
     def tell_cut(self, index: int, message: dict[str, Any]) -> None:
         pass
 
+    @property
+    def counted_on(self) -> bool:
+        return False
+
 
 class Newcomer:
     """Incarnation 9 of the only server of a world that has taken three cuts."""
@@ -75,7 +79,7 @@ class Newcomer:
         self.membership = replace(
             before, epoch=before.epoch + 1, rollback=Rollback(before.rollback.generation + 1, cut)
         )
-        self.life.adopt(self.membership)
+        self.life.adopt(self.membership, replica=False)
 
     def until(self, done: Callable[[], bool]) -> None:
         """Run the loop until something is so."""
@@ -231,7 +235,7 @@ def test_a_warm_start_waits_for_its_store(new: Newcomer, monkeypatch: pytest.Mon
     monkeypatch.setattr(lifecycle, "load", load)
     monkeypatch.setattr("daruma_trainer.server.lifecycle.AGAIN_SECONDS", 0.0)
     settings = replace(new.membership.settings, restore_from="file:///x/a/b/c")
-    new.life.adopt(replace(new.membership, settings=settings, initialised=False))
+    new.life.adopt(replace(new.membership, settings=settings, initialised=False), replica=False)
     plane = new.life.plane
     assert plane is not None
     new.until(lambda: bool(plane.warm))

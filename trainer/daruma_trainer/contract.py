@@ -8,7 +8,7 @@ anything it does not understand, before it allocates.
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import lru_cache
@@ -81,6 +81,8 @@ class SourceKind(StrEnum):
 
     PREDECESSOR = "predecessor"
     """The incarnation that hands its slots over: exact, with the optimizer's state."""
+    REPLICA = "replica"
+    """What the promoted replica has itself: with the optimizer's state of the same moment."""
     PEER = "peer"
     RUNNING_CHECKPOINT = "runningCheckpoint"
     FULL_CHECKPOINT = "fullCheckpoint"
@@ -116,6 +118,13 @@ class Member:
     pod: str
     address: str | None = None
     """`host:port` of the data port; None until it is known."""
+    node: str | None = None
+    """The machine that it runs on, where that is known."""
+
+    @property
+    def failure_domain(self) -> str:
+        """What is lost together with it: its node, or else its pod."""
+        return self.node or self.pod
 
     @property
     def id(self) -> str:
@@ -164,10 +173,39 @@ class Settings:
     inexact: bool = False
     """Lost slots come from the running checkpoint alone: what was added since is not in it."""
     replay: Replay = field(default_factory=Replay)
+    replicas: int = 1
+    """Processes that hold each shard: its server, and replicas in other servers' pods."""
+    chain: bool = False
+    """Chain replication: a replica takes all, and is promoted when its server is lost."""
+    ack: str = "None"
+    """Chain: None | Next | Tail: how far a push has to have come before its worker forgets it."""
+    every_updates: int = 1
+    """Chain: replicas get the newest state after so many updates (ack None)."""
+    copies: int = 1
+    """k: a worker keeps a push until it is on so many nodes, its own not counted."""
+    max_uncovered: int = 2
+    """Pushes of a worker that may be waiting for that."""
+    copies_bytes_per_second: float | None = None
+    """Limit of what each server sends for it."""
     suspect_seconds: float = 1.0
     """An unanswered request this old makes its server a suspect."""
     progress_seconds: float = 600.0
     """How long a worker waits for a server before it gives up (exit code 1)."""
+
+    @property
+    def replicates(self) -> bool:
+        """Whether there are replicas at all."""
+        return self.replicas > 1
+
+    @property
+    def covers(self) -> bool:
+        """Whether workers keep their pushes until they are covered."""
+        return self.ack != "None" if self.chain else self.copies > 1
+
+    @property
+    def to_tail(self) -> bool:
+        """Whether a replica answers only once those after it have what it took."""
+        return self.ack == "Tail" or not self.chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +240,8 @@ class Membership:
     """Id of the recovery in progress: workers keep their last complete pull until it is None."""
     handing: tuple[Member, ...] = ()
     """Servers whose slots their successors in `members` take over: frozen, but still there."""
+    replicas: tuple[Member, ...] = ()
+    """Servers of the indexes that they replicate, each in another server's pod."""
 
     def member(self, role: Role, index: int) -> Member | None:
         """Return the incarnation that counts, if there is one."""
@@ -212,8 +252,14 @@ class Membership:
 
     def guests(self, host: Member) -> tuple[Member, ...]:
         """Return the other members that live in this one's pod: adopted seats (Adopt)."""
-        everybody = (*self.members, *self.handing)
+        everybody = (*self.members, *self.handing, *self.replicas)
         return tuple(m for m in everybody if m.pod == host.pod and m.id != host.id)
+
+    def chain(self, index: int) -> tuple[Member, ...]:
+        """Return a shard's server and its replicas, in the order in which updates go."""
+        head = self.member(Role.SERVER, index)
+        after = sorted((m for m in self.replicas if m.index == index), key=lambda m: m.incarnation)
+        return (*after,) if head is None else (head, *after)
 
     def of(self, role: Role) -> tuple[Member, ...]:
         """Return the members of one role, by index."""
@@ -302,6 +348,17 @@ def slots_to_hex(slots: Sequence[int]) -> str:
     for slot in slots:
         bits |= 1 << slot
     return f"{bits:0{SLOTS // 4}x}"
+
+
+def group_versions(
+    slots: Iterable[int], lineages: Iterable[int], positions: Iterable[int]
+) -> tuple[Copies, ...]:
+    """Group slots by their versions, as members offer them; lineage 0: nothing is there."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for slot, *version in zip(slots, lineages, positions, strict=True):
+        if version[0]:
+            found.setdefault((version[0], version[1]), []).append(slot)
+    return tuple(Copies(a, b, slots_to_hex(mine)) for (a, b), mine in found.items())
 
 
 def slots_from_hex(text: str) -> list[int]:

@@ -237,3 +237,9 @@ def rule_from_json(text: str) -> Rule:
             raise ContractError(f"{kind.name}.{key} is {value}: less than 1")
     rule: Rule = kind(**raw)
     return rule
+
+
+def state_names(rule: Rule) -> tuple[str, ...]:
+    """Return what a rule keeps beside the parameters: nothing for SGD without momentum."""
+    idle = isinstance(rule, SGD) and not rule.momentum
+    return () if idle else rule.state_names

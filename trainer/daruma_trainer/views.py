@@ -87,7 +87,8 @@ class Report:
     epoch: int
     """Of the newest membership that it applied."""
     state: str
-    """Servers: Joining | Empty | Restoring | Ready | Frozen (its successor takes its slots).
+    """Servers: Joining | Empty | Restoring | Ready | Frozen (its successor takes its slots) |
+    Replica.
     Workers: Joining | Training | Finished (its
     batches are done, and a rollback could still bring it back) | Left | Failed."""
     step: int = 0
@@ -99,7 +100,10 @@ class Report:
     """Servers: slots that are Ready."""
     suspects: tuple[Suspect, ...] = ()
     copies: tuple[Copies, ...] = ()
-    """Workers, while a recovery goes on: the slot versions of the copy they keep for it."""
+    """Workers, while a recovery goes on: the slot versions of the copy they keep for it. Promoted
+    replicas: those of the slots that wait for a plan."""
+    follows: str | None = None
+    """Replicas: the member before it in its chain, whose acknowledgements wait for it."""
     running: SavedState | None = None
     cut: SavedState | None = None
     """Servers: the newest cut that exists, with its file."""

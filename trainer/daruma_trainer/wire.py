@@ -54,6 +54,14 @@ class Kind(IntEnum):
     CUT = 10
     REBUILD = 11
     """A worker's whole part of a sum, for slots that were cleared; a push without a number."""
+    HAVE = 12
+    """A worker took in what a server's state of some slots had. Nobody answers."""
+    FOLLOW = 13
+    """A server to its next replica: a stream begins; the answer says what the replica has."""
+    UPDATE = 14
+    """An update that the next replica is to make as well."""
+    WHOLE = 15
+    """Whole slots for the next replica, with the optimizer's state."""
     OK = 16
     ACK = 17
     STATE = 18
@@ -68,6 +76,8 @@ class Kind(IntEnum):
     """A worker's program asked that all end after their step."""
     FINISHED = 26
     """All workers reached the end of their batches: no rollback brings anybody back any more."""
+    COVERED = 28
+    """A server to a worker: up to which batch its pushes are on as many nodes as asked for."""
 
 
 _KINDS = frozenset(Kind)
@@ -242,7 +252,8 @@ ALL_WORKERS = 1
 
 # State: the answer to a pull, and a worker's copy for a restoring server ------------------------
 
-STATE = struct.Struct("<IIIq")
+STATE = struct.Struct("<IIIIq")
+"""A state's meta: applied vectors, workers, arrays of values, of counters; the update's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,16 +273,22 @@ class State:
     window: NDArray[np.uint64]
     """Shape (vectors, workers): bit i set: batch last − 1 − i is applied too."""
     values: tuple[Floats, ...]
-    """For each table, the rows of these slots in wire order; flat on arrival."""
+    """For each table, the rows of these slots in wire order; flat on arrival. To a replica: of each
+    table its parameters, then its optimizer's arrays."""
+    steps: tuple[Ints, ...] = ()
+    """To a replica: of each table the step counters of these slots' blocks."""
+    update: int = 0
+    """How many updates the server has made to its shard."""
 
 
 def encode_state(state: State) -> list[Frame]:
     """Return meta and data frames."""
     vectors, workers = state.last.shape
-    sizes = np.array([v.size for v in state.values], np.int64)
+    arrays: list[NDArray[Any]] = [*state.values, *state.steps]
+    sizes = np.array([a.size for a in arrays], np.int64)
     meta = b"".join(
         [
-            STATE.pack(vectors, workers, len(sizes), 0),
+            STATE.pack(vectors, workers, len(state.values), len(state.steps), state.update),
             bitmap(state.slots),
             state.lineage.astype(np.int64).tobytes(),
             state.position.astype(np.int64).tobytes(),
@@ -279,7 +296,7 @@ def encode_state(state: State) -> list[Frame]:
             sizes.tobytes(),
         ]
     )
-    return [meta, *_data_frames([state.last, state.window, *state.values])]
+    return [meta, *_data_frames([state.last, state.window, *state.steps, *state.values])]
 
 
 def decode_state(frames: Sequence[Frame]) -> State:
@@ -287,10 +304,11 @@ def decode_state(frames: Sequence[Frame]) -> State:
     meta = memoryview(frames[1])
     if len(meta) < STATE.size + BITMAP:
         raise MalformedError("a state without its meta")
-    vectors, workers, tables, _ = STATE.unpack_from(meta)
+    vectors, workers, tables, counters, update = STATE.unpack_from(meta)
     slots = from_bitmap(meta[STATE.size : STATE.size + BITMAP])
     n = int(slots.sum())
-    if len(meta) != STATE.size + BITMAP + 8 * (3 * n + tables) or workers > MAX_WORKERS:
+    arrays = tables + counters
+    if len(meta) != STATE.size + BITMAP + 8 * (3 * n + arrays) or workers > MAX_WORKERS:
         raise MalformedError("a state's meta does not fit its slots")
     numbers = np.frombuffer(meta, np.int64, offset=STATE.size + BITMAP)
     lineage, position, vector = numbers[:n], numbers[n : 2 * n], numbers[2 * n : 3 * n]
@@ -299,9 +317,11 @@ def decode_state(frames: Sequence[Frame]) -> State:
     data = _Data(frames[2:])
     last = data.take(np.int64, vectors * workers).reshape(vectors, workers)
     window = data.take(np.uint64, vectors * workers).reshape(vectors, workers)
-    values = tuple(data.take(np.float32, int(size)) for size in numbers[3 * n :])
+    sizes = numbers[3 * n :].tolist()
+    steps = tuple(data.take(np.int64, size) for size in sizes[tables:])
+    values = tuple(data.take(np.float32, size) for size in sizes[:tables])
     data.end()
-    return State(slots, lineage, position, vector, last, window, values)
+    return State(slots, lineage, position, vector, last, window, values, steps, update)
 
 
 def split_slots(layout: ShardLayout) -> list[Ints]:

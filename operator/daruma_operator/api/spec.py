@@ -42,6 +42,7 @@ class StrategyName(StrEnum):
 
     FULL_CHECKPOINT = "FullCheckpoint"
     PARTIAL = "Partial"
+    CHAIN = "Chain"
     STATELESS = "Stateless"
     FRESHEST = "Freshest"
 
@@ -196,6 +197,37 @@ class Replay(SpecModel):
     )
 
 
+class Ack(StrEnum):
+    """How far a push has to have come before its worker may forget it."""
+
+    NONE = "None"
+    NEXT = "Next"
+    TAIL = "Tail"
+
+
+class Chain(SpecModel):
+    """Chain replication, for the strategy Chain."""
+
+    replicas: int = Field(
+        default=2,
+        ge=2,
+        le=8,
+        description="Processes that hold each shard: its server, and replicas in the pods of the "
+        "next servers. Each takes the memory of a shard.",
+    )
+    ack: Ack = Field(
+        default=Ack.NEXT,
+        description="Next: the first replica has it. Tail: all have. None: the server has it.",
+    )
+    every: int = Field(
+        default=1,
+        ge=1,
+        le=1_000_000,
+        description="Send the newest state after so many updates instead of each (with ack None). "
+        "So many may be lost.",
+    )
+
+
 class Timeouts(SpecModel):
     """Deadlines, in seconds."""
 
@@ -233,6 +265,28 @@ class Recovery(SpecModel):
         "until a new pod is there to take them back. Replace adopts where no pod comes in "
         "replaceSeconds.",
     )
+    copies: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="k: a worker keeps a push, and gives it again to a server that was restored, "
+        "until its effect is on k nodes, the worker's own not counted; k - 1 nodes may then fail. "
+        "What workers pull counts; what they do not hold is sent to replicas in other servers' "
+        "pods. Not together with Chain.",
+    )
+    copies_bytes_per_second: int | None = Field(
+        default=None,
+        ge=1,
+        description="Limit of what each server sends to its replica. Default: none.",
+    )
+    max_uncovered: int = Field(
+        default=2,
+        ge=1,
+        le=1000,
+        description="Pushes of a worker that may wait to be covered; then it waits. Each is kept "
+        "in its memory.",
+    )
+    chain: Chain = Field(default_factory=Chain)
     replay: Replay = Field(default_factory=Replay)
     timeouts: Timeouts = Field(default_factory=Timeouts)
 
@@ -256,6 +310,7 @@ _USES_SAVES = (
     "(has(self.recovery.fallback) && self.recovery.fallback.exists(f, "
     "f in ['Partial', 'FullCheckpoint']))))"
 )
+_CHAINED = "self.recovery.strategy == 'Chain'"
 NEEDS_STORE = (
     "recovery by Partial or FullCheckpoint needs spec.checkpoint.store: name one, or choose "
     "Stateless or Freshest"
@@ -276,6 +331,12 @@ NO_REF = (
     "a store"
 )
 TOO_OFTEN = "spec.checkpoint.every × fraction must be at least 1: save less often or more at once"
+TOO_FEW_SERVERS = (
+    "spec.recovery.chain.replicas and copies live in the pods of different servers: they may not "
+    "be more than spec.servers.replicas"
+)
+NO_COPIES = "spec.recovery.copies does not go together with Chain, whose replicas have everything"
+EVERY_NEEDS_NONE = "spec.recovery.chain.every above 1 needs ack: None"
 NO_TWICE = "spec.recovery.fallback lists a strategy twice, or the strategy itself"
 
 
@@ -318,6 +379,20 @@ class TrainingJobSpec(SpecModel):
                 "self.recovery.fallback.all(f, f != self.recovery.strategy && "
                 "self.recovery.fallback.filter(g, g == f).size() == 1)",
                 NO_TWICE,
+            ),
+            rule(
+                "!has(self.recovery) || (self.recovery.copies <= self.servers.replicas && "
+                f"(!({_CHAINED}) || self.recovery.chain.replicas <= self.servers.replicas))",
+                TOO_FEW_SERVERS,
+            ),
+            rule(
+                f"!has(self.recovery) || !({_CHAINED}) || self.recovery.copies == 1",
+                NO_COPIES,
+            ),
+            rule(
+                "!has(self.recovery) || self.recovery.chain.every == 1 || "
+                "self.recovery.chain.ack == 'None'",
+                EVERY_NEEDS_NONE,
             ),
             rule("self.program == oldSelf.program", f"spec.program {IMMUTABLE}"),
             rule(
@@ -363,11 +438,21 @@ class TrainingJobSpec(SpecModel):
     recovery: Recovery = Field(default_factory=Recovery)
     run_policy: RunPolicy = Field(default_factory=RunPolicy)
 
+    @property
+    def chained(self) -> bool:
+        """Whether the job's strategy is chain replication."""
+        return self.recovery.strategy is StrategyName.CHAIN
+
+    @property
+    def replicas(self) -> int:
+        """Processes that hold each shard: its server and its replicas."""
+        return self.recovery.chain.replicas if self.chained else self.recovery.copies
+
     def problems(self, *, local: bool) -> list[str]:
         """Say what the CEL rules would say; `local`: `daruma run` needs no claim, has a store."""
         saves = {StrategyName.PARTIAL, StrategyName.FULL_CHECKPOINT}
         ladder = (self.recovery.strategy, *self.recovery.fallback)
-        point = self.checkpoint
+        point, chain = self.checkpoint, self.recovery.chain
         uses = bool(saves & set(ladder))
         cloud = point.store is not None and not point.store.startswith("file://")
         file = point.store is not None and not cloud
@@ -379,6 +464,9 @@ class TrainingJobSpec(SpecModel):
             (point.secret_ref is not None and not cloud, NO_REF),
             (point.every > 0 and point.every * point.fraction < 1, TOO_OFTEN),
             (len(set(ladder)) != len(ladder), NO_TWICE),
+            (self.replicas > self.servers.replicas, TOO_FEW_SERVERS),
+            (self.chained and self.recovery.copies > 1, NO_COPIES),
+            (chain.every > 1 and chain.ack is not Ack.NONE, EVERY_NEEDS_NONE),
             (point.store is not None and not re.search(STORE_PATTERN, point.store), STORE_FORM),
         ]
         return [message for wrong, message in checks if wrong]

@@ -232,6 +232,10 @@ class TrainingJobStatus(StatusModel):
     """New pods for servers that live in others' pods (Adopt), until they take their slots back."""
     handing: tuple[MemberStatus, ...] = ()
     """Servers that hand their slots over, until their successors have them."""
+    replicas: tuple[MemberStatus, ...] = ()
+    """Servers' replicas, in other servers' pods (Chain, copies)."""
+    replicated_at: datetime | None = None
+    """When replicas were made last."""
     servers: Ready = Field(default_factory=Ready)
     workers: WorkersReady = Field(default_factory=WorkersReady)
     restarts: Restarts = Field(default_factory=Restarts)

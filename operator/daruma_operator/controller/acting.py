@@ -50,7 +50,7 @@ def _memberships(seen: Seen, status: TrainingJobStatus, policy: Policy) -> list[
         return []
     membership = membership_of(seen.job, status, policy.store)
     found: list[Act] = []
-    for member in (*status.members, *status.handing):
+    for member in (*status.members, *status.handing, *status.replicas):
         agent = agent_of(seen, member)
         name = name_of(member)
         if agent is None or member.address is None or name not in seen.reached:

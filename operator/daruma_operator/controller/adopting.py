@@ -127,7 +127,10 @@ def _begin(d: Draft, ready: list[MemberStatus], guests: list[MemberStatus]) -> N
         pod = d.seen.pod(member.pod)
         owners.append(member.model_copy(update={"address": pod.address if pod else None}))
     d.replace_members(owners)
+    back = {m.index for m in ready}
     d.set(
+        # Of those that hand over: their successors get replicas of their own.
+        replicas=tuple(m for m in d.status.replicas if m.index not in back),
         handing=tuple(guests),
         returning=tuple(m for m in d.status.returning if m not in ready),
     )

@@ -18,6 +18,7 @@ from daruma_operator.controller.losing import lose
 from daruma_operator.controller.observe import Seen, newest_pods, runs
 from daruma_operator.controller.progress import fold, show
 from daruma_operator.controller.recovering import recover
+from daruma_operator.controller.replicating import keep_up, replicate, show_replicas
 from daruma_operator.controller.starting import addresses, pending, starting
 from daruma_operator.controller.verdicts import UNRESPONSIVE, Verdict, losses, name_of
 from daruma_operator.substrate.protocol import Event
@@ -73,6 +74,7 @@ def _advance(d: Draft) -> None:
     fold(d)
     if deadline(d):
         return
+    keep_up(d)
     verdicts = _losses(d)
     if verdicts:
         lose(d, verdicts)
@@ -89,11 +91,19 @@ def _advance(d: Draft) -> None:
         case _:
             pass
     if d.status.phase is d.seen.job.status.phase is Phase.RUNNING:
-        if all_left(d):
-            end(d)
-        else:
-            hand_back(d)
+        _tend(d)
     show(d)
+    show_replicas(d)
+
+
+def _tend(d: Draft) -> None:
+    """All is well: what is there to be done beside training."""
+    if all_left(d):
+        end(d)
+        return
+    hand_back(d)
+    if d.status.recovery is None:
+        replicate(d)
 
 
 def _catch_up(d: Draft) -> None:

@@ -56,7 +56,7 @@ def reachable(job: TrainingJob, pods: tuple[PodFacts, ...]) -> dict[str, str]:
         if p.address is not None and runs(p) and (p.name in names or job.status.phase is None)
     }
     alive = {p.name for p in pods if runs(p)}
-    for m in (*status.members, *status.handing):
+    for m in (*status.members, *status.handing, *status.replicas):
         if m.guest and m.address is not None and m.pod in alive:
             name = member_id(m.role, m.index, m.incarnation)
             found[name] = (m.role, m.index, agent_address(m.address))

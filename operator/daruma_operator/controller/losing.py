@@ -22,6 +22,7 @@ from daruma_operator.controller.failures import MAX_COUNTED, count, over_limit, 
 from daruma_operator.controller.membership import ladder_of
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import job_step
+from daruma_operator.controller.replicating import promote, promoted
 from daruma_operator.controller.telling import CUT_NOT_LOADED, HAND_BACK, lost, started
 from daruma_operator.controller.verdicts import PROCESS_ENDED, Verdict, name_of
 from daruma_operator.names import seat
@@ -64,6 +65,7 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
         _join(d, verdicts, epoch)
     # What was too large for its own pod is too large for another's, beside what that holds.
     large = any(v.reason == "OOMKilled" for v in verdicts)
+    gone = promote(d, gone)
     if d.spec.recovery.placement is Placement.ADOPT and not large:
         adopt(d, gone, epoch)
     if any(v.member.role is Role.SERVER for v in verdicts):
@@ -215,7 +217,9 @@ def means(d: Draft) -> Means:
     )
     checkpoint = d.status.checkpoint
     cut = checkpoint is not None and checkpoint.cut is not None
-    return Means(d.policy.store is not None, cut, peers)
+    seats = {x.index for x in d.record.losses if x.role is Role.SERVER}
+    replicas = bool(seats) and all(promoted(d, index) for index in seats)
+    return Means(d.policy.store is not None, cut, peers, replicas)
 
 
 def exhausted(d: Draft, why: str, reasons: str) -> None:

@@ -34,6 +34,7 @@ def membership_of(job: TrainingJob, status: TrainingJobStatus, store: str | None
         rollback=Rollback(status.rollback.generation, status.rollback.cut),
         recovery=None if status.recovery is None else status.recovery.id,
         handing=members_of(status.handing),
+        replicas=members_of(status.replicas),
     )
 
 
@@ -58,5 +59,12 @@ def settings_of(spec: TrainingJobSpec, store: str | None) -> Settings:
         replay=Replay(
             replay.max_pending, float(replay.max_age_seconds), str(replay.combine), replay.trust
         ),
+        replicas=spec.replicas,
+        chain=spec.chained,
+        ack=str(spec.recovery.chain.ack) if spec.chained else "None",
+        every_updates=spec.recovery.chain.every,
+        copies=spec.recovery.copies,
+        max_uncovered=spec.recovery.max_uncovered,
+        copies_bytes_per_second=spec.recovery.copies_bytes_per_second,
         progress_seconds=float(spec.recovery.timeouts.progress_seconds),
     )

@@ -20,12 +20,14 @@ from daruma_operator.controller.draft import Draft, indexes
 from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.losing import ROLLED_FURTHER, climb, roll_further
 from daruma_operator.controller.observe import runs
+from daruma_operator.controller.replicating import PROMOTE
 from daruma_operator.controller.sourcing import (
     copies_of,
     delta_of,
     plans_of,
     restoring,
     rework_of,
+    serves,
     survivors,
 )
 from daruma_operator.controller.telling import HAND_BACK, over
@@ -196,7 +198,9 @@ def _next_rung(d: Draft, why: str) -> None:
 
 def _reason(plans: Iterable[Plan]) -> str:
     plans = list(plans)
-    if plans and all(p.handed for p in plans):
+    if not plans:
+        return "ReplicaPromoted"
+    if all(p.handed for p in plans):
         return "HandedOver"
     peers = any(s.kind is SourceKind.PEER for p in plans for s in p.sources)
     return "PeerCopiesFound" if peers else "RunningCheckpointFound"
@@ -227,14 +231,30 @@ def _stage_expired(d: Draft) -> bool:
 
 def _silent(d: Draft) -> tuple[str, ...]:
     """Survivors that did not say yet, in this recovery's epoch, what they hold."""
-    if d.record.cause == HAND_BACK or SourceKind.PEER not in preset_of(d.record.strategy).sources:
+    if d.record.cause == HAND_BACK:
         return ()
     done = indexes(d.status.workers.succeeded_indexes)
-    return tuple(
+    # A replica that was promoted says what it has, or that it serves.
+    mute = tuple(
+        name_of(m)
+        for m in restoring(d.status)
+        if m.guest
+        and d.record.placement == PROMOTE
+        and not serves(d.seen, d.record, m)
+        and not copies_of(d.seen, d.record, m)
+    )
+    if SourceKind.PEER not in preset_of(d.record.strategy).sources or not _to_restore(d):
+        return mute
+    return mute + tuple(
         name_of(m)
         for m in survivors(d.status)
         if m.index not in done and not copies_of(d.seen, d.record, m)
     )
+
+
+def _to_restore(d: Draft) -> bool:
+    """Whether any server is to get slots."""
+    return not all(serves(d.seen, d.record, m) for m in restoring(d.status))
 
 
 def _missing(d: Draft) -> int:

@@ -1,6 +1,6 @@
 """Where the slots of the recovery in progress come from, as status and reports say. Pure."""
 
-from daruma_operator.api.spec import ConsistencyMode
+from daruma_operator.api.spec import Ack, ConsistencyMode
 from daruma_operator.api.status import MemberStatus, RecoveryRecord, Rework, TrainingJobStatus
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.observe import Heard, Seen, agent_of
@@ -52,6 +52,7 @@ def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str
         return {}
     owners = place(seen.job.uid, seen.job.spec.servers.replicas)
     copies = {name_of(m): copies_of(seen, record, m) for m in survivors(status)}
+    copies |= {name_of(m): copies_of(seen, record, m) for m in restoring(status)}
     # What is handed back comes from who has it; if that fails, it is an ordinary loss.
     back = record.cause == HAND_BACK
     return {
@@ -61,9 +62,18 @@ def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str
             copies,
             stored=stored and not back,
             predecessor=_predecessor(seen, status, m),
+            replica=name_of(m),
         )
         for m in restoring(status)
+        if not serves(seen, record, m)
     }
+
+
+def serves(seen: Seen, record: RecoveryRecord, member: MemberStatus) -> bool:
+    """Whether a promoted replica has all, so that nothing is to be restored."""
+    report = seen.report(name_of(member))
+    ready = report is not None and report.state == "Ready" and report.follows is not None
+    return ready and report is not None and report.epoch >= record.epoch
 
 
 def _predecessor(
@@ -86,9 +96,9 @@ def restores_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[
         return {}
     plans = plans_of(seen, status, stored=stored)
     return {
-        name_of(m): Restore(record.id, status.epoch, name_of(m), plans[name_of(m)].sources)
-        for m in restoring(status)
-        if name_of(m) not in told
+        name: Restore(record.id, status.epoch, name, plan.sources)
+        for name, plan in plans.items()
+        if name not in told
     }
 
 
@@ -99,6 +109,9 @@ def delta_of(d: Draft, plans: dict[str, Plan]) -> Delta:
     else:
         updates = sum(steps_of(d).values())
     shards = []
+    unacknowledged = d.spec.chained and d.spec.recovery.chain.ack is Ack.NONE
+    if unacknowledged and len(plans) < len(restoring(d.status)):
+        return UNKNOWN  # how many updates the replica lacked, nobody counted
     for member, plan in plans.items():
         last = _last_words(d, int(member.split("-")[1]))
         if plan.handed:

@@ -18,6 +18,8 @@ class Means:
     """A consistent cut is known to exist."""
     peers: bool
     """A worker that lives may hold a copy."""
+    replicas: bool = False
+    """Every lost server lives on in a replica that has all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,10 @@ def lacks(strategy: StrategyName, means: Means) -> str | None:
     preset = PRESETS[strategy]
     if preset.rollback:
         return None if means.cut else "there is no full checkpoint"
+    if SourceKind.REPLICA in preset.sources and means.replicas:
+        return None
+    if preset.sources == {SourceKind.REPLICA}:
+        return "no replica of it is left that has everything"
     if SourceKind.PEER in preset.sources and means.peers:
         return None
     if SourceKind.RUNNING_CHECKPOINT in preset.sources and means.store:

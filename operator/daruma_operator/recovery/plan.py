@@ -44,23 +44,26 @@ def plan_slots(
     *,
     stored: bool,
     predecessor: tuple[str, str] | None = None,
+    replica: str | None = None,
 ) -> Plan:
     """Order the sources of `slots`.
 
-    `copies` says which slots each live worker kept of its last complete pull, `stored` whether a
+    `copies` says which slots each live worker kept of its last complete pull, and what `replica`,
+    which was promoted and is to be restored, has itself; `stored` whether a
     store may hold the lost shard's running checkpoint, `predecessor` who hands the slots over (its
     name and its agent).
     """
     lost = frozenset(slots)
     peers: list[tuple[Version, str, list[int]]] = []
-    if SourceKind.PEER in kinds:
-        for member, held in copies.items():
+    for member, held in copies.items():
+        if (SourceKind.REPLICA if member == replica else SourceKind.PEER) in kinds:
             for part in held:
                 mine = [s for s in slots_from_hex(part.slots) if s in lost]
                 if mine:
                     peers.append((Version(part.lineage, part.position), member, mine))
     # Among equals any will do, but the same one for the same observations.
-    peers.sort(key=lambda p: (-p[0].lineage, -p[0].position, p[1]))
+    # The replica's own come with the optimizer's state, and without a way.
+    peers.sort(key=lambda p: (-p[0].lineage, -p[0].position, p[1] != replica, p[1]))
     peers = peers[:MAX_SOURCES]
     covered: set[int] = set()
     oldest: Version | None = None
@@ -68,7 +71,14 @@ def plan_slots(
         if not covered.issuperset(mine):
             oldest = version
             covered.update(mine)
-    sources = [Source(SourceKind.PEER, slots_to_hex(mine), member) for _, member, mine in peers]
+    sources = [
+        Source(
+            SourceKind.REPLICA if member == replica else SourceKind.PEER,
+            slots_to_hex(mine),
+            member,
+        )
+        for _, member, mine in peers
+    ]
     by_peers = covered == lost
     if predecessor is not None:
         name, agent = predecessor

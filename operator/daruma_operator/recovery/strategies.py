@@ -18,13 +18,16 @@ class Preset:
 
 
 _PEER, _RUNNING = SourceKind.PEER, SourceKind.RUNNING_CHECKPOINT
-_FULL = SourceKind.FULL_CHECKPOINT
+_FULL, _REPLICA = SourceKind.FULL_CHECKPOINT, SourceKind.REPLICA
 
 PRESETS: Mapping[StrategyName, Preset] = {
     StrategyName.FULL_CHECKPOINT: Preset(frozenset({_FULL}), True, WorkersMeanwhile.WAIT),
     StrategyName.PARTIAL: Preset(frozenset({_RUNNING}), False, WorkersMeanwhile.WAIT),
+    StrategyName.CHAIN: Preset(frozenset({_REPLICA}), False, WorkersMeanwhile.WAIT),
     StrategyName.STATELESS: Preset(frozenset({_PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY),
-    StrategyName.FRESHEST: Preset(frozenset({_PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY),
+    StrategyName.FRESHEST: Preset(
+        frozenset({_REPLICA, _PEER, _RUNNING}), False, WorkersMeanwhile.REPLAY
+    ),
 }
 
 

@@ -6,7 +6,7 @@ a step ahead of a slot, because it pulls a step from every shard before it compu
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +19,12 @@ from daruma_trainer.wire import Push, TablePush
 
 class TwoWritersError(ValueError):
     """Two workers assigned the same row in one step."""
+
+
+Made = list[TablePush]
+"""What a step changed, as one push: the mean or sum of each table, then single rows."""
+Stepped = Callable[[int, Sequence[int], Ints, Made | None], None]
+"""Told of a step: its number, the workers, the slots, and what it was; None: not in one push."""
 
 
 class Barrier:
@@ -59,8 +65,11 @@ class Barrier:
             kept.extend((part, k[fresh]) for part in single)
         have[k[fresh]] = push.last
 
-    def reduce(self, active: Collection[int]) -> bool:
-        """Apply every step for which all active workers contributed; True if there was one."""
+    def reduce(self, active: Collection[int], stepped: Stepped) -> bool:
+        """Apply every step for which all active workers contributed; True if there was one.
+
+        `stepped` is called after each, for slots to which the same workers contributed.
+        """
         workers = sorted(active)
         if not workers or any(w not in self._batch for w in workers):
             return False
@@ -74,27 +83,31 @@ class Barrier:
             if not can.any():
                 return any_step
             for t in np.unique(step[can]).tolist():
-                self._apply_step(np.flatnonzero(can & (step == t)), int(t), workers)
+                self._apply_step(np.flatnonzero(can & (step == t)), int(t), workers, stepped)
             any_step = True
 
-    def _apply_step(self, k: Ints, step: int, workers: list[int]) -> None:
+    def _apply_step(self, k: Ints, step: int, workers: list[int], stepped: Stepped) -> None:
         # After a recovery some slots may have a worker's part of this step already, or lost it.
         gave = np.stack([self._batch[w][k] == step for w in workers], axis=1)
         for pattern in np.unique(gave, axis=0):
             same = k[(gave == pattern).all(axis=1)]
-            self._apply(same, step, [w for w, g in zip(workers, pattern, strict=True) if g])
-        for w in workers:
-            self._slots.mark(k, w, step, step)
-        self._slots.position[k] += 1
+            made = self._apply(same, step, [w for w, g in zip(workers, pattern, strict=True) if g])
+            for w in workers:
+                self._slots.mark(same, w, step, step)
+            self._slots.position[same] += 1
+            stepped(step, workers, same, made)
         if (self._slots.last[:, workers] >= step).all():
             self._rows = {key: rows for key, rows in self._rows.items() if key[1] > step}
 
-    def _apply(self, k: Ints, step: int, parts: list[int]) -> None:
+    def _apply(self, k: Ints, step: int, parts: list[int]) -> Made | None:
         change = 0.0
+        made: Made = []
+        at_once = True
         for i, table in enumerate(self._shard.tables):
+            touched = [w for w in parts if (w, i) in self._lr]
+            totals: list[Floats] = []
             for a, b in _ranges(k):
                 rows = slice(int(table.layout.slot_rows[a]), int(table.layout.slot_rows[b]))
-                touched = [w for w in parts if (w, i) in self._lr]
                 if not touched or rows.start == rows.stop:
                     continue
                 total = self._values[touched[0]][i][rows].copy()
@@ -104,10 +117,18 @@ class Barrier:
                     total *= np.float32(1 / len(touched))
                 lr = self._lr[touched[0], i]
                 change += self._shard.update(i, a, b, total, lr)
+                totals.append(total)
+            if totals:
+                total = totals[0] if len(totals) == 1 else np.concatenate(totals)
+                made.append(TablePush(i, self._lr[touched[0], i], total))
         for w in parts:
             for part, slots in self._rows.get((w, step), []):
-                self._shard.apply_rows(part, np.intersect1d(slots, k))
+                mine = np.intersect1d(slots, k)
+                self._shard.apply_rows(part, mine)
+                made.append(part)
+                at_once &= len(mine) == len(k)
         self._shard.norms.append(math.sqrt(change))
+        return made if at_once else None
 
     def _check_writers(self, push: Push, single: list[TablePush]) -> None:
         for (worker, batch), kept in self._rows.items():

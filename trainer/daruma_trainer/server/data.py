@@ -5,14 +5,16 @@ from its one thread.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from daruma_trainer.applied import Seen
 from daruma_trainer.contract import ContractError, Membership, Role, place, slots_from_hex
 from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
-from daruma_trainer.server.barrier import Barrier, TwoWritersError
+from daruma_trainer.server.barrier import Barrier, Made, TwoWritersError
 from daruma_trainer.server.rebuilding import Sums
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
@@ -24,6 +26,7 @@ from daruma_trainer.wire import (
     Header,
     Kind,
     MalformedError,
+    Push,
     Refusal,
     State,
     bitmap,
@@ -77,6 +80,20 @@ def refuse(refusal: Refusal, message: str) -> Reply:
     return Reply(Kind.REFUSED, [encode_json({"message": message})], refusal)
 
 
+class Observer(Protocol):
+    """Who is told of each update of a shard, right after it was made (replication)."""
+
+    def pushed(self, push: Push, frames: Sequence[Frame], k: Ints) -> None:
+        """A push, with its frames after the header, was applied to the slots `k`: the others
+        asked for have it already, or are not Ready."""
+
+    def stepped(self, step: int, workers: Sequence[int], k: Ints, made: Made | None) -> None:
+        """A step of these workers was made in the slots `k` (Sync)."""
+
+    def touched(self, k: Ints) -> None:
+        """The slots `k` changed otherwise."""
+
+
 class DataPlane:
     """One shard: its slots, its parameters, and the requests that wait for them."""
 
@@ -96,6 +113,9 @@ class DataPlane:
         self.ended: dict[int, int] = {}
         """By worker: its last batch, also of those that only a rollback can bring back."""
         self.counts = Counts()
+        self.updates = 0
+        """How many updates were made to this shard, by this process."""
+        self.observer: Observer | None = None
         self.step = 0
         self.waiting: list[Waiting] = []
         """Pushes that a cut in the making holds back."""
@@ -183,10 +203,11 @@ class DataPlane:
 
     def restored(self, k: Ints) -> None:
         """Restoring → Ready, with a lineage of their own."""
-        for given in self._given:
-            given[k] = True
+        self.note_given(k)
         self.slots.lineage[k] = self.incarnation
         self.slots.state[k] = SlotState.READY
+        if self.observer is not None:
+            self.observer.touched(k)
         self.refresh_step()
 
     # Pushes and pulls
@@ -219,26 +240,41 @@ class DataPlane:
             self.counts.duplicate += int(not len(new) and not overlap.any() and bool(ready.any()))
             self.advance()
         else:
-            others = self.sums.add_from(push, k, ready)
-            if len(new):
-                self.shard.apply(others, k, new)
-                self.slots.advance(k[new], push.worker, push.first, push.last)
-                self.counts.applied += 1
-            elif ready.any() and not overlap.any():
-                self.counts.duplicate += 1
+            self._apply(push, frames, k, ready, new)
+            self.counts.duplicate += int(not len(new) and not overlap.any() and bool(ready.any()))
             applied = ready & (seen != Seen.OVERLAP)
             self.refresh_step()
         self.counts.overlap += int(overlap.any())
         ids = self.slots.ids[k]
         return Reply(Kind.ACK, [bitmap(mask_of(ids[applied])) + bitmap(mask_of(ids[overlap]))])
 
+    def _apply(
+        self, push: Push, frames: Sequence[Frame], k: Ints, ready: NDArray[np.bool_], new: Ints
+    ) -> None:
+        """Apply a checked push at once, to those of its slots that lack it."""
+        others = self.sums.add_from(push, k, ready)
+        if len(new):
+            self.shard.apply(others, k, new)
+            self.slots.advance(k[new], push.worker, push.first, push.last)
+            self.counts.applied += 1
+            self.updates += 1
+        if self.observer is not None:
+            self.observer.pushed(push, frames[1:], k[new])
+            if len(others) < len(push.tables):
+                self.observer.touched(k)  # sums of other slots than those, too
+
     def advance(self) -> None:
         """Make every step whose contributions are complete (Sync)."""
         if self.sync:
             before = int(self.slots.position.sum())
-            if self.barrier.reduce(self.active()):
+            if self.barrier.reduce(self.active(), self._stepped):
                 self.counts.applied += int(self.slots.position.sum() > before)
             self.refresh_step()
+
+    def _stepped(self, step: int, workers: Sequence[int], k: Ints, made: Made | None) -> None:
+        self.updates += 1
+        if self.observer is not None:
+            self.observer.stepped(step, workers, k, made)
 
     def active(self) -> list[int]:
         """Workers whose contribution the next step needs."""
@@ -273,7 +309,25 @@ class DataPlane:
         ids = self.slots.ids[k]
         values = self.shard.values(k)[:tables]
         lineage, position = self.slots.lineage[k], self.slots.position[k]
-        return State(mask_of(ids), lineage, position, vector, last, window, values)
+        return State(
+            mask_of(ids), lineage, position, vector, last, window, values, update=self.updates
+        )
+
+    def whole(self, k: Ints) -> State:
+        """Return whole slots with all that belongs to them, for a replica."""
+        values, steps = self.shard.whole(k)
+        return replace(self.state(k, 0), values=values, steps=steps)
+
+    @property
+    def given(self) -> SlotMask:
+        """Which slots have the values of every table; shape (n,)."""
+        n = len(self.slots.ids)
+        return np.logical_and.reduce(self._given, axis=0) if self._given else np.zeros(n, np.bool_)
+
+    def note_given(self, k: Ints) -> None:
+        """The slots `k` have values of all tables."""
+        for given in self._given:
+            given[k] = True
 
     def resync(self, identity: bytes, frames: Sequence[Frame]) -> Reply:
         """RESYNC: what a worker neither has nor can push again is marked and counted as lost."""
@@ -294,6 +348,8 @@ class DataPlane:
             raise MalformedError(f"a resync of more than {MAX_GAP} batches")
         lost = self.slots.floor(k, worker, done, held)
         self.counts.lost += len(lost)
+        if lost and self.observer is not None:
+            self.observer.touched(k)
         self.refresh_step()
         self.advance()
         self.sums.register(worker, rebuilds)
@@ -314,6 +370,8 @@ class DataPlane:
         if problem:
             return refuse(Refusal.MALFORMED, problem)
         self.sums.rebuild(push, k)
+        if self.observer is not None:
+            self.observer.touched(k)
         return Reply(Kind.OK, [b"{}"])
 
     # Steps

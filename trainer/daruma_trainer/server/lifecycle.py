@@ -11,6 +11,8 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol
 
+import numpy as np
+
 from daruma_trainer.agent import Outcome
 from daruma_trainer.checkpoint.loading import load
 from daruma_trainer.checkpoint.manifest import Cut
@@ -61,6 +63,10 @@ class Surroundings(Protocol):
     def tell_cut(self, index: int, message: dict[str, Any]) -> None:
         """Send a CUT message to the server of an index."""
 
+    @property
+    def counted_on(self) -> bool:
+        """Whether the server before this replica waited for it."""
+
 
 class Lifecycle:
     """One incarnation's hold on its shard. All is None until the first membership."""
@@ -74,6 +80,8 @@ class Lifecycle:
         self.restorer: Restorer | None = None
         self.cuts: Cuts | None = None
         self.initialised = False
+        self.replica = False
+        """Whether another incarnation is the one that serves, and this one follows it."""
         self.generation = 0
         self.rolling = False
         """Whether a rollback is being loaded."""
@@ -92,14 +100,20 @@ class Lifecycle:
         self._later: tuple[float, Callable[[], None]] | None = None
         """When a store that could not be asked for a cut is asked again, and how."""
 
-    def adopt(self, new: Membership) -> None:
+    def adopt(self, new: Membership, *, replica: bool) -> None:
         """Follow a newer membership, in which this incarnation is still in."""
         first = self._membership is None
         self._membership = new
         if first:
+            self.replica = replica
             self._begin(new)
         if self.plane is None:
             return
+        if replica:
+            self._follow_generation(self.plane, new)
+            return
+        if self.replica:
+            self._promote(self.plane, new)
         if self.cuts is not None:
             self.cuts.membership = new
         self.initialised |= new.initialised and bool(self.plane.slots.ready.all())
@@ -125,7 +139,7 @@ class Lifecycle:
     def tick(self) -> None:
         """What follows from what was just handled."""
         plane = self.plane
-        if plane is None or self.frozen:
+        if plane is None or self.frozen or self.replica:
             return
         if self.restorer is not None and self.restoring:
             self.restorer.tick()
@@ -187,8 +201,16 @@ class Lifecycle:
 
     def _begin(self, membership: Membership) -> None:
         """Make the shard; the first membership says which slots are ours."""
-        settings = membership.settings
         plane = DataPlane(membership, self.me.index, self.me.incarnation)
+        if self.replica:
+            plane.slots.state[:] = SlotState.RESTORING
+            self.plane = plane
+            return
+        self._equip(plane, membership)
+
+    def _equip(self, plane: DataPlane, membership: Membership) -> None:
+        """Make what serves and saves a shard."""
+        settings = membership.settings
         self._motion = Motion(settings.every * settings.fraction or NOTE_STEPS, self.me.index)
         background = self._background = Background(self._around.post)
         if settings.store is not None:
@@ -213,6 +235,29 @@ class Lifecycle:
             self._around.fetch, self._all_back,
         )  # fmt: skip
         self.plane = plane
+
+    def _follow_generation(self, plane: DataPlane, membership: Membership) -> None:
+        """A replica of before a rollback has nothing that counts any more."""
+        if membership.rollback.generation > self.generation:
+            self.generation = membership.rollback.generation
+            plane.slots.state[:] = SlotState.RESTORING
+
+    def _promote(self, plane: DataPlane, membership: Membership) -> None:
+        """Serve what this replica has; what else there is, fresher or missing, the plan says.
+
+        A replica that its predecessor counted on has all that it acknowledged: it serves at once.
+        """
+        self.replica = False
+        self._equip(plane, membership)
+        if self.plane is None or self.restorer is None:
+            return  # no store, though one is configured: this process ends
+        mine = np.flatnonzero(plane.slots.ready & plane.given)
+        plane.slots.state[:] = SlotState.RESTORING
+        if self._around.counted_on:
+            plane.restored(mine)
+            plane.sums.inexact = True
+        self.restorer.promoted(mine, membership.recovery, served=self._around.counted_on)
+        LOG.info("promoted: %s of %s slots are here", len(mine), len(plane.slots.ids))
 
     def _warm_start(self, plane: DataPlane, background: Background, uri: str) -> None:
         """Take another job's result for initial values, whatever its number of servers was."""

@@ -34,6 +34,11 @@ class Sums:
         self._heard: set[int] = set()
         """Workers that said which tables they can make again."""
 
+    @property
+    def active(self) -> bool:
+        """Whether there are any: a push is then not the whole of what an update does."""
+        return bool(self._has)
+
     def register(self, worker: int, tables: Iterable[int]) -> None:
         """A worker can rebuild these tables; what was restored before is cleared."""
         self._heard.add(worker)

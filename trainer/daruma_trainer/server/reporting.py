@@ -36,11 +36,11 @@ class Reports:
         return (
             (
                 old.state, old.epoch, old.final, old.acked_epoch, old.copies, old.error,
-                old.waiting, old.stop,
+                old.waiting, old.stop, old.follows,
             )
             != (
                 report.state, report.epoch, report.final, report.acked_epoch, report.copies,
-                report.error, report.waiting, report.stop,
+                report.error, report.waiting, report.stop, report.follows,
             )
             or {s.id for s in old.suspects} != {s.id for s in report.suspects}
             # The result's metrics: the worker ends as soon as we answer.
@@ -83,7 +83,7 @@ class Board:
         """
         important = (
             own.state, own.epoch, own.initialised, own.final, own.restore, own.suspects, own.error,
-            own.waiting, own.guests,
+            own.waiting, own.guests, own.copies, own.follows,
         )  # fmt: skip
         now = now or important != self._shown
         if not now and time.monotonic() - self._shown_at < QUICK_SECONDS:
@@ -113,7 +113,9 @@ def report_of(server: "Server") -> Report:
     if plane is None:
         return make("Joining", final=life.final)
     ready = int(plane.slots.ready.sum())
-    if life.frozen:
+    if life.replica:
+        state = "Replica"
+    elif life.frozen:
         state = "Frozen"
     elif life.rolling or (plane.slots.state == SlotState.RESTORING).any():
         state = "Restoring"
@@ -131,6 +133,8 @@ def report_of(server: "Server") -> Report:
         save_error=saver.error if saver else None,
         final=cuts.final if cuts and cuts.final is not None else life.final,
         restore=life.restorer.report if life.restorer else None,
+        copies=life.restorer.offered if life.restorer else (),
+        follows=server.replicator.follows,
         update_norm=plane.shard.update_norm,
         moves=life.moves,
         applied=plane.counts.applied,

@@ -17,10 +17,12 @@ from daruma_trainer.checkpoint.manifest import Cut
 from daruma_trainer.checkpoint.reading import CutPart, Found, Unread, try_cut
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import (
+    Copies,
     Restore,
     RestoreReport,
     Source,
     SourceKind,
+    group_versions,
     slots_from_hex,
 )
 from daruma_trainer.errors import StoreAwayError, StoreError
@@ -75,6 +77,8 @@ class Restorer:
     """Reads of moments on their way, for slots whose parameters have come."""
     waiting: str | None = None
     """Why the store could not be asked for what is to be restored."""
+    kept: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Slots that a promoted replica has."""
     _rollbacks: int = 0
 
     def begin(self, plan: Restore) -> None:
@@ -90,6 +94,29 @@ class Restorer:
         self._asks.clear()
         self._tried.clear()
         self._next(self._lost(), now)
+
+    def promoted(self, k: Ints, recovery: int | None, *, served: bool) -> None:
+        """This was a replica, and has the slots `k`; `served`: they are Ready already.
+
+        Else they are offered to the plan, as peers' copies are.
+        """
+        self.kept = np.zeros(0, np.int64) if served else k
+        if recovery is None or not served or not len(k):
+            return
+        size = sum(v.nbytes for v in self.plane.shard.values(k))
+        done = bool(self.plane.slots.ready.all())
+        found = {SourceKind.REPLICA.value: len(k)}
+        self.report = RestoreReport(recovery, sources=found, bytes=size, done=done)
+        self._started = time.monotonic()
+
+    @property
+    def offered(self) -> tuple[Copies, ...]:
+        """The versions of the slots that a promoted replica has and does not serve yet."""
+        slots = self.plane.slots
+        k = self.kept[~slots.ready[self.kept]]
+        return group_versions(
+            slots.ids[k].tolist(), slots.lineage[k].tolist(), slots.position[k].tolist()
+        )
 
     def drop(self) -> None:
         """Give the plan up: what is still on its way is not taken (a rollback)."""
@@ -230,6 +257,11 @@ class Restorer:
                 self._asks.remove(ask)
                 self.plane.shard.reset_optimizer(ask.k)
                 self._taken(kind, ask.k, 0)
+            elif kind is SourceKind.REPLICA:
+                self._asks.remove(ask)
+                whole = np.intersect1d(ask.k, self.kept)
+                self._taken(kind, whole, sum(v.nbytes for v in self.plane.shard.values(whole)))
+                self._next(np.setdiff1d(ask.k, whole), now)
             elif kind is not SourceKind.PEER:
                 self._read(ask)
         self.tick()

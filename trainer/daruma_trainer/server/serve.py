@@ -21,6 +21,7 @@ from daruma_trainer.agent import COMMAND_SECONDS, Agent, Command, Outcome
 from daruma_trainer.contract import (
     ContractError,
     ExitCode,
+    Member,
     Membership,
     Report,
     Restore,
@@ -37,6 +38,7 @@ from daruma_trainer.server.fencing import Fence
 from daruma_trainer.server.guests import Guests
 from daruma_trainer.server.lifecycle import Lifecycle
 from daruma_trainer.server.metrics import exposition
+from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.reporting import Board, Reports, report_of
 from daruma_trainer.server.siblings import Siblings
 from daruma_trainer.wire import (
@@ -59,6 +61,7 @@ SAVE_SECONDS = 5.0
 BATCH = 64
 """Requests handled before commands and timers get their turn."""
 DATA = frozenset({Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC, Kind.REBUILD})
+STREAM = frozenset({Kind.FOLLOW, Kind.UPDATE, Kind.WHOLE})
 
 
 class Server:
@@ -74,6 +77,7 @@ class Server:
         self._poller = zmq.Poller()
         self._door = Door(identity, self._context, self._poller)
         self._siblings = Siblings(identity, self._context, self._poller)
+        self.replicator = Replicator(identity, self._connect, self)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._poller.register(self._wake, zmq.POLLIN)
@@ -101,6 +105,7 @@ class Server:
                 if comes:
                     self._serve()
                 self._siblings.turn(ready, self._from_sibling)
+                self.replicator.turn(ready)
                 if time.monotonic() - beat > HEARTBEAT_SECONDS:
                     beat = time.monotonic()
                     self._tell_siblings()
@@ -138,7 +143,7 @@ class Server:
     def _timeout(self, beat: float) -> int:
         if self.life.pending:
             return 0
-        busy = self.life.rolling or self.life.restoring
+        busy = self.life.rolling or self.life.restoring or self.replicator.busy
         rest = HEARTBEAT_SECONDS - (time.monotonic() - beat)
         return max(0, int(1000 * min(rest, 0.02 if busy else rest)))
 
@@ -187,11 +192,10 @@ class Server:
         self._door.members.add(member)
         if header.kind in DATA:
             self._dispatch_data(identity, header, frames)
-        elif header.kind is Kind.COPY:
-            # What was asked for before a rollback is of a lineage that is no more.
-            current = header.generation == self.life.generation
-            if self.life.restorer is not None and current:
-                self.life.restorer.on_copy(member, header.request, decode_state(frames))
+        elif header.kind in STREAM:
+            reply = self.replicator.take(member, header, frames)
+            if reply is not None:
+                self._reply(identity, header, reply)
         elif header.kind is Kind.REPORT:
             self._take_report(member, Report.from_json(decode_json(frames[1])))
             self._reply(identity, header, Reply(Kind.OK, [b"{}"]))
@@ -199,15 +203,30 @@ class Server:
             self._tell_membership(identity, header.request)
         elif header.kind is Kind.MEMBERSHIP:
             self._take_membership(member, frames)
-        elif header.kind is Kind.CUT:
-            siblings = self._members() if not self.life.frozen else set()
-            if self.life.cuts is not None and member in siblings:
-                self.life.cuts.receive(decode_json(frames[1]), header.generation)
         elif header.kind is Kind.HELLO:
             self._reply(identity, header, Reply(Kind.OK, [b"{}"]))
         else:
-            raise MalformedError(f"{header.kind.name} is no request")
+            self._take_word(member, header, frames)
         self._fence.heard()
+
+    def _take_word(self, member: str, header: Header, frames: Sequence[Frame]) -> None:
+        """What nobody waits for an answer to."""
+        life = self.life
+        current = header.generation == life.generation
+        if header.kind is Kind.COPY:
+            # What was asked for before a rollback is of a lineage that is no more.
+            if life.restorer is not None and current:
+                life.restorer.on_copy(member, header.request, decode_state(frames))
+        elif header.kind is Kind.CUT:
+            siblings = self._members() if not life.frozen else set()
+            if life.cuts is not None and member in siblings:
+                life.cuts.receive(decode_json(frames[1]), header.generation)
+        elif header.kind is Kind.HAVE:
+            meant = header.incarnation == self.me.incarnation and member in self._members()
+            if current and meant:
+                self.replicator.has(member, frames)
+        else:
+            raise MalformedError(f"{header.kind.name} is no request")
 
     def _dispatch_data(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> None:
         reply = self._guard(identity, header)
@@ -243,8 +262,9 @@ class Server:
             return refuse(Refusal.STALE_INCARNATION, f"worker {index} was replaced")
         if header.generation != life.generation or life.rolling:
             return refuse(Refusal.WRONG_GENERATION, f"this is generation {life.generation}")
-        if life.frozen:
-            return refuse(Refusal.STALE_INCARNATION, f"{self.me.id} hands its slots over")
+        if life.frozen or life.replica:
+            what = "hands its slots over" if life.frozen else "is a replica"
+            return refuse(Refusal.STALE_INCARNATION, f"{self.me.id} {what}")
         if not self._fence.sure():
             return refuse(Refusal.UNSURE, "asking for the newest membership")
         return None
@@ -301,7 +321,12 @@ class Server:
             return Outcome(HTTPStatus.CONFLICT, f"this server is of job {self.me.job}")
         mine = new.member(Role.SERVER, self.me.index)
         handing = any(m.id == self.me.id for m in new.handing)
-        if not handing and (mine is None or mine.incarnation != self.me.incarnation):
+        replica = any(m.id == self.me.id for m in new.replicas)
+        if (
+            not handing
+            and not replica
+            and (mine is None or mine.incarnation != self.me.incarnation)
+        ):
             LOG.warning("replaced by %s in epoch %s", mine and mine.id, new.epoch)
             self.stop(ExitCode.STALE)
             return Outcome(HTTPStatus.CONFLICT, "this incarnation was replaced")
@@ -309,8 +334,12 @@ class Server:
         if handing:
             self.life.freeze()
         elif mine is not None:
-            self.guests.follow(new, mine)
-            self.life.adopt(new)
+            if not replica:
+                self.guests.follow(new, mine)
+            self.life.adopt(new, replica=replica)
+            if self.life.plane is not None:
+                self.replicator.attach(self.life.plane)
+            self.replicator.follow(new)
         self._siblings.follow(new)
         for identity in self._door.members & self._members():
             self._tell_membership(identity.encode(), 0)
@@ -336,6 +365,23 @@ class Server:
             with contextlib.suppress(ContractError):
                 self._take_membership(member, frames)
 
+    # For replication
+
+    def _connect(self, peer: Member) -> Link:
+        return Link(self._context, self.me.id, self.me.token, peer, self._poller)
+
+    def stream_header(self, kind: Kind) -> Header:
+        """See Surroundings of replication."""
+        return self._header(kind)
+
+    def tell(self, member: str, kind: Kind, body: Sequence[Frame]) -> bool:
+        """See Surroundings of replication."""
+        return self._door.send(member.encode(), self._header(kind), body)
+
+    def answer(self, member: bytes, request: Header, reply: Reply) -> None:
+        """See Surroundings of replication."""
+        self._reply(member, request, reply)
+
     # For the shard's life
 
     def fetch(self, member: str, ids: Ints, number: int) -> bool:
@@ -344,6 +390,11 @@ class Server:
             return False
         header = self._header(Kind.FETCH, number)
         return self._door.send(member.encode(), header, [bitmap(mask_of(ids))])
+
+    @property
+    def counted_on(self) -> bool:
+        """See Surroundings."""
+        return self.replicator.follows is not None
 
     def tell_cut(self, index: int, message: dict[str, Any]) -> None:
         """See Surroundings."""
@@ -402,7 +453,8 @@ class Server:
     def suspects(self) -> tuple[Suspect, ...]:
         """Siblings that this server cannot reach."""
         settings = Settings() if self.membership is None else self.membership.settings
-        return self._siblings.suspects(settings.suspect_seconds)
+        seconds = settings.suspect_seconds
+        return (*self._siblings.suspects(seconds), *self.replicator.suspects(seconds))
 
     def _scrape(self) -> bytes:
         return exposition(self)
@@ -413,6 +465,7 @@ class Server:
         self.life.close(0.0 if self._exit == ExitCode.STALE else SAVE_SECONDS)
         self._agent.close()
         self._siblings.close()
+        self.replicator.close()
         self._door.close()
         self._context.destroy(linger=LINGER_MS)
         os.close(self._wake)

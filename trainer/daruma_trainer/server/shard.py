@@ -5,12 +5,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from daruma_trainer.layout import Floats, Ints, ShardLayout, TableLayout, TableSpec
-from daruma_trainer.rules import Rule, rule_from_json
+from daruma_trainer.rules import Rule, rule_from_json, state_names
 from daruma_trainer.wire import MAX_SLOT_BYTES, TablePush
 
 NORMS = 64
@@ -58,13 +59,12 @@ class Shard:
                 f"{MAX_SLOT_BYTES // 2}: split it into several tables"
             )
         shape = (int(layout.block_starts[-1]), spec.cols)
-        names = () if rule.name == "sgd" and not getattr(rule, "momentum", 0) else rule.state_names
         self.tables.append(
             TableArrays(
                 layout,
                 rule,
                 np.zeros(shape, np.float32),
-                tuple(np.zeros(shape, np.float32) for _ in names),
+                tuple(np.zeros(shape, np.float32) for _ in state_names(rule)),
                 np.zeros(len(layout.blocks), np.int64),
                 np.ones(len(layout.blocks), np.bool_),
             )
@@ -175,17 +175,44 @@ class Shard:
 
     def values(self, k: Ints) -> tuple[Floats, ...]:
         """Copy the parameters of the slots `k`, a table at a time, rows in wire order."""
-        out = []
+        return tuple(
+            _copy(table.data, table.layout.slot_rows, k).reshape(-1) for table in self.tables
+        )
+
+    def whole(self, k: Ints) -> tuple[tuple[Floats, ...], tuple[Ints, ...]]:
+        """Copy all of the slots `k`: of each table its parameters, then the optimizer's arrays;
+        and of each table the step counters of their blocks."""
+        arrays = tuple(
+            _copy(array, table.layout.slot_rows, k).reshape(-1)
+            for table in self.tables
+            for array in (table.data, *table.state)
+        )
+        return arrays, tuple(_copy(t.steps, t.layout.slot_blocks, k) for t in self.tables)
+
+    def set_whole(self, k: Ints, arrays: Sequence[Floats], steps: Sequence[Ints]) -> None:
+        """Overwrite the slots `k` by what `whole` gave; ValueError if it does not fit."""
+        flat = iter(arrays)
+        todo: list[tuple[NDArray[Any], Ints, NDArray[Any]]] = []
+        for table, counters in zip(self.tables, steps, strict=True):
+            for array in (table.data, *table.state):
+                values = next(flat, np.empty(0, np.float32)).reshape(-1, array.shape[1])
+                todo.append((array, table.layout.slot_rows, values))
+            todo.append((table.steps, table.layout.slot_blocks, counters))
+        for _, starts, values in todo:
+            expected = int((starts[k + 1] - starts[k]).sum())
+            if len(values) != expected:
+                raise ValueError(f"{len(values)} rows or blocks for slots of {expected}")
+        ranges = _consecutive(k, np.arange(len(k)))
+        for array, starts, values in todo:
+            at = 0
+            for a, b in ranges:
+                into = array[starts[k[a]] : starts[k[b - 1] + 1]]
+                into[:] = values[at : at + len(into)]
+                at += len(into)
         for table in self.tables:
-            rows = table.layout.slot_rows
-            pieces = [
-                table.data[rows[k[a]] : rows[k[b - 1] + 1]]
-                for a, b in _consecutive(k, np.arange(len(k)))
-            ]
-            joined = np.concatenate(pieces) if pieces else table.data[:0]
-            # A single piece is a view of memory that the next push changes.
-            out.append(joined.reshape(-1) if len(pieces) > 1 else joined.reshape(-1).copy())
-        return tuple(out)
+            blocks = table.layout.slot_blocks
+            for a, b in ranges:
+                table.changed[blocks[k[a]] : blocks[k[b - 1] + 1]] = True
 
     def set_values(self, k: Ints, values: Mapping[int, Floats]) -> None:
         """Overwrite the parameters of the slots `k`, by table; sizes must fit (ValueError)."""
@@ -217,6 +244,15 @@ class Shard:
     def update_norm(self) -> float | None:
         """The largest L2 norm of the last 64 updates; None before the first."""
         return max(self.norms, default=None)
+
+
+def _copy(array: NDArray[Any], starts: Ints, k: Ints) -> NDArray[Any]:
+    """Copy what belongs to the slots `k`; slot k begins at starts[k]."""
+    pieces = [
+        array[starts[k[a]] : starts[k[b - 1] + 1]] for a, b in _consecutive(k, np.arange(len(k)))
+    ]
+    # A single piece is a view of memory that the next push changes.
+    return np.concatenate(pieces) if len(pieces) > 1 else (pieces or [array[:0]])[0].copy()
 
 
 def _ascending(rows: Ints, limit: int) -> bool:

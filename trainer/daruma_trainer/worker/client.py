@@ -168,7 +168,9 @@ class Client:
             self.batch += 1
             sessions, pushes = self._live, self._live.pushes
             pushes.begin(self.batch)
-            held = Held(self.batch, self.epoch, updates)
+            covers = sessions.membership.settings.covers
+            servers = set(range(sessions.membership.servers)) if covers else set()
+            held = Held(self.batch, self.epoch, updates, servers)
             pushes.hold(held)
             now = time.monotonic()
             replay = self.replays
@@ -259,6 +261,16 @@ class Client:
                 if not sessions.synced(server) and sessions.pushes.may_accumulate(server, now):
                     mask |= sessions.copy.slots_of(server)
         return mask
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more pushes than allowed wait to be covered by a server that is there."""
+        sessions = self._live
+        limit = sessions.membership.settings.max_uncovered
+        return any(
+            sessions.synced(server) and sessions.pushes.uncovered(server) > limit
+            for server in range(sessions.membership.servers)
+        )
 
     def enter(self, state: str) -> None:
         """Be at something else (Report.state), and say so now."""
@@ -394,6 +406,8 @@ class Client:
         elif header.kind is Kind.EPOCH and self.membership is not None:
             reply = replace(self.header(Kind.MEMBERSHIP), incarnation=link.peer.incarnation)
             link.send(reply, [encode_json(self.membership.to_json())])
+        elif header.kind is Kind.COVERED:
+            self._live.pushes.note_covered(link.peer.index, int(decode_json(frames[1])["batch"]))
         elif header.kind is Kind.READY:
             self._live.ready_again(link)
         elif header.kind is Kind.RELEASED:

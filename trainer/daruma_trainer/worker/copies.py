@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from daruma_trainer.contract import SLOTS, Copies, place, slots_to_hex
+from daruma_trainer.contract import SLOTS, Copies, group_versions, place
 from daruma_trainer.layout import Floats, Ints, ShardLayout, TableSpec
 from daruma_trainer.wire import MalformedError, Slots, State, mask_of, split_slots
 
@@ -103,13 +103,11 @@ class HostCopy:
 
     def versions(self) -> tuple[Copies, ...]:
         """Group the slots by version, for the operator's plan."""
-        found: dict[tuple[int, int], list[int]] = {}
-        pairs = zip(self.lineage.tolist(), self.position.tolist(), strict=True)
-        for slot, version in enumerate(pairs):
-            # Of a table that came since, this copy has zeros.
-            if version[0] and self.tables[slot] == len(self.specs):
-                found.setdefault(version, []).append(slot)
-        return tuple(Copies(a, b, slots_to_hex(slots)) for (a, b), slots in found.items())
+        # Of a table that came since, this copy has zeros.
+        whole = np.flatnonzero(self.tables == len(self.specs))
+        return group_versions(
+            whole.tolist(), self.lineage[whole].tolist(), self.position[whole].tolist()
+        )
 
     def slots_of(self, server: int) -> Slots:
         """Return the mask of a server's slots."""

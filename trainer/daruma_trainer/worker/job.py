@@ -219,7 +219,8 @@ class Job:
 
         def missing() -> bool:
             # A phase ends with what every worker gave: no server may be left out of that.
-            return bool((wanted.missing if all_workers else wanted.missing & ~client.away()).any())
+            absent = wanted.missing if all_workers else wanted.missing & ~client.away()
+            return bool(absent.any()) or client.crowded
 
         self.wait(
             lambda: self._rolled_back or not missing() or client.stopped is not None,

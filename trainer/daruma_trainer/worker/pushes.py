@@ -38,6 +38,8 @@ class Held:
     epoch: int
     """Newest epoch known when it was first sent."""
     updates: tuple[Update, ...]
+    uncovered: set[int] = field(default_factory=set)
+    """Servers whose part of it is not on as many nodes as the job asks for."""
     unacked: Slots = field(default_factory=lambda: np.ones(SLOTS, np.bool_))
 
 
@@ -51,6 +53,8 @@ class Accumulation:
     since: float
     """Monotonic time of the first."""
     tables: dict[int, Update]
+    applied: bool = False
+    """Whether its server has it, though not on as many nodes as the job asks for."""
 
 
 class Pushes:
@@ -78,6 +82,7 @@ class Pushes:
     ) -> None:
         """Move a server's part of a batch into its accumulation."""
         held.unacked &= ~mask
+        held.uncovered.discard(server)
         into = self.open.get(server)
         if into is None:
             into = Accumulation(held.batch, held.batch, 0, now, {})
@@ -133,8 +138,26 @@ class Pushes:
             held.unacked[slots[last >= held.batch]] = False
         self.settle()
 
+    def note_sealed(self, server: int, last: int) -> None:
+        """The accumulation that ends with this batch was applied; it is not covered yet."""
+        for done in self.sealed.get(server, []):
+            done.applied |= done.last == last
+
+    def note_covered(self, server: int, batch: int) -> None:
+        """A server's part of all batches up to this is on as many nodes as the job asks for."""
+        for held in self.held.values():
+            if held.batch <= batch:
+                held.uncovered.discard(server)
+        for done in [a for a in self.sealed.get(server, []) if a.applied and a.last <= batch]:
+            self.drop_sealed(server, done.last)
+        self.settle()
+
+    def uncovered(self, server: int) -> int:
+        """How many batches are not covered by a server."""
+        return sum(server in held.uncovered for held in self.held.values())
+
     def drop_sealed(self, server: int, last: int) -> None:
-        """The accumulation that ends with this batch was answered: applied, or counted lost."""
+        """The accumulation that ends with this batch need not be kept: applied, or counted lost."""
         rest = [a for a in self.sealed.get(server, []) if a.last != last]
         if rest:
             self.sealed[server] = rest
@@ -144,10 +167,11 @@ class Pushes:
 
     def settle(self) -> None:
         """Let go of what every slot has, and move `acked` on."""
-        for batch in [b for b, held in self.held.items() if not held.unacked.any()]:
-            epoch = self.held.pop(batch).epoch
+        for batch, held in [(b, h) for b, h in self.held.items() if not h.unacked.any()]:
             if not self._waits(batch):
-                self.acked_epoch = max(self.acked_epoch, epoch)
+                self.acked_epoch = max(self.acked_epoch, held.epoch)
+            if not held.uncovered:
+                del self.held[batch]
         rest = [*self.held, *(a.first for a in self._accumulations())]
         newest = max(self.acked, self._newest)
         self.acked = max(self.acked, min(rest) - 1 if rest else newest)

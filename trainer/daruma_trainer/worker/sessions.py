@@ -6,7 +6,7 @@ anew, and every step of that is idempotent. For the I/O thread alone, under the 
 
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
@@ -386,16 +386,25 @@ class Sessions:
         frames: Sequence[Frame],
     ) -> None:
         del session, header
-        if from_bitmap(frames[1][SLOTS // 8 :]).any():
+        overlap = from_bitmap(frames[1][SLOTS // 8 :]).any()
+        if overlap:
             self.pushes.lost |= set(range(first, last + 1))
-        self.pushes.drop_sealed(server, last)
+        if self.membership.settings.covers and not overlap:
+            self.pushes.note_sealed(server, last)
+        else:
+            self.pushes.drop_sealed(server, last)
 
     def _on_state(
         self, wanted: Wanted, session: Session, header: Header, frames: Sequence[Frame]
     ) -> None:
-        del session, header
         state = decode_state(frames)
         taken = self.copy.take(state)
+        settings = self.membership.settings
+        if settings.covers and not settings.chain:
+            # This copy counts: others' pushes in it are on one node more.
+            have = [state.update.to_bytes(8, "little") + bitmap(taken)]
+            whole = replace(self._worker.header(Kind.HAVE), incarnation=header.incarnation)
+            session.link.send(whole, have)
         slots = np.flatnonzero(taken)
         self.pushes.note_state(slots, self.copy.last[slots, self._worker.me.index])
         wanted.missing &= ~taken

@@ -1,0 +1,155 @@
+"""Replicas: made in the pods of the next servers, dropped when lost, promoted when needed. Pure.
+
+A replica is a guest of another server's pod that is no member yet. Its incarnation is above its
+server's, so that what it serves once it is promoted is newer than all that came before; a server
+that was made anew gets new replicas.
+"""
+
+from collections.abc import Collection
+
+from daruma_operator.api.status import MemberStatus
+from daruma_operator.controller.adopting import guest_report, successor
+from daruma_operator.controller.draft import Draft
+from daruma_operator.controller.observe import runs
+from daruma_operator.controller.verdicts import losses, name_of
+from daruma_operator.names import seat
+from daruma_trainer.contract import Role
+
+PROMOTE = "Promote"
+"""status.recoveries[].placement where every lost server lives on in its replica."""
+AGAIN_SECONDS = 5.0
+"""Between two attempts to make replicas: one that cannot start ends at once."""
+
+
+def chain_of(d: Draft, index: int) -> list[MemberStatus]:
+    """A server and its replicas, in the order in which updates go."""
+    heads = [m for m in d.members(Role.SERVER) if m.index == index]
+    after = [m for m in d.status.replicas if m.index == index]
+    return heads + sorted(after, key=lambda m: m.incarnation)
+
+
+def keep_up(d: Draft) -> None:
+    """Drop replicas that are lost or of a server's past; write down where new ones listen."""
+    kept, detect = d.status.replicas, d.spec.recovery.timeouts.detect_seconds
+    if not kept:
+        return
+    gone = {name_of(v.member) for v in losses(d.seen, kept, detect, frozenset())}
+    heads = {m.index: m.incarnation for m in d.members(Role.SERVER)}
+    kept = tuple(
+        m for m in kept if name_of(m) not in gone and m.incarnation > heads.get(m.index, 0)
+    )
+    found = {name_of(m): guest_report(d, m) for m in kept if m.address is None}
+    if all(guest is not None for guest in found.values()):
+        kept = tuple(
+            m.model_copy(update={"address": guest.address}) if guest else m
+            for m in kept
+            for guest in [found.get(name_of(m))]
+        )
+    if kept != d.status.replicas:
+        d.set(replicas=kept)
+        d.raise_epoch()
+
+
+def promote(d: Draft, lost: Collection[MemberStatus]) -> list[MemberStatus]:
+    """Let replicas of lost servers be the ones, where there are any; returns who was not helped."""
+    helped = []
+    for member in [m for m in lost if m.role is Role.SERVER]:
+        chosen = _candidate(d, member)
+        if chosen is None:
+            continue
+        helped.append(member)
+        d.replace_members([chosen])
+        d.set(replicas=tuple(m for m in d.status.replicas if m != chosen))
+        text = f"{seat(Role.SERVER, member.index)} lives on in its replica in the pod {chosen.pod}"
+        d.tell("Promoted", text, member=seat(Role.SERVER, member.index))
+    if helped and len(helped) == sum(m.role is Role.SERVER for m in lost):
+        d.set_record(placement=PROMOTE)
+    return [m for m in lost if m not in helped]
+
+
+def promoted(d: Draft, index: int) -> bool:
+    """Whether a seat's present incarnation was its replica, and serves what it had."""
+    member = next(m for m in d.members(Role.SERVER) if m.index == index)
+    report = d.seen.report(name_of(member))
+    return report is not None and report.follows is not None
+
+
+def _candidate(d: Draft, lost: MemberStatus) -> MemberStatus | None:
+    """The first replica that is there; under Chain, that the one before it counted on."""
+    before = name_of(lost)
+    for member in sorted(
+        (m for m in d.status.replicas if m.index == lost.index), key=lambda m: m.incarnation
+    ):
+        report = d.seen.report(name_of(member))
+        there = member.address is not None and runs(d.seen.pod(member.pod))
+        counted_on = report is not None and report.follows == before
+        before = name_of(member)
+        if there and report is not None and (counted_on or not d.spec.chained):
+            return member
+    return None
+
+
+def replicate(d: Draft) -> None:
+    """Announce the replicas that are missing."""
+    wanted = d.spec.replicas
+    short = [m.index for m in d.members(Role.SERVER) if len(chain_of(d, m.index)) < wanted]
+    tried = d.status.replicated_at
+    if wanted < 2 or not short or (tried is not None and d.left(tried, AGAIN_SECONDS) > 0):
+        return
+    made = False
+    # Two of one seat must not have one incarnation: an epoch for each place in the chain.
+    for _ in range(1, wanted):
+        places = [(i, host) for i in short if (host := _host(d, i)) is not None]
+        places = [(i, host) for i, host in places if len(chain_of(d, i)) < wanted]
+        if not places:
+            break
+        epoch, made = d.raise_epoch(), True
+        d.set(
+            replicas=(
+                *d.status.replicas,
+                *(
+                    successor(d, Role.SERVER, i, epoch).model_copy(update={"pod": host})
+                    for i, host in places
+                ),
+            )
+        )
+    if made:
+        d.set(replicated_at=d.now)
+
+
+def _host(d: Draft, index: int) -> str | None:
+    """The pod of the next server that has nothing of this one's chain; on another node first."""
+    used = {m.pod for m in chain_of(d, index)}
+    nodes = {pod.node for name in used if (pod := d.seen.pod(name)) is not None}
+    servers = [m for m in d.members(Role.SERVER) if not m.guest and m.address is not None]
+    after = sorted(servers, key=lambda m: (m.index <= index, m.index))
+    free = [m.pod for m in after if m.pod not in used and runs(d.seen.pod(m.pod))]
+    apart = [
+        name
+        for name in free
+        if (pod := d.seen.pod(name)) is not None and (pod.node is None or pod.node not in nodes)
+    ]
+    return next(iter([*apart, *free]), None)
+
+
+def show_replicas(d: Draft) -> None:
+    """Say whether every shard has the replicas that were asked for, up to date."""
+    wanted = d.spec.replicas
+    if wanted < 2:
+        return
+    whole = 0
+    for member in d.members(Role.SERVER):
+        chain = chain_of(d, member.index)
+        reports = [d.seen.report(name_of(m)) for m in chain[1:]]
+        joined = sum(
+            r is not None and (r.follows == name_of(before) or not d.spec.chained)
+            for before, r in zip(chain, reports, strict=False)
+        )
+        whole += joined >= wanted - 1
+    total = d.spec.servers.replicas
+    d.condition(
+        "Replicated",
+        true=whole == total,
+        reason="AllReplicas" if whole == total else "ReplicasMissing",
+        message=f"{whole} of {total} shards are held by {wanted} servers",
+    )

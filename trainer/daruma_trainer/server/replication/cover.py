@@ -1,0 +1,67 @@
+"""Which pushes are covered: on as many nodes as the job asks for, the sender's not counted. Pure.
+
+A node is what is lost together (Member.failure_domain).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+
+@dataclass(slots=True)
+class Cover:
+    """Of one shard. Updates are numbered as the shard makes them."""
+
+    copies: int
+    """On how many nodes."""
+    told: dict[int, int] = field(default_factory=dict)
+    """By worker: the last batch that was said to be covered."""
+    _pending: list[tuple[int, int, int]] = field(default_factory=list)
+    """(update, worker, its first batch), in order."""
+
+    @property
+    def any(self) -> bool:
+        """Whether a push is not covered yet."""
+        return bool(self._pending)
+
+    def pushed(self, update: int, worker: int, batch: int) -> None:
+        """A worker's push, of this batch or from it on, is in the shard as of this update."""
+        self._pending.append((update, worker, batch))
+
+    def waiting(self, worker: int) -> int:
+        """How many of a worker's batches are not covered yet."""
+        return len({batch for _, w, batch in self._pending if w == worker})
+
+    def settle(
+        self, nodes: Mapping[int, str], holders: Iterable[tuple[str, int]]
+    ) -> dict[int, float]:
+        """Return of workers with pushes that are covered now up to which batch all are.
+
+        `nodes`: by worker, its node; `holders`: (node, update): who has everything up to where.
+        Where there are fewer nodes than asked for, as many as there are have to do.
+        """
+        best: dict[str, int] = {}
+        for node, update in holders:
+            best[node] = max(best.get(node, 0), update)
+        limits: dict[int, float] = {}
+        for worker in {w for _, w, _ in self._pending}:
+            others = sorted((u for n, u in best.items() if n != nodes.get(worker)), reverse=True)
+            enough = min(self.copies, len(others))
+            limits[worker] = others[enough - 1] if enough else inf
+        covered = {w for update, w, _ in self._pending if update <= limits[w]}
+        self._pending = [p for p in self._pending if p[0] > limits[p[1]]]
+        return {
+            w: min((b - 1 for _, v, b in self._pending if v == w), default=inf) for w in covered
+        }
+
+    def tell(self, worker: int, batch: int) -> bool:
+        """Note that a worker hears this; False if it is no news."""
+        if batch <= self.told.get(worker, 0):
+            return False
+        self.told[worker] = batch
+        return True
+
+    def forget(self) -> None:
+        """A rollback: nothing that was pushed counts any more."""
+        self._pending.clear()
+        self.told.clear()

@@ -1,0 +1,251 @@
+"""The stream to the next replica: over one connection, for as long as the membership names it."""
+
+import logging
+from collections.abc import Callable, Container, Sequence
+from enum import Enum
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daruma_trainer.contract import Member, Settings, Suspect
+from daruma_trainer.layout import Ints
+from daruma_trainer.links import Answer
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.replication.messages import (
+    decode_versions,
+    encode_update,
+    encode_whole,
+)
+from daruma_trainer.server.replication.outflow import MIN_WINDOW, Outflow
+from daruma_trainer.wire import MAX_FRAME, Frame, Header, Kind, decode_json, encode_json, mask_of
+
+LOG = logging.getLogger("daruma.server")
+RETRY_SECONDS = 0.05
+ROOM = MAX_FRAME - (64 << 10)
+"""Bytes of parameters in one message."""
+
+
+class Send(Enum):
+    """What goes out by itself."""
+
+    UPDATES = "updates"
+    """Every update as it is made."""
+    EVERY = "every"
+    """Whole slots, every so many updates."""
+    DEMAND = "demand"
+    """Whole slots, when workers wait for their pushes to be covered."""
+
+
+class Connection(Protocol):
+    """To the next replica: a `links.Link`."""
+
+    peer: Member
+    connected: bool
+
+    def request(self, header: Header, body: Sequence[Frame], answer: Answer | None) -> bool:
+        """See Link."""
+
+    def receive(
+        self, ready: Container[object], unasked: Callable[[Any, Header, Sequence[Frame]], None]
+    ) -> list[str]:
+        """See Link."""
+
+    def suspect(self, seconds: float) -> Suspect | None:
+        """See Link."""
+
+    def close(self) -> None:
+        """See Link."""
+
+
+def policy_of(settings: Settings, plane: DataPlane) -> Send:
+    """Return what a head sends by itself."""
+    if settings.chain:
+        return Send.EVERY if settings.every_updates > 1 else Send.UPDATES
+    # Workers' copies have no moments: of such tables every update has to be told.
+    stateful = any(table.state for table in plane.shard.tables)
+    return Send.UPDATES if stateful else Send.DEMAND
+
+
+class Stream:
+    """Of one shard to its next replica."""
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        link: Connection,
+        header: Callable[[Kind], Header],
+        clock: Callable[[], float],
+    ) -> None:
+        self._plane, self.link, self._header, self._clock = plane, link, header, clock
+        self.settings = Settings()
+        self.relays = False
+        """Whether this is no head: what came goes on as soon as it can."""
+        self._out = Outflow(len(plane.slots.ids), self._window())
+        self.joined = False
+        """Whether pushes are not covered before the replica has them. From its first complete state
+        on, until the membership drops it: a broken connection changes nothing."""
+        self._told_joined = False
+        self._tables = 0
+        """How many the stream was begun with."""
+        self._retry_at: float | None = None
+        self._flushed = 0
+        self._flush: NDArray[np.bool_] = np.zeros(len(plane.slots.ids), np.bool_)
+        """Of those that are sent every so many updates: slots that are to go out now."""
+        self._allowance, self._allowed_at = 0.0, clock()
+        self.bytes_total = 0
+
+    @property
+    def covered(self) -> int:
+        """The last update up to which the replica has everything."""
+        return self._out.covered
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is to be done soon, though nobody sends anything."""
+        return self._retry_at is not None or self._allowance < 0
+
+    def turn(self, ready: Container[object], *, demanded: bool) -> None:
+        """Take in answers, and send what is due. `demanded`: workers wait for it."""
+        now, out = self._clock(), self._out
+        for event in self.link.receive(ready, lambda _link, _header, _frames: None):
+            self.restart(RETRY_SECONDS if event == "disconnected" else 0.0)
+        if self._retry_at is not None and now >= self._retry_at and self.link.connected:
+            self._begin()
+        elif len(self._plane.shard.specs) != self._tables and out.began:
+            self.restart()
+        self._pump(now, demanded=demanded)
+        self._join()
+
+    def restart(self, seconds: float = 0.0) -> None:
+        """Begin anew in a while: ask the replica what it has."""
+        self._out.reset(self._plane.updates)
+        self._told_joined = False
+        self._retry_at = self._clock() + seconds
+
+    def roll_back(self) -> None:
+        """What the replica has is of a lineage that is no more."""
+        self.joined = self._out.whole = False
+        self.restart()
+
+    def touched(self, k: Ints) -> None:
+        """The slots `k` changed, in a way that only they themselves can tell."""
+        self._out.update(self._plane.updates, k, 0, forward=False)
+
+    def forward(self, frames: Sequence[Frame], k: Ints, workers: Sequence[int]) -> None:
+        """The slots `k` were updated by a push; `workers`: whose batch it is.
+
+        `frames`: the push without its header.
+        """
+        number, out = self._plane.updates, self._out
+        goes = self._policy is Send.UPDATES and self._may_send(self._clock())
+        clean = out.update(number, k, sum(len(frame) for frame in frames), forward=goes)
+        if clean is None:
+            return
+        mask = mask_of(self._plane.slots.ids[k[clean]])
+        if not self._send(
+            Kind.UPDATE, encode_update(out.number + 1, mask, workers, frames), number
+        ):
+            out.unsent(k[clean], number)
+
+    @property
+    def _policy(self) -> Send:
+        return policy_of(self.settings, self._plane)
+
+    def _window(self) -> int:
+        return max(MIN_WINDOW, 2 * self._plane.shard.nbytes)
+
+    def _begin(self) -> None:
+        specs, out = self._plane.shard.specs, self._out
+        self._retry_at = None if specs else self._clock() + RETRY_SECONDS
+        if not specs:
+            return
+        self._tables = len(specs)
+        out.reset(self._plane.updates)
+        out.window = self._window()
+        body = [encode_json({"tables": [spec.to_json() for spec in specs]})]
+        self.link.request(self._header(Kind.FOLLOW), body, partial(self._on_versions, out.stream))
+
+    def _on_versions(self, stream: int, header: Header, frames: Sequence[Frame]) -> None:
+        if self._out.stream != stream:
+            return
+        if header.kind is Kind.REFUSED:
+            self._refused(frames)
+            return
+        slots = self._plane.slots
+        there = decode_versions(frames[1], len(slots.ids))
+        same = (there.lineage == slots.lineage) & (there.position == slots.position)
+        self._out.begin(same & slots.ready & (there.lineage > 0))
+
+    def _join(self) -> None:
+        """Count on the replica once it has everything; it hears of that after it is so."""
+        out = self._out
+        if self._policy is Send.DEMAND:
+            self.joined |= out.began
+        elif out.began and out.whole:
+            self.joined = True
+            if not self._told_joined:
+                body = [encode_json({"number": out.number + 1})]
+                self._told_joined = self._send(Kind.FOLLOW, body, self._plane.updates)
+
+    def _on_answer(self, stream: int, number: int, header: Header, frames: Sequence[Frame]) -> None:
+        if self._out.stream != stream:
+            return
+        if header.kind is Kind.REFUSED:
+            self._refused(frames)
+        else:
+            self._out.answered(number)
+
+    def _refused(self, frames: Sequence[Frame]) -> None:
+        message = decode_json(frames[1]).get("message")
+        LOG.info("%s does not follow: %s", self.link.peer.id, message)
+        self.restart(RETRY_SECONDS)
+
+    def _send(self, kind: Kind, body: Sequence[Frame], floor: int) -> bool:
+        """Send the stream's next message; False if the replica's queue is full."""
+        out = self._out
+        size = sum(len(frame) for frame in body)
+        answer = partial(self._on_answer, out.stream, out.number + 1)
+        if not self.link.request(self._header(kind), body, answer):
+            return False
+        out.sent(floor, size)
+        self.bytes_total += size
+        self._allowance -= size
+        return True
+
+    def _may_send(self, now: float) -> bool:
+        """Whether spec.recovery.copiesBytesPerSecond lets anything go out."""
+        rate = self.settings.copies_bytes_per_second
+        if rate is None:
+            self._allowance = 0.0
+            return True
+        # At most a burst of a second's bytes.
+        self._allowance = min(rate, self._allowance + rate * (now - self._allowed_at))
+        self._allowed_at = now
+        return self._allowance > 0
+
+    def _pump(self, now: float, *, demanded: bool) -> None:
+        """Send slots whole where they are due, as many as may be under way."""
+        out, plane, policy = self._out, self._plane, self._policy
+        if not out.began:
+            return
+        wanted = plane.slots.ready
+        if policy is Send.EVERY and not self.relays:
+            if plane.updates - self._flushed >= self.settings.every_updates or not out.whole:
+                self._flushed, self._flush = plane.updates, out.since > 0
+            wanted = wanted & self._flush
+        elif policy is Send.DEMAND and not (demanded or self.relays):
+            return
+        sizes = plane.shard.layout.slot_bytes
+
+        def fit(k: Ints) -> int:
+            return int(np.searchsorted(np.cumsum(sizes[k]), ROOM, side="right"))
+
+        while self._may_send(now) and (found := out.next_whole(wanted, fit)) is not None:
+            k, floor = found
+            body = encode_whole(out.number + 1, plane.whole(k))
+            if not self._send(Kind.WHOLE, body, floor):
+                out.unsent(k, floor)
+                return
+            self._flush[k] = False
