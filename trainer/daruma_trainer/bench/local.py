@@ -30,9 +30,18 @@ spec:
   servers: {{replicas: 4}}
   workers: {{replicas: {WORKERS}}}
   checkpoint: {{store: "file:///bench", every: 96, fraction: 0.125}}
-  recovery: {{strategy: Freshest, placement: %s}}
+  recovery: %s
   runPolicy: {{backoffLimit: 100}}
 """
+
+
+RECOVERY = {
+    "Replace": "{strategy: Freshest}",
+    "Adopt": "{strategy: Freshest, placement: Adopt}",
+    "Copies": "{strategy: Freshest, copies: 2}",
+    "Chain": "{strategy: Chain, chain: {replicas: 3, ack: Next}}",
+}
+"""By the name of a way to recover, spec.recovery."""
 
 
 class LocalArena:
@@ -66,7 +75,7 @@ class LocalArena:
     @contextlib.contextmanager
     def _started(self, folder: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         manifest = folder / "job.yaml"
-        manifest.write_text(MANIFEST % self.placement)
+        manifest.write_text(MANIFEST % RECOVERY[self.placement])
         command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
         with (folder / "output").open("wb") as output:
             run = subprocess.Popen(

@@ -1,7 +1,7 @@
 """How long a job stands still when a parameter server is killed.
 
-    daruma bench recovery [--quick] [--json FILE] [--write FILE] [--placement Replace|Adopt]
-                          [--cluster JOB.yaml]
+    daruma bench recovery [--quick] [--json FILE] [--write FILE] [--cluster JOB.yaml]
+                          [--placement Replace|Adopt|Copies|Chain]
 
 Without `--cluster` a job of 4 servers and 2 workers (multinomial logistic regression on
 scikit-learn's digits, Async, strategy Freshest) runs under `daruma run`; with it, the given job
@@ -17,8 +17,10 @@ The phases are the operator's own, as the job records them: detect, replace, res
 has no clock of the kill, so its detect begins when a member first saw the connection break;
 `unseen` is what the sum of its phases lacks to t1 − t0; *from detection* is t1 − t0 without detect.
 A server is killed when all servers have their slots again, with `Adopt` after the hand-back, whose
-own record is not counted. Under `daruma run` members write bytecode,
-as an installed package has it: PYTHONDONTWRITEBYTECODE is taken out of their environment.
+own record is not counted, and with replicas when each server's are up to date. `Copies` is
+`Freshest` with `copies: 2`, `Chain` has chains of 3 with `ack: Next`. Under `daruma run` members
+write bytecode, as an installed package has it: PYTHONDONTWRITEBYTECODE is taken out of their
+environment.
 """
 
 import contextlib
@@ -36,9 +38,9 @@ from typing import Any
 from daruma_trainer.bench.arena import Arena, BenchError
 from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.cluster import ClusterArena
-from daruma_trainer.bench.local import LocalArena
+from daruma_trainer.bench.local import RECOVERY, LocalArena
 from daruma_trainer.bench.members import Process
-from daruma_trainer.contract import Role
+from daruma_trainer.contract import Role, View
 
 RECOVERY_SECONDS = 60.0
 SETTLE_SECONDS = 1.0
@@ -81,9 +83,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = parser_of("recovery", __doc__, "3 kills instead of 10")
     parser.add_argument(
         "--placement",
-        choices=("Replace", "Adopt"),
+        choices=tuple(RECOVERY),
         default="Replace",
-        help="where lost slots go, under `daruma run`; with --cluster the job says it",
+        help="what brings lost slots back, under `daruma run`; with --cluster the job says it",
     )
     parser.add_argument(
         "--cluster", type=Path, metavar="JOB.yaml", help="on Kubernetes: the job to run there"
@@ -189,12 +191,24 @@ def _until_whole(arena: Arena, servers: int) -> None:
     deadline = time.monotonic() + RECOVERY_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            found = [p.view()[1].own for p in arena.members() if p.role is Role.SERVER]
-            if len(found) == servers and all(r.state == "Ready" and not r.guests for r in found):
+            views = [p.view()[1] for p in arena.members() if p.role is Role.SERVER]
+            chained = arena.placement == "Chain"
+            if len(views) == servers and all(_whole(v, chained=chained) for v in views):
                 time.sleep(SETTLE_SECONDS)
                 return
         time.sleep(0.1)
     raise BenchError(f"not all servers were back within {RECOVERY_SECONDS:.0f} s")
+
+
+def _whole(view: View, *, chained: bool) -> bool:
+    """Whether a server serves, and all that live in its pod are replicas, of chains up to date."""
+    guests = [view.others.get(guest.id) for guest in view.own.guests]
+    return view.own.state == "Ready" and all(
+        told is not None
+        and told[1].state == "Replica"
+        and (told[1].follows is not None or not chained)
+        for told in guests
+    )
 
 
 def _kill_one(arena: Arena, servers: int, server: int) -> float:
