@@ -81,6 +81,8 @@ class Sim:
     older: SavedState | None = None
     waiting: str | None = None
     save_error: str | None = None
+    follows: str | None = None
+    was_replica: bool = False
 
     @property
     def id(self) -> str:
@@ -109,6 +111,8 @@ class World:
     """Nobody initialises the servers."""
     holds_pods: bool = False
     """New pods stay Waiting."""
+    lagging: bool = False
+    """Replicas do not come up to date."""
     now: datetime = START
     job: TrainingJob = field(init=False)
     pods: dict[str, PodFacts] = field(default_factory=dict)
@@ -157,6 +161,8 @@ class World:
         if sim.role is Role.WORKER and sim.step and member is not None and member.recovery:
             steps = [s.step for s in self.sims.values() if s.role is Role.WORKER] or [sim.step]
             copies = (Copies(1, min(steps) * len(steps), EVERYTHING),)
+        if sim.state == "Restoring" and sim.was_replica and sim.plan is None:
+            copies = (Copies(1, 1, slots_to_hex(self.slots(sim.index))),)
         server = sim.role is Role.SERVER
         return Report(
             sim.id,
@@ -180,6 +186,7 @@ class World:
             loss=None if server else 1.0,
             total_steps=None if server else self.total,
             guests=sim.guests,
+            follows=sim.follows,
         )
 
     # What the operator does
@@ -236,8 +243,7 @@ class World:
         first = sim.membership is None
         assert first or sim.membership is None or new.epoch >= sim.membership.epoch
         sim.membership = new
-        if any(m.id == sim.id for m in new.handing):
-            sim.state = "Frozen"
+        if self._stands_by(sim, new):
             return
         if sim.role is Role.SERVER:
             self._take_in(sim, new)
@@ -261,6 +267,33 @@ class World:
                 known = [self.cut, *self.bad_cuts.values()]
                 sim.cut = next(c for c in known if c is not None and c.path == cut)
                 sim.state, sim.initialised = "Ready", True
+
+    def _stands_by(self, sim: Sim, new: Membership) -> bool:
+        """Whether it hands over, is a replica, or was one until now.
+
+        A replica is up to date as soon as it hears of the one before it.
+        """
+        if any(m.id == sim.id for m in new.handing):
+            sim.state = "Frozen"
+            return True
+        if any(m.id == sim.id for m in new.replicas):
+            chain = [m.id for m in new.chain(sim.index)]
+            sim.state, sim.was_replica = "Replica", True
+            if not self.lagging:
+                sim.follows = chain[chain.index(sim.id) - 1]
+            return True
+        if sim.state != "Replica":
+            return False
+        sim.state = "Restoring"
+        if sim.follows is not None:
+            mine = len(self.slots(sim.index))
+            sim.state, sim.initialised = "Ready", True
+            sim.restore = RestoreReport(new.recovery or 0, {"replica": mine}, 100, done=True)
+        return True
+
+    def slots(self, index: int) -> list[int]:
+        """The slots of a server."""
+        return [s for s, o in enumerate(place("u", self.spec.servers.replicas)) if o == index]
 
     def _take_in(self, sim: Sim, new: Membership) -> None:
         """Start and end the guests of a server's pod."""
@@ -292,7 +325,7 @@ class World:
     def post_restore(self, member: str, restore: Restore) -> None:
         sim = self.sims[member]
         sim.plan = restore
-        mine = [s for s, o in enumerate(place("u", self.spec.servers.replicas)) if o == sim.index]
+        mine = self.slots(sim.index)
         offered = {s for source in restore.sources for s in slots_from_hex(source.slots)}
         assert offered.issuperset(mine), "a plan that leaves slots out"
         sim.waiting = self.away

@@ -75,16 +75,13 @@ def promoted(d: Draft, index: int) -> bool:
 
 
 def _candidate(d: Draft, lost: MemberStatus) -> MemberStatus | None:
-    """The first replica that is there; under Chain, that the one before it counted on."""
-    before = name_of(lost)
-    for member in sorted(
-        (m for m in d.status.replicas if m.index == lost.index), key=lambda m: m.incarnation
-    ):
+    """The first replica that is there; under Chain, that was counted on."""
+    for member in chain_of(d, lost.index):
         report = d.seen.report(name_of(member))
         there = member.address is not None and runs(d.seen.pod(member.pod))
-        counted_on = report is not None and report.follows == before
-        before = name_of(member)
-        if there and report is not None and (counted_on or not d.spec.chained):
+        if member.incarnation <= lost.incarnation or report is None or not there:
+            continue
+        if report.follows is not None or not d.spec.chained:
             return member
     return None
 
@@ -141,11 +138,8 @@ def show_replicas(d: Draft) -> None:
     for member in d.members(Role.SERVER):
         chain = chain_of(d, member.index)
         reports = [d.seen.report(name_of(m)) for m in chain[1:]]
-        joined = sum(
-            r is not None and (r.follows == name_of(before) or not d.spec.chained)
-            for before, r in zip(chain, reports, strict=False)
-        )
-        whole += joined >= wanted - 1
+        joined = [r for r in reports if r and (r.follows is not None or not d.spec.chained)]
+        whole += len(joined) >= wanted - 1
     total = d.spec.servers.replicas
     d.condition(
         "Replicated",

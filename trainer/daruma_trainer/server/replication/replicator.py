@@ -132,8 +132,11 @@ class Replicator:
         place = next((i for i, m in enumerate(chain) if m.id == self._me.id), 0)
         before = chain[place - 1].id if place else None
         rolled_back = old is not None and new.rollback != old.rollback
-        if rolled_back or before not in (None, self._before):
+        if rolled_back:
             self.follows = None
+        elif self.follows is not None and before is not None:
+            # Whoever is before it now counts on it as the one did that is gone (below).
+            self.follows = before
         self._before = before
         plane.observer = self if new.settings.replicates else None
         following = chain[place + 1] if place + 1 < len(chain) else None
@@ -144,6 +147,9 @@ class Replicator:
             if following is not None:
                 header, link = self._around.stream_header, self._connect(following)
                 self._next = Stream(plane, link, header, self._clock)
+                # One that was in the chain already has what was covered: that has to stay true.
+                known = () if old is None or rolled_back else old.replicas
+                self._next.joined = any(m == following for m in known)
         elif self._next is not None and rolled_back:
             self._next.roll_back()
         if self._next is not None:

@@ -1,0 +1,186 @@
+"""Replicas, as decisions: where they live, who is promoted, and what follows."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from controller_world import PEER, RUNNING, World, sources_of, spec_of
+from daruma_operator.api.status import MemberStatus, Phase
+from daruma_operator.controller.acts import CreatePod
+from daruma_trainer.contract import Role, SourceKind
+
+FOREVER = 10**9
+REPLICA = SourceKind.REPLICA.value
+
+
+def chained(servers: int = 3, *, replicas: int = 2, **recovery: Any) -> World:
+    """A job that runs, whose shards have all their replicas."""
+    chosen = {"strategy": "Chain", "chain": {"replicas": replicas}} | recovery
+    spec = spec_of(recovery=chosen, servers={"replicas": servers})
+    return whole(World(spec=spec, total=FOREVER).running())
+
+
+def copied(**recovery: Any) -> World:
+    """The same with `copies`: replicas that nobody counts on, as what is covered is not sent."""
+    spec = spec_of(recovery={"copies": 2} | recovery)
+    world = World(spec=spec, total=FOREVER, lagging=True).running()
+    return world.until(lambda w: len(addressed(w)) == 3)
+
+
+def condition(world: World, kind: str) -> str | None:
+    return next((c.status for c in world.status.conditions if c.type == kind), None)
+
+
+def whole(world: World) -> World:
+    return world.until(lambda w: condition(w, "Replicated") == "True", ticks=200)
+
+
+def recovered(world: World, count: int = 1) -> World:
+    return world.until(lambda w: w.status.recovery is None and len(w.status.recoveries) >= count)
+
+
+def addressed(world: World) -> list[MemberStatus]:
+    return [m for m in world.status.replicas if m.address is not None]
+
+
+def hosts(world: World, index: int) -> list[str]:
+    mine = [m for m in world.status.replicas if m.index == index]
+    return [m.pod for m in sorted(mine, key=lambda m: m.incarnation)]
+
+
+def head(world: World, index: int) -> MemberStatus:
+    return next(m for m in world.status.members if (m.role, m.index) == (Role.SERVER, index))
+
+
+def test_replicas_live_in_the_pods_of_the_next_servers() -> None:
+    world = chained()
+    assert [hosts(world, i) for i in range(3)] == [
+        ["j-server-1-1"], ["j-server-2-1"], ["j-server-0-1"],
+    ]  # fmt: skip
+    assert all(m.incarnation > head(world, m.index).incarnation for m in world.status.replicas)
+    assert not world.status.recoveries
+    chain = chained(4, replicas=3)
+    assert hosts(chain, 2) == ["j-server-3-1", "j-server-0-1"]
+    assert len({(m.index, m.incarnation) for m in chain.status.replicas}) == 8
+
+
+def test_on_other_nodes_if_there_are_any() -> None:
+    spec = spec_of(recovery={"strategy": "Chain"}, servers={"replicas": 3})
+    world = World(spec=spec, total=FOREVER)
+    world.tick()
+    for name, pod in world.pods.items():
+        node = "b" if name == "j-server-2-1" else "a"
+        world.pods[name] = replace(pod, node=node)
+    whole(world.running())
+    assert hosts(world, 0) == ["j-server-2-1"], "server-1 is on its node"
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_replica_is_promoted_at_once_and_without_a_pod(restarted: bool) -> None:
+    world = chained()
+    chosen = next(m for m in world.status.replicas if m.index == 1)
+    world.kill("server-1")
+    decision = world.tick(restarted=restarted)
+    assert not [a for a in decision.acts if isinstance(a, CreatePod)]
+    assert "Promoted" in [e.reason for e in decision.events]
+    assert head(world, 1) == chosen
+    recovered(world)
+    record = world.status.recoveries[-1]
+    assert (record.strategy, record.placement, record.reason) == (
+        "Chain", "Promote", "ReplicaPromoted",
+    )  # fmt: skip
+    assert sources_of(world) == {REPLICA: len(world.slots(1))}
+    assert (record.delta_norm.kind, record.rung) == ("Exact", 0)
+
+
+def test_the_slots_return_and_the_chain_is_made_whole_again() -> None:
+    world = chained()
+    world.kill("server-1")
+    recovered(world, 2)
+    assert world.status.recoveries[-1].cause == "HandBack"
+    assert not head(world, 1).guest
+    whole(world)
+    assert all(m.incarnation > head(world, m.index).incarnation for m in world.status.replicas)
+    assert sorted(m.index for m in world.status.replicas) == [0, 1, 2]
+
+
+def test_with_its_replicas_host_a_server_is_lost() -> None:
+    world = chained()
+    world.kill("server-0")
+    world.kill("server-1")
+    world.until_phase(Phase.FAILED)
+    assert world.status.reason == "StateLost"
+    assert "no replica" in world.status.message
+
+
+def test_the_ladder_goes_on_where_there_is_no_replica() -> None:
+    world = chained(fallback=["Stateless"])
+    world.kill("server-0")
+    world.kill("server-1")
+    recovered(world)
+    record = world.status.recoveries[-1]
+    assert (record.strategy, record.rung, record.outcome) == ("Stateless", 1, "Succeeded")
+
+
+def test_of_three_the_last_is_promoted_when_two_are_lost() -> None:
+    world = chained(4, replicas=3)
+    last = max((m for m in world.status.replicas if m.index == 0), key=lambda m: m.incarnation)
+    world.kill("server-0")
+    world.kill("server-1")
+    world.tick()
+    assert head(world, 0) == last
+    recovered(world)
+    assert world.status.recoveries[-1].placement == "Promote"
+
+
+def test_nobody_is_promoted_on_whom_nobody_counts() -> None:
+    spec = spec_of(recovery={"strategy": "Chain", "fallback": ["Stateless"]})
+    world = World(spec=spec, total=FOREVER, lagging=True).running()
+    world.until(lambda w: len(addressed(w)) == 3)
+    assert condition(world, "Replicated") is None
+    world.kill("server-1")
+    recovered(world)
+    assert world.status.recoveries[-1].strategy == "Stateless"
+    assert not head(world, 1).guest
+
+
+def test_a_lost_replica_is_no_loss_and_is_made_again() -> None:
+    world = chained()
+    lost = next(m for m in world.status.replicas if m.index == 0)
+    world.end_guest(f"server-0-{lost.incarnation}", code=-9)
+    world.tick()
+    assert lost not in world.status.replicas
+    assert condition(world, "Replicated") == "False"
+    ticks = len(world.decisions)
+    whole(world)
+    assert (len(world.decisions) - ticks) * 0.1 >= 3, "not again and again at once"
+    assert not world.status.recoveries
+    assert [m.index for m in world.status.replicas].count(0) == 1
+
+
+def test_with_copies_a_replica_takes_what_is_fresher_from_the_workers() -> None:
+    world = copied()
+    world.kill("server-1")
+    decision = world.tick()
+    assert not [a for a in decision.acts if isinstance(a, CreatePod)]
+    recovered(world)
+    record = world.status.recoveries[-1]
+    assert (record.strategy, record.placement) == ("Freshest", "Promote")
+    assert list(sources_of(world)) == [PEER]
+    offered = [p.restore.sources for p in world.planned.values()]
+    assert [[s.kind.value for s in sources] for sources in offered[:1]] == [
+        [PEER, PEER, REPLICA, RUNNING]
+    ], "the workers' copies are newer than its own"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_operator_that_dies_changes_nothing(seed: int) -> None:
+    world = chained(4, replicas=3)
+    for n, seat in enumerate(("server-2", "server-0")):
+        world.kill(seat)
+        for tick in range(60):
+            world.tick(restarted=(tick + seed) % 3 == 0)
+        recovered(world, 2 * n + 2)
+    assert all(r.outcome == "Succeeded" for r in world.status.recoveries)
+    whole(world)
