@@ -1,5 +1,7 @@
 """Chains of replicas, and copies: real processes, one membership, no operator."""
 
+import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,11 @@ import numpy as np
 import pytest
 
 import softmax
-from daruma_trainer.contract import Member, Report, Role, Settings
-from local_cluster import LocalCluster, local_cluster
+from daruma_trainer.contract import Member, Report, Restore, Role, Settings, Source, SourceKind
+from local_cluster import LocalCluster, freshest, local_cluster
 
 pytestmark = pytest.mark.faults
+PROGRAMS = str(Path(__file__).with_name("worker_programs.py"))
 CHAIN = Settings(replicas=2, chain=True, ack="Next")
 
 
@@ -49,6 +52,12 @@ def joined(cluster: LocalCluster, made: Member) -> None:
     cluster.until(lambda: said(cluster, made).follows == previous, f"{made.id} joins")
 
 
+def stepped(cluster: LocalCluster, epoch: int) -> bool:
+    """Whether worker 0 made a step in this epoch, or has none left to make."""
+    report = cluster.report(Role.WORKER, 0)
+    return report.acked_epoch >= epoch or report.state == "Left"
+
+
 def promote(cluster: LocalCluster, made: Member) -> None:
     """Kill a server, and let its replica be the one."""
     gone = cluster.membership.member(Role.SERVER, made.index)
@@ -75,9 +84,7 @@ def trained(
             cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= step, "20 steps more")
             promote(cluster, made)
             epoch = cluster.membership.epoch
-            cluster.until(
-                lambda: cluster.report(Role.WORKER, 0).acked_epoch >= epoch, "a step afterwards"
-            )
+            cluster.until(lambda: stepped(cluster, epoch), "a step afterwards")
             found = cluster.report(Role.SERVER, 0)
             assert found.restore is not None
             assert found.restore.sources == {"replica": found.ready}
@@ -97,3 +104,88 @@ def test_sync_with_a_promoted_replica_ends_bit_for_bit_like_without(
     disturbed = trained(tmp_path / "disturbed", config, rule, disturb=True)
     for name, values in plain.items():
         assert values.tobytes() == disturbed[name].tobytes(), name
+
+
+def counting(folder: Path, config: Settings) -> Any:
+    """A job whose samples each add one to their row: what was done twice or not at all is seen."""
+    config = replace(config, store=f"file://{folder}/store")
+    return local_cluster(folder, servers=3, settings=config, program=(PROGRAMS, "count", "60"))
+
+
+def lost_by(cluster: LocalCluster) -> list[int]:
+    """Of each worker how many of its pushes were lost, once it is done."""
+    workers = cluster.membership.of(Role.WORKER)
+
+    def left() -> list[Report] | None:
+        reports = [cluster.report(Role.WORKER, w.index) for w in workers]
+        return reports if all(r.state == "Left" for r in reports) else None
+
+    return [report.lost for report in cluster.until(left, "all workers leave")]
+
+
+def lose_at(cluster: LocalCluster, made: Member, step: int) -> None:
+    """Lose a server at a step, and bring its slots back from its replica and what is fresher."""
+    cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= step, f"step {step}")
+    promote(cluster, made)
+    epoch = cluster.membership.epoch
+    workers = cluster.membership.of(Role.WORKER)
+
+    def stands() -> bool:
+        found = cluster.report(Role.SERVER, made.index)
+        heard = all(cluster.report(Role.WORKER, w.index).epoch >= epoch for w in workers)
+        return heard and found.epoch >= epoch and found.state in ("Ready", "Restoring")
+
+    cluster.until(stands, "the replica says what it has")
+    found = cluster.report(Role.SERVER, made.index)
+    if found.state != "Ready":
+        sources = freshest(cluster, made.index)
+        sources += [Source(SourceKind.REPLICA, c.slots, made.id) for c in found.copies]
+        plan = Restore(epoch, epoch, made.id, tuple(sources))
+        body = json.dumps(plan.to_json()).encode()
+        assert cluster.call(made, "POST", "/v1/restore", body) == 204
+    cluster.until(lambda: stepped(cluster, epoch), "a step afterwards")
+    cluster.tell(raise_epoch=True, recovery=None)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CHAIN, ack="Tail", replicas=3),
+        CHAIN,
+        replace(CHAIN, ack="Tail", consistency="Sync"),
+        Settings(replicas=2, copies=2),
+        Settings(replicas=2, copies=2, consistency="Sync"),
+    ],
+    ids=["tail-of-3", "next", "tail-sync", "copies", "copies-sync"],
+)
+def test_no_covered_push_is_lost_and_none_applied_twice(
+    tmp_path: Path, config: Settings, seed: int
+) -> None:
+    step = random.Random(seed).randrange(12, 40)
+    with counting(tmp_path, config) as cluster:
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 3, "3 steps")
+        made = [add_replica(cluster, 0, host=1 + n) for n in range(config.replicas - 1)]
+        if config.chain:
+            joined(cluster, made[-1])
+        lose_at(cluster, made[0], step)
+        assert lost_by(cluster) == [0, 0]
+        cluster.finish()
+        seen = cluster.result(tmp_path / "store")["seen"].ravel()
+    np.testing.assert_array_equal(seen, 10)
+
+
+def test_what_a_lazy_replica_lacks_is_counted(tmp_path: Path) -> None:
+    config = replace(CHAIN, ack="None", every_updates=15)
+    with counting(tmp_path, config) as cluster:
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 3, "3 steps")
+        made = add_replica(cluster, 0, host=1)
+        joined(cluster, made)
+        lose_at(cluster, made, 25)
+        lost = sum(lost_by(cluster))
+        cluster.finish()
+        seen = cluster.result(tmp_path / "store")["seen"].ravel()
+    missing = 600 - int(seen.sum())
+    assert seen.max() <= 10
+    assert 0 < missing <= 5 * lost, "what is missing was counted"
+    assert lost <= 15 + 4, "and is no more than it was behind, and what was under way"

@@ -238,10 +238,7 @@ def _silent(d: Draft) -> tuple[str, ...]:
     mute = tuple(
         name_of(m)
         for m in restoring(d.status)
-        if m.guest
-        and d.record.placement == PROMOTE
-        and not serves(d.seen, d.record, m)
-        and not copies_of(d.seen, d.record, m)
+        if m.guest and d.record.placement == PROMOTE and not _speaks(d, m)
     )
     if SourceKind.PEER not in preset_of(d.record.strategy).sources or not _to_restore(d):
         return mute
@@ -250,6 +247,11 @@ def _silent(d: Draft) -> tuple[str, ...]:
         for m in survivors(d.status)
         if m.index not in done and not copies_of(d.seen, d.record, m)
     )
+
+
+def _speaks(d: Draft, member: MemberStatus) -> bool:
+    report = d.seen.report(name_of(member))
+    return report is not None and report.epoch >= d.record.epoch
 
 
 def _to_restore(d: Draft) -> bool:

@@ -52,9 +52,14 @@ class Covering:
         row[k] = np.maximum(row[k], update)
 
     @property
+    def _waited(self) -> bool:
+        """Whether pushes wait for long, and nobody's were covered meanwhile."""
+        return self.cover.any and self._clock() - self._told_at > DEMAND_SECONDS
+
+    @property
     def demanded(self) -> bool:
         """Whether a worker has as many uncovered pushes as it may have, or one for long."""
-        if self.cover.any and self._clock() - self._told_at > DEMAND_SECONDS:
+        if self._waited:
             return True
         limit = self._membership.settings.max_uncovered
         return any(self.cover.waiting(w) >= limit for w in range(self._plane.workers))
@@ -85,9 +90,14 @@ class Covering:
             return [("chain", reached)]
         found = [(chain[0], plane.updates)]
         found += [(node, reached) for node in chain[1:] if joined]
-        if policy_of(settings, plane) is Send.DEMAND:
-            found += [
-                (m.failure_domain, int(self._have[m.index].min()))
-                for m in self._membership.of(Role.WORKER)
-            ]
+        if policy_of(settings, plane) is not Send.DEMAND:
+            return found
+        if not joined and self._waited:
+            return found  # there is no replica to send it to: as many as there are have to do
+        gone = plane.left | plane.ended
+        for m in self._membership.of(Role.WORKER):
+            has = int(self._have[m.index].min())
+            # One that ended pulls no more: it holds all there is, or is not waited for.
+            if m.index not in gone or has >= plane.updates:
+                found.append((m.failure_domain, has))
         return found

@@ -108,7 +108,7 @@ class Replicator:
     def busy(self) -> bool:
         """Whether something is to be done soon, though nobody sends anything."""
         uncovered = self._covering is not None and self._covering.cover.any
-        return self._next is not None and (self._next.busy or uncovered)
+        return uncovered or (self._next is not None and self._next.busy)
 
     @property
     def bytes_total(self) -> int:
