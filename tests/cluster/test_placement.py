@@ -106,3 +106,38 @@ def test_two_of_four_are_restored_from_s3(jobs: JobNamespace) -> None:
         size = int.from_bytes(exported.read_bytes()[:8], "little")
         header = json.loads(exported.read_bytes()[8 : 8 + size])
         assert header["weight"]["shape"] == [5, 32]
+
+
+def test_a_replica_is_promoted_and_the_chain_is_made_whole_again(jobs: JobNamespace) -> None:
+    recovery = {"strategy": "Chain", "chain": {"replicas": 2, "ack": "Tail"}}
+    endless, think_ms = 1_000_000, "100"
+    jobs.cluster.apply(
+        jobs.manifest("chain", servers=3, steps=endless, think_ms=think_ms, recovery=recovery)
+    )
+
+    def replicated() -> dict[str, Any] | None:
+        status = jobs.status("chain")
+        conditions = {c["type"]: c["status"] for c in status.get("conditions", [])}
+        calm = status["phase"] == "Running" and not guests(status)
+        return status if calm and conditions.get("Replicated") == "True" else None
+
+    before = jobs.cluster.until(replicated, "every shard has its replica", 120)
+    homes = {m["index"]: (m["node"], m["pod"]) for m in before["members"] if m["role"] == "Server"}
+    for replica in before["replicas"]:
+        assert replica["pod"] != homes[replica["index"]][1]
+    made = jobs.pods("chain")
+    kill(jobs, "chain", Role.SERVER, 1)
+
+    def recovered() -> dict[str, Any] | None:
+        status = jobs.status("chain")
+        return status if status["recoveries"] else None
+
+    (record,) = jobs.cluster.until(recovered, "the replica serves", 60)["recoveries"][:1]
+    assert (record["strategy"], record["placement"]) == ("Chain", "Promote")
+    assert list(record["sources"]) == ["replica"]
+    assert record["pushes"]["lost"] == 0
+    status = jobs.cluster.until(replicated, "the slots are back, with new replicas", 120)
+    assert [r["cause"] for r in status["recoveries"]] == ["ServerLost", "HandBack"]
+    assert {r["outcome"] for r in status["recoveries"]} == {"Succeeded"}
+    assert len(set(jobs.pods("chain").items()) & set(made.items())) == 4, "but one, as they were"
+    jobs.at_step("chain", status["progress"]["step"] + 5)

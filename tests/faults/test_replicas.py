@@ -1,7 +1,10 @@
 """Chains of replicas, and copies: real processes, one membership, no operator."""
 
+import contextlib
 import json
+import os
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,3 +192,59 @@ def test_what_a_lazy_replica_lacks_is_counted(tmp_path: Path) -> None:
     assert seen.max() <= 10
     assert 0 < missing <= 5 * lost, "what is missing was counted"
     assert lost <= 15 + 4, "and is no more than it was behind, and what was under way"
+
+
+def pid_of(made: Member) -> int:
+    """The process of a guest, by its port."""
+    mark = f"DARUMA_LISTEN={made.address}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                return int(folder.name)
+    raise AssertionError(f"{made.id} does not run")
+
+
+def test_a_replica_that_hangs_holds_the_workers_until_it_is_dropped(tmp_path: Path) -> None:
+    config = replace(CHAIN, ack="Tail")
+    with counting(tmp_path, config) as cluster:
+        made = add_replica(cluster, 0, host=1)
+        joined(cluster, made)
+        os.kill(pid_of(made), signal.SIGSTOP)
+
+        def doubted() -> int | None:
+            found = cluster.report(Role.SERVER, 0).suspects
+            steps = [cluster.report(Role.WORKER, w).step for w in (0, 1)]
+            return max(steps) if [s.id for s in found] == [made.id] else None
+
+        reached = cluster.until(doubted, "its server says so")
+        assert [cluster.report(Role.WORKER, w).state for w in (0, 1)] == ["Training"] * 2
+        cluster.tell(raise_epoch=True, replicas=())
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).step > reached + 5, "they go on")
+        assert lost_by(cluster) == [0, 0]
+        cluster.finish()
+        seen = cluster.result(tmp_path / "store")["seen"].ravel()
+    np.testing.assert_array_equal(seen, 10)
+
+
+def test_the_last_of_three_takes_over_when_the_middle_goes_while_it_is_promoted(
+    tmp_path: Path,
+) -> None:
+    config = replace(CHAIN, ack="Tail", replicas=3)
+    with counting(tmp_path, config) as cluster:
+        first = add_replica(cluster, 0, host=1)
+        last = add_replica(cluster, 0, host=2)
+        joined(cluster, last)
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 15, "15 steps")
+        promote(cluster, first)
+        os.kill(pid_of(first), signal.SIGKILL)
+        members = tuple(m for m in cluster.membership.members if m is not first)
+        # Nobody hears that of the first before it is told of the last.
+        cluster.membership = replace(cluster.membership, members=(*members, last), replicas=())
+        cluster.tell(raise_epoch=True)
+        epoch = cluster.membership.epoch
+        cluster.until(lambda: stepped(cluster, epoch), "a step afterwards")
+        cluster.tell(raise_epoch=True, recovery=None)
+        assert lost_by(cluster) == [0, 0]
+        cluster.finish()
+        seen = cluster.result(tmp_path / "store")["seen"].ravel()
+    np.testing.assert_array_equal(seen, 10)

@@ -8,7 +8,7 @@ import pytest
 from controller_world import PEER, RUNNING, World, sources_of, spec_of
 from daruma_operator.api.status import MemberStatus, Phase
 from daruma_operator.controller.acts import CreatePod
-from daruma_trainer.contract import Role, SourceKind
+from daruma_trainer.contract import Role, SourceKind, Suspect
 
 FOREVER = 10**9
 REPLICA = SourceKind.REPLICA.value
@@ -184,3 +184,14 @@ def test_an_operator_that_dies_changes_nothing(seed: int) -> None:
         recovered(world, 2 * n + 2)
     assert all(r.outcome == "Succeeded" for r in world.status.recoveries)
     whole(world)
+
+
+def test_a_replica_that_hangs_is_doubted_and_then_dropped() -> None:
+    world = chained()
+    hung = next(m for m in world.status.replicas if m.index == 0)
+    name = f"server-0-{hung.incarnation}"
+    world.sim("server-0").suspects = (Suspect(name, 1.5, "Unanswered"),)
+    assert world.seen().doubted, "so that the operator asks it itself"
+    world.failing[name] = 0.0
+    world.until(lambda w: hung not in w.status.replicas, ticks=60)
+    assert not world.status.recoveries

@@ -36,6 +36,8 @@ class MemberStatus(StatusModel):
     pod: str
     """Of its own; or another server's, which took it in (Adopt)."""
     address: str | None = None
+    node: str | None = None
+    """Where its pod runs, once it has an address."""
 
     @property
     def guest(self) -> bool:

@@ -125,7 +125,8 @@ def _begin(d: Draft, ready: list[MemberStatus], guests: list[MemberStatus]) -> N
     owners = []
     for member in ready:
         pod = d.seen.pod(member.pod)
-        owners.append(member.model_copy(update={"address": pod.address if pod else None}))
+        place = {"address": pod.address, "node": pod.node} if pod else {"address": None}
+        owners.append(member.model_copy(update=place))
     d.replace_members(owners)
     back = {m.index for m in ready}
     d.set(

@@ -143,7 +143,7 @@ def _begin(d: Draft) -> None:
         members.append(
             MemberStatus(
                 role=role, index=index, incarnation=pod.incarnation, pod=pod.name,
-                address=pod.address,
+                address=pod.address, node=pod.node,
             )
         )  # fmt: skip
     d.replace_members(members)

@@ -16,7 +16,7 @@ def ladder_of(spec: TrainingJobSpec) -> tuple[StrategyName, ...]:
 
 def members_of(members: Iterable[MemberStatus]) -> tuple[Member, ...]:
     """Return members of a status as the contract has them."""
-    return tuple(Member(m.role, m.index, m.incarnation, m.pod, m.address) for m in members)
+    return tuple(Member(m.role, m.index, m.incarnation, m.pod, m.address, m.node) for m in members)
 
 
 def membership_of(job: TrainingJob, status: TrainingJobStatus, store: str | None) -> Membership:

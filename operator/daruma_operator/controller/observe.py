@@ -58,7 +58,10 @@ class Seen:
     @property
     def doubted(self) -> bool:
         """Whether a member that counts, and was heard before, is suspected or does not answer."""
-        members = {member_id(m.role, m.index, m.incarnation) for m in self.job.status.members}
+        status = self.job.status
+        members = {
+            member_id(m.role, m.index, m.incarnation) for m in (*status.members, *status.replicas)
+        }
         if any(m in self.heard for m in members & self.failing.keys()):
             return True
         return any(

@@ -41,7 +41,7 @@ def keep_up(d: Draft) -> None:
     found = {name_of(m): guest_report(d, m) for m in kept if m.address is None}
     if all(guest is not None for guest in found.values()):
         kept = tuple(
-            m.model_copy(update={"address": guest.address}) if guest else m
+            m.model_copy(update={"address": guest.address, "node": _node(d, m.pod)}) if guest else m
             for m in kept
             for guest in [found.get(name_of(m))]
         )
@@ -86,6 +86,11 @@ def _candidate(d: Draft, lost: MemberStatus) -> MemberStatus | None:
     return None
 
 
+def _node(d: Draft, name: str) -> str | None:
+    pod = d.seen.pod(name)
+    return None if pod is None else pod.node
+
+
 def replicate(d: Draft) -> None:
     """Announce the replicas that are missing."""
     wanted = d.spec.replicas
@@ -117,15 +122,11 @@ def replicate(d: Draft) -> None:
 def _host(d: Draft, index: int) -> str | None:
     """The pod of the next server that has nothing of this one's chain; on another node first."""
     used = {m.pod for m in chain_of(d, index)}
-    nodes = {pod.node for name in used if (pod := d.seen.pod(name)) is not None}
+    nodes = {_node(d, name) for name in used}
     servers = [m for m in d.members(Role.SERVER) if not m.guest and m.address is not None]
     after = sorted(servers, key=lambda m: (m.index <= index, m.index))
     free = [m.pod for m in after if m.pod not in used and runs(d.seen.pod(m.pod))]
-    apart = [
-        name
-        for name in free
-        if (pod := d.seen.pod(name)) is not None and (pod.node is None or pod.node not in nodes)
-    ]
+    apart = [name for name in free if _node(d, name) is None or _node(d, name) not in nodes]
     return next(iter([*apart, *free]), None)
 
 

@@ -29,7 +29,8 @@ def addresses(d: Draft) -> None:
         if address is None:
             missing += 1
         else:
-            known.append(member.model_copy(update={"address": address}))
+            node = None if pod is None else pod.node
+            known.append(member.model_copy(update={"address": address, "node": node}))
     if not known or (missing and d.status.recovery is None):
         return
     d.replace_members(known)
