@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from daruma_trainer.checkpoint.manifest import (
     Cut,
@@ -20,9 +21,9 @@ from daruma_trainer.checkpoint.manifest import (
     newest_manifest,
     shard_folder,
 )
-from daruma_trainer.checkpoint.places import Place, Places
+from daruma_trainer.checkpoint.places import ROW, Place, Places
 from daruma_trainer.checkpoint.reading import Memory, read_blocks
-from daruma_trainer.checkpoint.segment import BlockState, read_block, write_segment
+from daruma_trainer.checkpoint.segment import HEAD, BlockState, read_records, write_segment
 from daruma_trainer.checkpoint.selection import Selection, Turn, select
 from daruma_trainer.checkpoint.store import DirectoryStore, open_store
 from daruma_trainer.errors import (
@@ -258,8 +259,65 @@ def test_what_is_no_cut_or_manifest_is_damaged_by_name(data: bytes) -> None:
         Cut.decode(data)
     with pytest.raises(DamagedError):
         Manifest.decode(data)
-    with pytest.raises(DamagedError):
-        read_block(data)
+    row = np.array([(0, 0, 0, len(data), 0)], ROW)
+    found, bad = read_records(memoryview(data), row)
+    assert (found, list(bad)) == ([], [0])
+
+
+def test_records_of_all_kinds_side_by_side_are_read_as_they_were_written() -> None:
+    """Tables, sizes and states change between neighbours, also where the length does not."""
+    rng = np.random.default_rng(0)
+    written = [
+        BlockState(table, b, b + 1, b + 2, b + 3, values[0], tuple(values[1:]))
+        for b, (table, states, size) in enumerate(
+            [(0, 0, 6), (0, 0, 6), (0, 1, 3), (1, 1, 3), (1, 2, 2), (1, 0, 0), (0, 0, 6), (2, 0, 9)]
+        )
+        for values in [rng.random((1 + states, size), np.float32)]
+    ]
+    data, places = write_segment(written)
+    rows = np.array(
+        [(b.table, b.block, 0, n, o) for b, (o, n) in zip(written, places, strict=True)], ROW
+    )
+    found, bad = read_records(memoryview(data), rows)
+    assert not bad
+    assert [len(some.head) for some in found] == [2, 1, 1, 1, 1, 1, 1]
+    for ours, theirs in zip((b for some in found for b in some.singly()), written, strict=True):
+        assert (ours.table, ours.block, ours.lineage, ours.position, ours.steps) == (
+            theirs.table, theirs.block, theirs.lineage, theirs.position, theirs.steps,
+        )  # fmt: skip
+        np.testing.assert_array_equal(ours.data, theirs.data)
+        np.testing.assert_array_equal(ours.state, theirs.state)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"magic": b"XXXX"}, "not a record of this format"),
+        ({"form": 1}, "not a record of this format"),
+        ({"size": 0xFFFFFFFF, "states": 0xFFFF}, "length does not fit"),
+        ({"states": 0}, "length does not fit"),
+        ({"steps": 9}, "the checksum does not fit"),
+        ({"table": 1}, "another block's record"),
+        ({"block": 7}, "another block's record"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_said_of_it_alone(
+    change: dict[str, int | bytes], problem: str
+) -> None:
+    blocks = [block(b, 1.0) for b in range(3)]
+    whole, places = write_segment(blocks)
+    rows = np.array([(0, b.block, 0, n, o) for b, (o, n) in zip(blocks, places, strict=True)], ROW)
+    data = bytearray(whole)
+    offset, length = places[1]
+    head = np.frombuffer(data, HEAD, 1, offset)
+    for name, value in change.items():
+        head[name] = value
+    if "another" in problem:
+        head["checksum"] = xxhash.xxh3_64_intdigest(data[offset + 8 : offset + length])
+    found, bad = read_records(memoryview(data), rows)
+    assert [b.block for some in found for b in some.singly()] == [0, 2]
+    assert list(bad) == [1]
+    assert problem in str(bad[1])
 
 
 def test_names_outside_of_the_store_and_other_stores_are_refused(tmp_path: Path) -> None:

@@ -177,11 +177,9 @@ class TableLayout:
     def stretches(self) -> tuple[Stretch, ...]:
         """Blocks in wire order, as stretches of equal size: three at most, as one is shorter."""
         sizes = np.diff(self.block_starts) * self.table.cols
-        edges = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)]
         return tuple(
             Stretch(a, b, int(self.block_starts[a]) * self.table.cols, int(sizes[a]))
-            for a, b in pairwise(edges)
-            if a < b
+            for a, b in alike(sizes)
         )
 
 
@@ -199,6 +197,12 @@ class ShardLayout:
         for layout in self.tables:
             total += np.diff(layout.slot_rows) * layout.table.cols * 4
         return total
+
+
+def alike(values: NDArray[Any]) -> list[tuple[int, int]]:
+    """Return the [start, stop) ranges of neighbours that are equal: all of `values`, in order."""
+    edges = np.flatnonzero(values[1:] != values[:-1]) + 1
+    return [(a, b) for a, b in pairwise([0, *edges.tolist(), len(values)]) if a < b]
 
 
 def runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:

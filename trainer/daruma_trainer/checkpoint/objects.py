@@ -14,6 +14,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
 
+import numpy as np
+
 from daruma_trainer.checkpoint.store import check_name, check_ranges, check_whole
 from daruma_trainer.errors import (
     ConfigurationError,
@@ -160,7 +162,7 @@ class ObjectStore:
         if offset or length >= 0:
             if length < 0:
                 raise StoreError(f"{name}: say how many bytes are wanted from {offset} on")
-            return self.read_ranges(name, [(offset, length)])[0]
+            return bytes(self.read_ranges(name, [(offset, length)])[0])
         check_name(name)
         patience, inner = self._patience, self._inner
 
@@ -175,27 +177,34 @@ class ObjectStore:
 
     def read_ranges(
         self, name: str, ranges: Sequence[tuple[int, int]], into: memoryview | None = None
-    ) -> list[bytes]:
-        """See Store.read_ranges: the library has memory of its own."""
-        del into
+    ) -> list[memoryview]:
+        """See Store.read_ranges."""
         check_name(name)
         check_ranges(name, ranges)
         # The service refuses a range of no bytes.
         wanted = sorted({(offset, length) for offset, length in ranges if length})
         first, last = (wanted[0][0], max(o + n for o, n in wanted)) if wanted else (0, 0)
 
-        async def get() -> dict[tuple[int, int], bytes]:
+        async def get() -> dict[tuple[int, int], memoryview]:
             if not wanted:
                 await self._inner.head_async(name)
                 return {}
             found = await self._inner.get_ranges_async(
                 name, starts=[o for o, _ in wanted], lengths=[n for _, n in wanted], coalesce=_GAP
             )
-            return {r: bytes(data) for r, data in zip(wanted, found, strict=True)}
+            return {r: memoryview(data) for r, data in zip(wanted, found, strict=True)}
 
         parts = self._ask("read", name, get, self._patience.for_bytes(last - first))
-        answer = [parts.get(r, b"") for r in ranges]
-        check_whole(name, ranges, answer)
+        # The library's memory is its own: gone as soon as nothing looks at it.
+        found = [parts.get(r, memoryview(b"")) for r in ranges]
+        check_whole(name, ranges, found)
+        if into is None:
+            into = np.empty(sum(length for _, length in ranges), np.uint8).data
+        answer: list[memoryview] = []
+        for data in found:
+            into[: len(data)] = data
+            answer.append(into[: len(data)])
+            into = into[len(data) :]
         return answer
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:

@@ -17,7 +17,7 @@ from daruma_trainer.checkpoint.manifest import (
     read_manifest,
 )
 from daruma_trainer.checkpoint.places import BlockKey, Places, Rows
-from daruma_trainer.checkpoint.segment import BlockState, read_block
+from daruma_trainer.checkpoint.segment import Blocks, BlockState, read_records
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import SavedState
 from daruma_trainer.errors import DamagedError, StoreAwayError, StoreError
@@ -29,7 +29,7 @@ GIVE_UP = 3
 """Records of one segment that fail in a row, before the rest is taken from elsewhere: one that is
 gone must not be asked for each block."""
 
-Take = Callable[[list[BlockState]], None]
+Take = Callable[[list[Blocks]], None]
 """What is done with the blocks of a chunk. Called from several threads."""
 
 
@@ -59,6 +59,11 @@ class Chunk:
     segment: str
     rows: Rows
 
+    @property
+    def size(self) -> int:
+        """Bytes of all its records."""
+        return int(self.rows["length"].sum(dtype=np.int64))
+
     def ranges(self) -> list[tuple[int, int]]:
         """Neighbouring records are one range."""
         starts = self.rows["offset"].astype(np.int64)
@@ -78,50 +83,29 @@ def chunks_of(places: Places, rows: Rows) -> Iterator[Chunk]:
             yield Chunk(places.segments[number], piece)
 
 
-def _records(store: Store, chunk: Chunk, into: memoryview | None) -> Iterator[memoryview]:
-    """Return the bytes of each row. StoreError: not all of them can be read."""
-    ranges = chunk.ranges()
-    data = iter(zip(ranges, store.read_ranges(chunk.segment, ranges, into), strict=True))
-    begin, view = 0, memoryview(b"")
-    for offset, length in zip(
-        chunk.rows["offset"].tolist(), chunk.rows["length"].tolist(), strict=True
-    ):
-        if offset + length > begin + len(view) or not view:
-            (begin, _), found = next(data)
-            view = memoryview(found)
-        yield view[offset - begin : offset - begin + length]
-
-
 def _read_chunk(
     store: Store, chunk: Chunk, damaged: dict[BlockKey, str], into: memoryview | None = None
-) -> list[BlockState]:
+) -> list[Blocks]:
     """Read what can be read; what cannot is noted. StoreAwayError: nothing is known of it."""
+    data = np.empty(chunk.size, np.uint8).data if into is None else into[: chunk.size]
     try:
-        views = list(_records(store, chunk, into))
+        store.read_ranges(chunk.segment, chunk.ranges(), data)
     except StoreAwayError:
         raise
     except StoreError as error:
         if len(chunk.rows) > 1:
             return _read_singly(store, chunk, damaged)
-        views = []
         _note(damaged, chunk, chunk.rows[0], error)
-    found: list[BlockState] = []
-    for row, view in zip(chunk.rows, views, strict=False):
-        try:
-            block = read_block(view)
-        except DamagedError as error:
-            _note(damaged, chunk, row, error)
-            continue
-        if (block.table, block.block) == (row["table"], row["block"]):
-            found.append(block)
-        else:
-            _note(damaged, chunk, row, DamagedError("another block's record"))
+        return []
+    found, bad = read_records(data, chunk.rows)
+    for i, problem in bad.items():
+        _note(damaged, chunk, chunk.rows[i], problem)
     return found
 
 
-def _read_singly(store: Store, chunk: Chunk, damaged: dict[BlockKey, str]) -> list[BlockState]:
+def _read_singly(store: Store, chunk: Chunk, damaged: dict[BlockKey, str]) -> list[Blocks]:
     """Read what lies before a segment's end, or around what the disk lost."""
-    found: list[BlockState] = []
+    found: list[Blocks] = []
     failed = 0
     for i in range(len(chunk.rows)):
         blocks = _read_chunk(store, Chunk(chunk.segment, chunk.rows[i : i + 1]), damaged)
@@ -153,7 +137,7 @@ def read_rows(
     chunks = list(chunks_of(places, rows))
 
     def one(chunk: Chunk) -> None:
-        into = None if memory is None else memory.take(sum(n for _, n in chunk.ranges()))
+        into = None if memory is None else memory.take(chunk.size)
         if blocks := _read_chunk(store, chunk, damaged, into):
             take(blocks)
         # Not after an exception: who knows then who still looks at it.
@@ -174,10 +158,11 @@ def read_blocks(
     """Read blocks by ranges; returns them, and a sentence for each that is missing or damaged."""
     places, keys = manifest.blocks, list(wanted)
     at = places.find(np.array([t << 32 | b for t, b in keys], np.uint64))
-    found: list[BlockState] = []
+    some: list[Blocks] = []
     missing = [key for key, row in zip(keys, at.tolist(), strict=True) if row < 0]
-    damaged = read_rows(store, places, places.rows[at[at >= 0]], found.extend)
+    damaged = read_rows(store, places, places.rows[at[at >= 0]], some.extend)
     order = {key: i for i, key in enumerate(keys)}
+    found = [block for blocks in some for block in blocks.singly()]
     found.sort(key=lambda b: order[b.table, b.block])
     sentences = [f"block {b} of table {t}: not in the manifest" for t, b in missing]
     return found, sentences + list(damaged.values())
@@ -296,7 +281,7 @@ class CutPart:
 
     cut: Cut
     manifest: Manifest
-    blocks: list[BlockState]
+    blocks: list[Blocks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +323,7 @@ def _read_cut(store: Store, name: str, shard: int) -> CutPart:
     if shard >= len(cut.shards):
         raise DamagedError(f"{name} is a cut of {len(cut.shards)} servers")
     manifest = read_manifest(store, cut.shards[shard])
-    blocks: list[BlockState] = []
+    blocks: list[Blocks] = []
     damaged = read_rows(store, manifest.blocks, manifest.blocks.rows, blocks.extend)
     if damaged:
         raise DamagedError(f"{name}: {next(iter(damaged.values()))}")

@@ -47,9 +47,9 @@ class Store(Protocol):
     ) -> Sequence[bytes | memoryview]:
         """Return the bytes of each (offset, length), in the order asked for.
 
-        What lies close together is read at once. `into`: memory for all of them, which a store may
-        use, where they are then returned from; fresh memory costs more than the reading. StoreError
-        if the object is not there, or ends within any of them.
+        What lies close together is read at once. `into`: memory for all of them, in which they then
+        lie one after another; fresh memory costs more than the reading. StoreError if the object is
+        not there, or ends within any of them.
         """
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from daruma_trainer.checkpoint.places import Place, Rows
-from daruma_trainer.checkpoint.segment import check_record
+from daruma_trainer.checkpoint.places import Rows
+from daruma_trainer.checkpoint.reading import Chunk
+from daruma_trainer.checkpoint.segment import read_records
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.errors import StoreError
 from daruma_trainer.layout import Ints
@@ -52,7 +53,7 @@ def compact(store: Store, log: Log, budget: int, into: str) -> tuple[Log, Ints, 
     return log.with_rows(rows, into, size), chosen[bad], size
 
 
-def _move(store: Store, segments: Sequence[str], rows: Rows, into: str) -> tuple[Rows, Ints, int]:
+def _move(store: Store, segments: Sequence[str], rows: Rows, name: str) -> tuple[Rows, Ints, int]:
     """Copy records to a new segment, which becomes the last of `segments`.
 
     Returns the rows as they are then, which of them could not be read, and the bytes written.
@@ -64,31 +65,21 @@ def _move(store: Store, segments: Sequence[str], rows: Rows, into: str) -> tuple
     end = 0
     for number in np.unique(rows["segment"]).tolist():
         mine = np.flatnonzero(rows["segment"] == number)
-        places = [
-            Place(segments[number], int(rows["offset"][i]), int(rows["length"][i])) for i in mine
-        ]
-        for i, record in zip(mine.tolist(), _records(store, places), strict=True):
-            if record is None:
-                bad.append(i)
-                continue
-            data[end : end + len(record)] = np.frombuffer(record, np.uint8)
-            moved["segment"][i], moved["offset"][i] = len(segments), end
-            end += len(record)
-    if end:
-        store.write(into, data[:end].data)
-    return moved, np.array(bad, np.int64), end
-
-
-def _records(store: Store, places: Sequence[Place]) -> list[bytes | memoryview | None]:
-    """Read records of one segment; None: it is not whole."""
-    found: list[bytes | memoryview | None]
-    try:
-        found = list(store.read_ranges(places[0].segment, [(p.offset, p.length) for p in places]))
-    except StoreError:
-        return [None] * len(places)
-    for i, record in enumerate(found):
+        chunk = Chunk(segments[number], rows[mine])
         try:
-            check_record(memoryview(record or b""))
+            into = data[end : end + chunk.size].data
+            store.read_ranges(chunk.segment, chunk.ranges(), into)
         except StoreError:
-            found[i] = None
-    return found
+            bad += mine.tolist()
+            continue
+        damaged = list(read_records(into, chunk.rows)[1])
+        bad += mine[damaged].tolist()
+        # What is damaged comes along, and is named by nothing.
+        whole = np.delete(mine, damaged)
+        lengths = chunk.rows["length"].astype(np.int64)
+        moved["segment"][whole] = len(segments)
+        moved["offset"][whole] = np.delete(end + np.cumsum(lengths) - lengths, damaged)
+        end += chunk.size
+    if end:
+        store.write(name, data[:end].data)
+    return moved, np.array(bad, np.int64), end

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from daruma_trainer.checkpoint.manifest import Manifest, SlotStates
 from daruma_trainer.checkpoint.places import Place, Places
+from daruma_trainer.checkpoint.reading import chunks_of
 from daruma_trainer.checkpoint.segment import HEAD as RECORD
-from daruma_trainer.checkpoint.segment import BlockState, read_block, write_segment
+from daruma_trainer.checkpoint.segment import Blocks, BlockState, read_records, write_segment
 from daruma_trainer.errors import DamagedError, StoreError
 from daruma_trainer.server.data import DataPlane
 
@@ -60,7 +61,7 @@ def pack(plane: DataPlane, uid: str, index: int) -> Iterator[bytes | bytearray]:
         yield write_segment([block])[0]
 
 
-def fetch(agent: str, token: str) -> tuple[Manifest, list[BlockState], list[str]]:
+def fetch(agent: str, token: str) -> tuple[Manifest, list[Blocks], list[str]]:
     """Ask a predecessor for its shard: what `pack` gave, and a sentence for each damaged block.
 
     StoreError: it does not answer, or is not frozen. DamagedError: what it sends is no shard.
@@ -86,9 +87,7 @@ def fetch(agent: str, token: str) -> tuple[Manifest, list[BlockState], list[str]
         time.sleep(0.02)
 
 
-def unpack(
-    stream: _Readable, deadline: float = inf
-) -> tuple[Manifest, list[BlockState], list[str]]:
+def unpack(stream: _Readable, deadline: float = inf) -> tuple[Manifest, list[Blocks], list[str]]:
     """Read what `pack` gave, until `deadline` (monotonic).
 
     DamagedError: it is something else, ends too early, or takes too long.
@@ -97,19 +96,16 @@ def unpack(
     if magic != MAGIC or length > MAX_MANIFEST or size > MAX_SHARD:
         raise DamagedError("not a shard that is handed over")
     manifest = Manifest.decode(_exactly(stream, length))
-    blocks: list[BlockState] = []
+    blocks: list[Blocks] = []
     damaged: list[str] = []
-    in_order = sorted(manifest.blocks.items(), key=lambda item: item[1].offset)
-    for (table, block), place in in_order:
+    for chunk in chunks_of(manifest.blocks, manifest.blocks.rows):
         if time.monotonic() > deadline:
             raise DamagedError(f"the shard did not come within {TRANSFER_SECONDS:.0f} s")
-        record = _exactly(stream, place.length)
-        try:
-            found = read_block(record)
-        except DamagedError as error:
+        found, bad = read_records(memoryview(_exactly(stream, chunk.size)), chunk.rows)
+        blocks += found
+        for i, error in bad.items():
+            table, block = int(chunk.rows["table"][i]), int(chunk.rows["block"][i])
             damaged.append(f"block {block} of table {table}, as it was handed over: {error}")
-            continue
-        blocks.append(found)
     return manifest, blocks, damaged
 
 

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 
 from daruma_trainer.checkpoint.manifest import Manifest
 from daruma_trainer.checkpoint.reading import Found, read_slots
-from daruma_trainer.checkpoint.segment import BlockState
+from daruma_trainer.checkpoint.segment import Blocks
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import ContractError
 from daruma_trainer.errors import StoreError
-from daruma_trainer.layout import Ints
+from daruma_trainer.layout import Ints, runs
 from daruma_trainer.server.background import Background
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.handover import fetch
+from daruma_trainer.server.shard import TableArrays
 
 TAKE_SECONDS = 30.0
 """How long a chunk may wait for the loop to take it."""
@@ -74,7 +75,7 @@ class Intake:
     def _announce(self, manifest: Manifest) -> None:
         self._background.post(lambda: self._begin(manifest))
 
-    def _hand(self, blocks: list[BlockState]) -> None:
+    def _hand(self, blocks: list[Blocks]) -> None:
         taken = threading.Event()
 
         def take() -> None:
@@ -90,12 +91,12 @@ class Intake:
             self.problem = make_tables(self._plane, manifest)
             self._got = [np.zeros(len(t.steps), np.bool_) for t in self._plane.shard.tables]
 
-    def _take(self, blocks: list[BlockState]) -> None:
+    def _take(self, blocks: list[Blocks]) -> None:
         if self.problem or not self._wanted():
             return
         for table, index in set_blocks(self._plane, blocks, moments_only=self._moments_only):
             self._got[table][index] = True
-        self.size += sum(b.data.nbytes for b in blocks)
+        self.size += sum(b.values[:, 0].nbytes for b in blocks)
 
 
 def make_tables(plane: DataPlane, manifest: Manifest) -> str | None:
@@ -121,29 +122,33 @@ def set_slots(plane: DataPlane, manifest: Manifest, k: Ints) -> None:
 
 
 def set_blocks(
-    plane: DataPlane, blocks: Sequence[BlockState], *, moments_only: bool
+    plane: DataPlane, blocks: Sequence[Blocks], *, moments_only: bool
 ) -> list[tuple[int, Ints]]:
     """Write blocks into the tables; returns which fitted, as indices by table."""
-    fitted: list[tuple[int, Ints]] = []
-    for number in {b.table for b in blocks if b.table < len(plane.shard.tables)}:
-        table = plane.shard.tables[number]
-        mine = [b for b in blocks if b.table == number]
-        at = table.layout.index_of(np.array([b.block for b in mine], np.int64))
-        starts, cols = table.layout.block_starts, table.layout.table.cols
-        flat = table.data.reshape(-1)
-        states = [array.reshape(-1) for array in table.state]
-        for n, (b, i) in enumerate(zip(mine, at.tolist(), strict=True)):
-            part = slice(int(starts[i]) * cols, int(starts[i + 1]) * cols)
-            if i < 0 or b.data.size != part.stop - part.start or len(b.state) != len(states):
-                at[n] = -1
-                continue
-            if not moments_only:
-                flat[part] = b.data
-            for array, saved in zip(states, b.state, strict=True):
-                array[part] = saved
-            table.steps[i] = b.steps
-        found = at[at >= 0]
-        if not moments_only:
-            table.changed[found] = True
-        fitted.append((number, found))
-    return fitted
+    tables = plane.shard.tables
+    return [
+        (some.table, _set(tables[some.table], some, moments_only))
+        for some in blocks
+        if some.table < len(tables)
+    ]
+
+
+def _set(table: TableArrays, some: Blocks, moments_only: bool) -> Ints:
+    at = table.layout.index_of(some.blocks)
+    fits = np.zeros(len(at), np.bool_)
+    arrays = (table.data, *table.state)
+    _, parts, size = some.values.shape
+    for stretch in table.layout.stretches:
+        if stretch.size != size or parts != len(arrays):
+            continue
+        here = (at >= stretch.first) & (at < stretch.stop)
+        for a, b in runs(here):
+            for n, array in enumerate(arrays):
+                if n or not moments_only:
+                    stretch.of(array)[at[a:b] - stretch.first] = some.values[a:b, n]
+        fits |= here
+    found = at[fits]
+    table.steps[found] = some.head["steps"][fits]
+    if not moments_only:
+        table.changed[found] = True
+    return found
