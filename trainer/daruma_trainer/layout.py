@@ -161,6 +161,11 @@ class TableLayout:
         return np.repeat(starts, sizes) + offsets
 
     @cached_property
+    def block_sizes(self) -> Ints:
+        """Elements of each block."""
+        return np.diff(self.block_starts) * self.table.cols
+
+    @cached_property
     def by_block(self) -> Ints:
         """Indices into `blocks`, by ascending global block."""
         return np.argsort(self.blocks, kind="stable")
@@ -176,7 +181,7 @@ class TableLayout:
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """Blocks in wire order, as stretches of equal size: three at most, as one is shorter."""
-        sizes = np.diff(self.block_starts) * self.table.cols
+        sizes = self.block_sizes
         return tuple(
             Stretch(a, b, int(self.block_starts[a]) * self.table.cols, int(sizes[a]))
             for a, b in alike(sizes)

@@ -14,7 +14,7 @@ from daruma_trainer.layout import Floats, Ints, Stretch
 from daruma_trainer.server.shard import TableArrays
 from daruma_trainer.server.slots import Slots
 
-TOGETHER = 16 << 10
+TOGETHER = 64 << 10
 """Elements of small blocks that are gathered at once before they are spaced out into records."""
 ALONE = 4 << 10
 """Blocks of as many elements are copied one by one: that is no slower, and straight."""
@@ -78,8 +78,7 @@ class Piece:
 
 def record_floats(table: TableArrays) -> Ints:
     """Return the size of each block's record, in floats."""
-    values = np.diff(table.layout.block_starts) * table.layout.table.cols
-    return HEAD_FLOATS + values * (1 + len(table.state))
+    return HEAD_FLOATS + table.layout.block_sizes * (1 + len(table.state))
 
 
 def copy_blocks(
@@ -89,25 +88,23 @@ def copy_blocks(
 
     The records stand in the buffer without gaps: together they are a segment.
     """
-    sizes = [
-        int(record_floats(table)[mine].sum()) for table, mine in zip(tables, chosen, strict=True)
+    parts = [
+        (i, table, stretch, part, HEAD_FLOATS + stretch.size * (1 + len(table.state)))
+        for i, (table, mine) in enumerate(zip(tables, chosen, strict=True))
+        for stretch in table.layout.stretches
+        if len(part := stretch.among(mine))
     ]
-    buffer = buffers.take(sum(sizes))
+    buffer = buffers.take(sum(len(part) * width for *_, part, width in parts))
     pieces: list[Piece] = []
     at = 0
-    for i, (table, mine) in enumerate(zip(tables, chosen, strict=True)):
-        for stretch in table.layout.stretches:
-            part = stretch.among(mine)
-            if not len(part):
-                continue
-            width = HEAD_FLOATS + stretch.size * (1 + len(table.state))
-            records = buffer[at : at + len(part) * width].reshape(len(part), width)
-            at += records.size
-            for n, array in enumerate((table.data, *table.state)):
-                begin = HEAD_FLOATS + n * stretch.size
-                out = records[:, begin : begin + stretch.size]
-                _gather(stretch.of(array), part, out, buffers.scratch)
-            pieces.append(Piece(i, stretch, part, records, _heads(table, stretch, part, slots)))
+    for i, table, stretch, part, width in parts:
+        records = buffer[at : at + len(part) * width].reshape(len(part), width)
+        at += records.size
+        for n, array in enumerate((table.data, *table.state)):
+            begin = HEAD_FLOATS + n * stretch.size
+            out = records[:, begin : begin + stretch.size]
+            _gather(stretch.of(array), part, out, buffers.scratch)
+        pieces.append(Piece(i, stretch, part, records, _heads(table, stretch, part, slots)))
     return pieces, buffer
 
 

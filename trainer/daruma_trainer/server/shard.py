@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from daruma_trainer.layout import Floats, Ints, ShardLayout, TableLayout, TableSpec
+from daruma_trainer.layout import Floats, Ints, ShardLayout, TableLayout, TableSpec, alike
 from daruma_trainer.rules import Rule, rule_from_json, state_names
 from daruma_trainer.wire import MAX_SLOT_BYTES, TablePush
 
@@ -80,7 +80,7 @@ class Shard:
     def row_offsets(self, table: int, k: Ints) -> Ints:
         """Where each slot of `k` begins in an array of just these slots; one more than slots."""
         rows = self.tables[table].layout.slot_rows
-        if len(k) and k[-1] - k[0] == len(k) - 1:
+        if _adjacent(k):
             return np.asarray(rows[k[0] : k[-1] + 2] - rows[k[0]])
         return np.concatenate([[0], np.cumsum(rows[k + 1] - rows[k])])
 
@@ -266,11 +266,14 @@ def _consecutive(k: Ints, chosen: Ints) -> list[tuple[int, int]]:
 
     Both ascend, each number once.
     """
-    if not len(chosen):
-        return []
-    if k[chosen[-1]] - k[chosen[0]] == len(chosen) - 1:
+    slots = k[chosen]
+    if _adjacent(slots):
         return [(int(chosen[0]), int(chosen[-1]) + 1)]
-    breaks = np.flatnonzero((np.diff(chosen) != 1) | (np.diff(k[chosen]) != 1)) + 1
-    starts = [0, *breaks.tolist()]
-    stops = [*breaks.tolist(), len(chosen)]
-    return [(int(chosen[a]), int(chosen[b - 1]) + 1) for a, b in zip(starts, stops, strict=True)]
+    # What lies between two chosen ones leaves a gap in the slots, too.
+    ranges = alike(slots - np.arange(len(slots)))
+    return [(int(chosen[a]), int(chosen[b - 1]) + 1) for a, b in ranges]
+
+
+def _adjacent(k: Ints) -> bool:
+    """Whether numbers, ascending and each once, have no gap; not of none."""
+    return len(k) > 0 and bool(k[-1] - k[0] == len(k) - 1)
