@@ -87,7 +87,8 @@ bench: $(STAMP) machine ## times and costs, written to docs/benchmarks/; hours
 	@$(BIN)/daruma bench rework --write docs/benchmarks/rework.md
 	@$(BIN)/daruma bench recovery --write docs/benchmarks/recovery.md
 	@$(BIN)/daruma bench recovery --placement Adopt --write docs/benchmarks/recovery-adopt.md
-	@OMP_NUM_THREADS=1 $(BIN)/daruma bench checkpoint --write docs/benchmarks/checkpoint.md
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/s3_server.py bench \
+		$(BIN)/daruma bench checkpoint --store directory --store s3://bench --write docs/benchmarks/checkpoint.md
 	@$(BIN)/python tests/cluster/harness/bench.py --write docs/benchmarks/recovery-cluster.md
 	@$(BIN)/python tests/cluster/harness/bench.py --placement Adopt --write docs/benchmarks/recovery-cluster-adopt.md
 

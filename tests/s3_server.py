@@ -1,5 +1,11 @@
-"""A real S3 server (moto) in a process of its own; it ends when the process that made it does."""
+"""A real S3 server (moto) in a process of its own; it ends when the process that made it does.
 
+    python tests/s3_server.py BUCKET COMMAND...
+
+runs a command in whose environment it is; it has one bucket, empty.
+"""
+
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,3 +67,9 @@ def environment(port: int, host: str = "127.0.0.1") -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_REGION": "us-east-1",
     }
+
+
+if __name__ == "__main__":
+    with s3_server(sys.argv[1]) as at:
+        done = subprocess.run(sys.argv[2:], env={**os.environ, **environment(at)}, check=False)
+    sys.exit(done.returncode)

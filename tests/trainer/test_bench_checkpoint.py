@@ -9,24 +9,36 @@ from daruma_trainer.bench import checkpoint
 from daruma_trainer.bench.checkpoint import Plan
 
 
-def test_a_small_run_makes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_run_on_two_stores_makes_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str
+) -> None:
     tiny = Plan((1, 11), 1, 1, 0.01)
     monkeypatch.setattr(Plan, "of", lambda **_: tiny)
     out, page = tmp_path / "out.json", tmp_path / "docs" / "page.md"
-    assert checkpoint.main(["--quick", "--json", str(out), "--write", str(page)]) == 0
+    stores = ["--store", "directory", "--store", s3]
+    assert checkpoint.main([*stores, "--quick", "--json", str(out), "--write", str(page)]) == 0
     found = json.loads(out.read_text())
-    assert {(r["megabytes"], r["fraction"]) for r in found["saves"]} == {
-        (1, 0.125), (1, 1.0), (11, 0.125), (11, 1.0),
-    }  # fmt: skip
+    assert {(r["store"], r["megabytes"], r["fraction"]) for r in found["saves"]} == {
+        (store, megabytes, fraction)
+        for store in ("directory", "s3")
+        for megabytes in (1, 11)
+        for fraction in (0.125, 1.0)
+    }
     assert all(r[what][0] > 0 for r in found["saves"] for what in ("blocked", "durable"))
-    assert {(r["way"], r["think"], r["every"]) for r in found["rates"]} == {
-        (way, think, every)
-        for way in ("daruma, r = 1/8", "daruma, r = 1", "torch.save, all", "async_save, all")
+    ours = ("daruma, r = 1/8", "daruma, r = 1")
+    ways = {"directory": (*ours, "torch.save, all", "async_save, all"), "s3": ours}
+    assert {(r["store"], r["way"], r["think"], r["every"]) for r in found["rates"]} == {
+        (store, way, think, every)
+        for store in ways
+        for way in ways[store]
         for think in (0.05, 0.0)
         for every in (8, 1)
     }
-    assert [r["megabytes"] for r in found["restores"]] == [11]
+    assert [(r["store"], r["megabytes"], "cold" in r) for r in found["restores"]] == [
+        ("directory", 11, True), ("s3", 11, False),
+    ]  # fmt: skip
     assert page.read_text() == checkpoint.page(found)
+    assert all(f"| {store} | 11 |" in page.read_text() for store in ways)
 
 
 def test_a_store_that_cannot_be_written_is_said(

@@ -1,10 +1,11 @@
 """What saving costs a server, and how long a restore takes.
 
-    daruma bench checkpoint [--quick] [--json FILE] [--write FILE] [--store URI]
+    daruma bench checkpoint [--quick] [--json FILE] [--write FILE] [--store URI]...
 
 One shard in one process, with a server's own classes: the loop on the main thread, the store's
-thread beside it. A push is a full SGD update of the shard. Without `--store` all is saved to a
-directory below TMPDIR. `OMP_NUM_THREADS=1`, as servers have it.
+thread beside it. A push is a full SGD update of the shard. `OMP_NUM_THREADS=1`, as servers have it.
+*Directory* is one below TMPDIR. The S3 of `make bench` is moto's, a server in Python on the same
+cores, so its times are more than those of the servers' own work.
 
 *Blocked* is what a request may wait for: the copy of the chosen blocks. Beside it stands a memcpy
 of as many bytes of the same array, after a push as the save was, in turn with it; the bar is two
@@ -18,19 +19,22 @@ interpreter, take from it. Each is compared with the rate without saves of the s
 shown is the median of the rounds, with the lowest and highest. *Made* is saves made of saves due:
 one that is due while the last is written is left out. Others save everything: `torch.save`, then
 fsync and rename, on the loop; `torch.distributed.checkpoint.async_save` on its own thread, where
-the save before is waited for.
+the save before is waited for. They save to a directory, whatever the store is.
 
 *Restore* is from the first order to the last slot in memory, from a running checkpoint after
 partial saves; beside it a plain read of the same bytes, with neighbouring blocks read at once, into
 one piece of fresh memory. *Cold*: the kernel was
-asked to forget the files before (posix_fadvise), *warm*: they had just been read.
+asked to forget the files before (posix_fadvise), *warm*: they had just been read. Of another store
+than a directory the plain read asks for the same ranges, one segment's after another's, and nothing
+is cold.
 """
 
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +46,11 @@ from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_o
 from daruma_trainer.bench.others import Other, others
 from daruma_trainer.bench.shard import Shard
 from daruma_trainer.checkpoint.reading import Chunk, chunks_of
+from daruma_trainer.checkpoint.store import open_store
 from daruma_trainer.contract import Settings
 
 KIB = 1024
+DIRECTORY = "directory"
 Spread = tuple[float, float, float]
 """Median, lowest, highest."""
 
@@ -68,42 +74,54 @@ class Plan:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and write what was asked for; returns the exit code."""
     parser = parser_of("checkpoint", __doc__, "smaller, and fewer of each")
-    parser.add_argument("--store", metavar="URI", help="instead of a directory below TMPDIR")
+    parser.add_argument(
+        "--store", metavar="URI", action="append",
+        help=f"where to save, several if given again; {DIRECTORY}, as by default: below TMPDIR",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
 
     def measured() -> Result:
         with tempfile.TemporaryDirectory(prefix="daruma-bench-") as folder:
-            uri = options.store or f"file://{folder}/store"
-            return measure(uri, Path(folder), Plan.of(quick=options.quick))
+            own = f"file://{folder}/store"
+            uris = [own if uri == DIRECTORY else uri for uri in options.store or [DIRECTORY]]
+            return measure(uris, Path(folder), Plan.of(quick=options.quick))
 
     return conclude(options, measured, page)
 
 
-def measure(uri: str, folder: Path, plan: Plan) -> Result:
-    """Take all measurements. BenchError: the store does not work."""
-    saves = [
-        measure_saves(uri, megabytes, block * KIB, fraction, plan.saves)
-        for megabytes in plan.sizes
-        for block, fraction in ((64, 1 / 8), (4, 1 / 8), (64, 1.0))
-    ]
-    rates, notes = measure_rates(uri, folder, plan)
-    restores = []
-    if uri.startswith("file://"):
-        root = Path(uri.removeprefix("file://"))
-        restores = [measure_restore(uri, root, n, plan.rounds) for n in plan.sizes if n > 10]
-    else:
-        notes.append("restores are measured on a directory only")
-    return {
+def measure(uris: Sequence[str], folder: Path, plan: Plan) -> Result:
+    """Take all measurements on each store. BenchError: one does not work."""
+    result: Result = {
         "benchmark": "checkpoint",
         "machine": f"{machine()}, numpy {np.__version__}",
-        "store": "a directory" if uri.startswith("file://") else uri.partition(":")[0],
-        "load": round(os.getloadavg()[0], 1),
         "date": today(),
-        "saves": saves,
-        "rates": rates,
-        "restores": restores,
-        "notes": notes,
+        "saves": [],
+        "rates": [],
+        "restores": [],
+        "notes": [],
     }
+    for uri in uris:
+        result["saves"] += [
+            measure_saves(uri, megabytes, block * KIB, fraction, plan.saves)
+            for megabytes in plan.sizes
+            for block, fraction in ((64, 1 / 8), (4, 1 / 8), (64, 1.0))
+        ]
+        rates, notes = measure_rates(uri, folder, plan)
+        result["rates"] += rates
+        # Each once, though it is true of every store.
+        result["notes"] = list(dict.fromkeys([*result["notes"], *notes]))
+        result["restores"] += [
+            measure_restore(uri, megabytes, plan.rounds)
+            for megabytes in plan.sizes
+            if megabytes > 10
+        ]
+    return {**result, "load": round(os.getloadavg()[0], 1)}
+
+
+def _name(uri: str) -> str:
+    """Say what kind of store it is."""
+    scheme = uri.partition(":")[0]
+    return DIRECTORY if scheme == "file" else scheme
 
 
 # What a save costs ------------------------------------------------------------------------------
@@ -137,6 +155,7 @@ def measure_saves(
         # The first finds memory that nobody touched before.
         memcpy = statistics.median(plain[1:])
         return {
+            "store": _name(uri),
             "megabytes": megabytes,
             "block": block_bytes,
             "fraction": fraction,
@@ -158,6 +177,7 @@ def measure_saves(
 class Rate:
     """One way to save, at one pace, as parts of the step rate without saves."""
 
+    store: str
     way: str
     think: float
     every: int
@@ -170,7 +190,11 @@ def measure_rates(uri: str, folder: Path, plan: Plan) -> tuple[list[dict[str, An
     megabytes = plan.sizes[1]
     found: dict[tuple[str, float, int], list[tuple[float, float]]] = {}
     none = Shard(uri, megabytes, 64 * KIB, Settings())
-    with others(none.data, folder) as (ways, notes):
+    # What others do has nothing to do with the store: once is enough.
+    beside: AbstractContextManager[tuple[list[Other], list[str]]] = nullcontext(([], []))
+    if _name(uri) == DIRECTORY:
+        beside = others(none.data, folder)
+    with beside as (ways, notes):
         for _ in range(plan.rounds):
             for think in (0.05, 0.0):
                 base = _steps(none, think, plan.seconds)
@@ -179,7 +203,7 @@ def measure_rates(uri: str, folder: Path, plan: Plan) -> tuple[list[dict[str, An
                         found.setdefault((name, think, every), []).append((rate / base, made))
     none.close()
     rates = [
-        Rate(*key, spread([r for r, _ in values]), spread([m for _, m in values]))
+        Rate(_name(uri), *key, spread([r for r, _ in values]), spread([m for _, m in values]))
         for key, values in found.items()
     ]
     return [asdict(r) for r in sorted(rates, key=lambda r: (-r.think, -r.every))], notes
@@ -232,7 +256,7 @@ def _steps(
 # Restores ---------------------------------------------------------------------------------------
 
 
-def measure_restore(uri: str, root: Path, megabytes: int, rounds: int) -> dict[str, Any]:
+def measure_restore(uri: str, megabytes: int, rounds: int) -> dict[str, Any]:
     """Restore a shard, warm and cold, in turn with plain reads of its segments."""
     shard = Shard(uri, megabytes, 64 * KIB, Settings(every=8, fraction=1 / 8))
     try:
@@ -242,24 +266,35 @@ def measure_restore(uri: str, root: Path, megabytes: int, rounds: int) -> dict[s
             shard.saver.tick()
             shard.settle()
         chunks = list(chunks_of(shard.places(), shard.places().rows))
-        files = sorted({root / chunk.segment for chunk in chunks})
         shard.restored()
-        ways: dict[str, list[float]] = {"cold": [], "cold read": [], "warm": [], "warm read": []}
+        ways: dict[str, list[float]] = {}
         for _ in range(rounds):
-            _forget(files)
-            ways["cold read"].append(_read(root, chunks))
-            ways["warm read"].append(_read(root, chunks))
-            ways["warm"].append(shard.restored())
-            _forget(files)
-            ways["cold"].append(shard.restored())
+            for name, seconds in _ways_to_read(uri, shard, chunks):
+                ways.setdefault(name, []).append(seconds)
         return {
+            "store": _name(uri),
             "megabytes": megabytes,
-            "read": _bytes(chunks),
-            "segments": sum(f.stat().st_size for f in files),
+            "read": sum(chunk.size for chunk in chunks),
             **{name: spread(values) for name, values in ways.items()},
         }
     finally:
         shard.close()
+
+
+def _ways_to_read(uri: str, shard: Shard, chunks: Sequence[Chunk]) -> Iterator[tuple[str, float]]:
+    """Restore and read plainly, each once."""
+    if _name(uri) != DIRECTORY:
+        yield "warm read", _fetch(uri, chunks)
+        yield "warm", shard.restored()
+        return
+    root = Path(uri.removeprefix("file://"))
+    files = sorted({root / chunk.segment for chunk in chunks})
+    _forget(files)
+    yield "cold read", _read(root, chunks)
+    yield "warm read", _read(root, chunks)
+    yield "warm", shard.restored()
+    _forget(files)
+    yield "cold", shard.restored()
 
 
 def _forget(files: Sequence[Path]) -> None:
@@ -268,13 +303,10 @@ def _forget(files: Sequence[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _bytes(chunks: Sequence[Chunk]) -> int:
-    return sum(size for chunk in chunks for _, size in chunk.ranges())
-
-
 def _read(root: Path, chunks: Sequence[Chunk]) -> float:
+    """Read files as plainly as can be."""
     started = time.perf_counter()
-    into = np.empty(_bytes(chunks), np.uint8).data
+    into = np.empty(sum(chunk.size for chunk in chunks), np.uint8).data
     at = 0
     for chunk in chunks:
         with (root / chunk.segment).open("rb", buffering=0) as file:
@@ -282,6 +314,18 @@ def _read(root: Path, chunks: Sequence[Chunk]) -> float:
                 at += os.preadv(file.fileno(), [into[at : at + size]], offset)
     if at != len(into):
         raise BenchError(f"{at} bytes of {len(into)} could be read")
+    return time.perf_counter() - started
+
+
+def _fetch(uri: str, chunks: Sequence[Chunk]) -> float:
+    """Read out of another store."""
+    store = open_store(uri)
+    started = time.perf_counter()
+    into = np.empty(sum(chunk.size for chunk in chunks), np.uint8).data
+    at = 0
+    for chunk in chunks:
+        store.read_ranges(chunk.segment, chunk.ranges(), into[at : at + chunk.size])
+        at += chunk.size
     return time.perf_counter() - started
 
 
@@ -301,27 +345,29 @@ def page(result: Result) -> str:
             "",
             "Made by `daruma bench checkpoint --write`; edit the benchmark, not this page.",
             "",
-            f"{result['date']}, {result['machine']}; store: {result['store']}; load average at the "
-            f"end {result['load']} (what is more than 1 was other work on the machine). "
+            f"{result['date']}, {result['machine']}; load average at the end {result['load']} "
+            "(what is more than 1 was other work on the machine, such as an S3's). "
             "Median (lowest to highest).",
             "",
             "## One save",
             "",
-            "| shard MB | block KiB | r | memcpy ms | bar ms | blocked ms | durable ms | CPU ms |",
-            "|---|---|---|---|---|---|---|---|",
+            "| store | shard MB | block KiB | r | memcpy ms | bar ms | blocked ms | durable ms "
+            "| CPU ms |",
+            "|---|---|---|---|---|---|---|---|---|",
             *(_save_row(row) for row in result["saves"]),
             "",
             "## Step rate, as a part of that without saves",
             "",
-            "| way | think ms | save every | rate | saves made of due |",
-            "|---|---|---|---|---|",
+            "| store | way | think ms | save every | rate | saves made of due |",
+            "|---|---|---|---|---|---|",
             *(_rate_row(row) for row in result["rates"]),
             "",
             *(f"{note}.\n" for note in result["notes"]),
             "## Restore of one shard",
             "",
-            "| shard MB | read MB | cold read ms | cold ms | × | warm read ms | warm ms | × |",
-            "|---|---|---|---|---|---|---|---|",
+            "| store | shard MB | read MB | cold read ms | cold ms | × | warm read ms | warm ms "
+            "| × |",
+            "|---|---|---|---|---|---|---|---|---|",
             *(_restore_row(row) for row in result["restores"]),
             "",
             "## How it is measured",
@@ -340,7 +386,7 @@ def _ms(found: Spread) -> str:
 def _save_row(row: dict[str, Any]) -> str:
     within = "" if row["blocked"][0] <= row["bar"] else " **over**"
     return (
-        f"| {row['megabytes']} | {row['block'] // KIB} | {row['fraction']:g} "
+        f"| {row['store']} | {row['megabytes']} | {row['block'] // KIB} | {row['fraction']:g} "
         f"| {1000 * row['memcpy']:.1f} | {1000 * row['bar']:.1f} | {_ms(row['blocked'])}{within} "
         f"| {_ms(row['durable'])} | {_ms(row['cpu'])} |"
     )
@@ -349,15 +395,19 @@ def _save_row(row: dict[str, Any]) -> str:
 def _rate_row(row: dict[str, Any]) -> str:
     median, low, high = row["rate"]
     return (
-        f"| {row['way']} | {1000 * row['think']:g} | {row['every']} "
+        f"| {row['store']} | {row['way']} | {1000 * row['think']:g} | {row['every']} "
         f"| {median:.3f} ({low:.3f}–{high:.3f}) | {row['made'][0]:.2f} |"
     )
 
 
 def _restore_row(row: dict[str, Any]) -> str:
-    cold, warm = row["cold"][0] / row["cold read"][0], row["warm"][0] / row["warm read"][0]
+    def ways(name: str) -> str:
+        if name not in row:
+            return "– | – | –"
+        read, restore = row[f"{name} read"], row[name]
+        return f"{_ms(read)} | {_ms(restore)} | {restore[0] / read[0]:.2f}"
+
     return (
-        f"| {row['megabytes']} | {row['read'] / 1e6:.0f} | {_ms(row['cold read'])} "
-        f"| {_ms(row['cold'])} | {cold:.2f} | {_ms(row['warm read'])} | {_ms(row['warm'])} "
-        f"| {warm:.2f} |"
+        f"| {row['store']} | {row['megabytes']} | {row['read'] / 1e6:.0f} "
+        f"| {ways('cold')} | {ways('warm')} |"
     )
