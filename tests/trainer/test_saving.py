@@ -1,6 +1,7 @@
 """Tests of what a server saves and keeps, with a store's thread that works when it is told to."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,29 @@ def test_requests_go_first_until_a_pass_was_held_up_too_long(
     assert world.saver.pending, "there was something to serve"
     now[0] += 1.0
     world.saver.work(idle=False)
+    assert world.saver.pending, "requests come between the choice and the copy"
+    world.saver.work(idle=False)
     assert not world.saver.pending, "it would never be saved"
+
+
+def test_what_comes_between_the_choice_and_the_copy_is_in_the_copy(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.begin()
+    world.background.run()
+    world.train(1)
+    world.saver.tick()
+    world.saver.work(idle=True)
+    late = replace(world.plane.shard.specs[0], id=1, name="late")
+    assert world.plane.add_table(late) is None
+    world.train(1)
+    while world.saver.pending:
+        world.saver.work(idle=True)
+    world.background.run()
+    manifest = world.newest()
+    assert [table.name for table in manifest.tables][1:] == ["late"]
+    assert any(table == 1 for table, _ in manifest.blocks), "what was never saved goes first"
+    blocks, _ = read_blocks(world.store, manifest, manifest.blocks)
+    assert max(b.position for b in blocks) == world.plane.slots.position.max()
 
 
 def test_a_pass_that_a_rollback_interrupts_forgets_no_change(tmp_path: Path) -> None:

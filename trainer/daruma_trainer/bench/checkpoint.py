@@ -7,7 +7,8 @@ thread beside it. A push is a full SGD update of the shard. `OMP_NUM_THREADS=1`,
 *Directory* is one below TMPDIR. The S3 of `make bench` is moto's, a server in Python on the same
 cores, so its times are more than those of the servers' own work.
 
-*Blocked* is what a request may wait for: the copy of the chosen blocks. Beside it stands a memcpy
+*Blocked* is what a request may wait for: the copy of the chosen blocks (the distance pass and the
+choice are short turns before it, with requests in between). Beside it stands a memcpy
 of as many bytes of the same array, after a push as the save was, in turn with it; the bar is two
 of those and one millisecond. *Durable* is the background's time from the copy to the manifest.
 *CPU* is the process's CPU time from the push to the manifest: the distance pass, copy, checksums

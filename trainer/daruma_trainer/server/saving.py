@@ -105,6 +105,8 @@ class Saver:
         """Whether every block of this incarnation, in this generation, is durable."""
         self._distances = Distances()
         self._measuring: Iterator[None] | None = None
+        self._chosen: tuple[list[Ints], Turn] | None = None
+        """What the pass ended in: blocks of each table, and what the choice leaves for the next."""
         self._due_at = 0.0
         self._worked_at = 0.0
         self._buffers = Buffers()
@@ -135,7 +137,7 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """Whether a distance pass is to go on as soon as there is time."""
+        """Whether a distance pass, or the copy after it, is to go on as soon as there is time."""
         return self._measuring is not None
 
     def tick(self) -> None:
@@ -156,10 +158,11 @@ class Saver:
         # Where everything is saved there is nothing to choose.
         all_of_it = self._settings.fraction >= 1
         self._measuring = iter(()) if all_of_it else self._distances.measure(tables)
+        self._chosen = None
         self._due_at = self._worked_at = time.monotonic()
 
     def work(self, *, idle: bool) -> None:
-        """Go on with the distance pass for a slice; at its end copy what it chose."""
+        """Go on with the distance pass for a slice; at its end choose, in the next call copy."""
         now = time.monotonic()
         if self._measuring is None or not (idle or now - self._due_at > PATIENCE_SECONDS):
             return
@@ -171,9 +174,12 @@ class Saver:
             self._worked_at = time.monotonic()
             if self._worked_at > until:
                 return
-        self._measuring = None
+        if self._chosen is None or len(self._chosen[0]) != len(self._plane.shard.tables):
+            # A call of its own: a request need not wait for the choice and for the copy.
+            self._chosen = self._select()
+            return
         before, started = self._choice, time.monotonic()
-        chosen = self._select()
+        self._measuring, (chosen, self._choice) = None, self._chosen
         snapshot = self._copy(chosen, "running")
         self.copied_seconds = time.monotonic() - started
 
@@ -230,15 +236,15 @@ class Saver:
         else:
             then()
 
-    def _select(self) -> list[Ints]:
+    def _select(self) -> tuple[list[Ints], Turn]:
         tables = self._tables()
         sizes = np.concatenate([4 * record_floats(t) for t in tables] or [np.empty(0, np.int64)])
-        chosen, self._choice = select(
+        chosen, turn = select(
             Selection(self._settings.selection), (self._distances.all(), sizes),
             self._settings.fraction, self._choice, self._shuffled,
         )  # fmt: skip
         edges = np.concatenate([[0], np.cumsum([len(t.layout.blocks) for t in tables])])
-        return [chosen[(chosen >= a) & (chosen < b)] - a for a, b in pairwise(edges)]
+        return [chosen[(chosen >= a) & (chosen < b)] - a for a, b in pairwise(edges)], turn
 
     @cached_property
     def _shuffled(self) -> Callable[[int], Ints]:
