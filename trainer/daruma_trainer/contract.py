@@ -153,7 +153,11 @@ class Settings:
     """Everything of a job's spec that servers and workers use."""
 
     consistency: str = "Async"
-    """Async | Sync."""
+    """Async | Sync | Bounded."""
+    max_staleness: int = 0
+    """`Bounded`: how many batches a worker may be ahead of the slowest one that goes on."""
+    min_replicas: int = 0
+    """Workers that the others wait for at least; 0: for all. See `Membership.elastic`."""
     store: str | None = None
     """`file:///path` as this member sees it, or None: no checkpoints."""
     every: int = 0
@@ -264,6 +268,12 @@ class Membership:
     def of(self, role: Role) -> tuple[Member, ...]:
         """Return the members of one role, by index."""
         return tuple(sorted((m for m in self.members if m.role is role), key=lambda m: m.index))
+
+    @property
+    def elastic(self) -> bool:
+        """Whether steps are made without a lost worker, until its replacement enters."""
+        waits = self.settings.consistency in ("Sync", "Bounded")
+        return waits and 0 < self.settings.min_replicas < self.workers
 
     @property
     def prefix(self) -> str:

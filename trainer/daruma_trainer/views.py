@@ -127,6 +127,10 @@ class Report:
     lost: int = 0
     replayed: int = 0
     """Pushes; counted by batches."""
+    skipped: int = 0
+    """Workers: batches that nobody made while the seat was vacant and the others went on."""
+    mixed: int = 0
+    """Workers: batches made of values of two steps (`Sync`), as nobody had those of one."""
     acked_epoch: int = 0
     """Workers: the newest epoch E such that a batch first sent after E was seen is acknowledged
     by all slots."""

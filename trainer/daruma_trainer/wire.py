@@ -49,6 +49,9 @@ class Kind(IntEnum):
     PULL = 5
     RESYNC = 6
     REPORT = 7
+    BEFORE = 8
+    """What were these slots when this worker's batch so-and-so was the last in them? As a pull; a
+    live worker answers, through the server."""
     EPOCH = 9
     """What is your newest membership? The answer is a MEMBERSHIP."""
     CUT = 10
@@ -95,6 +98,8 @@ class Refusal(IntEnum):
     UNSURE = 7
     OVERLAP = 8
     TOO_LARGE = 9
+    NOT_KEPT = 10
+    """Nobody has values of so long ago."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +253,14 @@ PULL = struct.Struct("<qII")
 """A pull's meta: min_step, tables (how many the worker knows), flags; then the slots' bitmap."""
 ALL_WORKERS = 1
 """A pull's flag: `min_step` is a batch that every worker that goes on must have reached."""
+ENTER = 2
+"""A pull's flag: the worker has no position yet; from now on steps wait for it again."""
+WAS_VACANT = 1
+"""In the header's `flags` of the answer to such a pull: steps were made without it."""
+
+
+ORIGIN = struct.Struct("<Iq")
+"""After a FETCH's bitmap: only slots in which this batch of this worker was the last."""
 
 
 # State: the answer to a pull, and a worker's copy for a restoring server ------------------------

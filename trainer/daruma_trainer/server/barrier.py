@@ -87,15 +87,19 @@ class Barrier:
             any_step = True
 
     def _apply_step(self, k: Ints, step: int, workers: list[int], stepped: Stepped) -> None:
-        # After a recovery some slots may have a worker's part of this step already, or lost it.
-        gave = np.stack([self._batch[w][k] == step for w in workers], axis=1)
+        # After a recovery some slots may have a worker's part of this step already, or lost it. A
+        # worker that was lost and is not waited for may have given its part to some: it counts.
+        givers = sorted(self._batch)
+        gave = np.stack([self._batch[w][k] == step for w in givers], axis=1)
         for pattern in np.unique(gave, axis=0):
             same = k[(gave == pattern).all(axis=1)]
-            made = self._apply(same, step, [w for w, g in zip(workers, pattern, strict=True) if g])
-            for w in workers:
+            parts = [w for w, g in zip(givers, pattern, strict=True) if g]
+            made = self._apply(same, step, parts)
+            done = sorted({*workers, *parts})
+            for w in done:
                 self._slots.mark(same, w, step, step)
             self._slots.position[same] += 1
-            stepped(step, workers, same, made)
+            stepped(step, done, same, made)
         if (self._slots.last[:, workers] >= step).all():
             self._rows = {key: rows for key, rows in self._rows.items() if key[1] > step}
 

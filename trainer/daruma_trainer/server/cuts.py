@@ -214,7 +214,10 @@ class Cuts:
         hold = self.plane.hold
         if hold is None:
             return
-        there = all(done >= b for done, b in zip(self.plane.complete(), hold, strict=True))
+        # A vacant seat's last batch may be in some slots and not in others: nobody adds to it now.
+        waited = [w for w in range(self.plane.workers) if w not in self.plane.seats.vacant]
+        done = self.plane.complete()
+        there = all(done[w] >= hold[w] for w in waited)
         if there and not self.plane.sums.lacking(self.plane.workers):
             self.take(self._holding)
             self._release()

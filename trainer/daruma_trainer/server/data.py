@@ -16,12 +16,15 @@ from daruma_trainer.contract import ContractError, Membership, Role, place, slot
 from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
 from daruma_trainer.server.barrier import Barrier, Made, TwoWritersError
 from daruma_trainer.server.rebuilding import Sums
+from daruma_trainer.server.seats import Seats
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
 from daruma_trainer.wire import (
     ALL_WORKERS,
     BITMAP,
+    ENTER,
     PULL,
+    WAS_VACANT,
     Frame,
     Header,
     Kind,
@@ -106,8 +109,11 @@ class DataPlane:
         self.shard = Shard(membership.job_uid, ids)
         self.sums = Sums(self.shard, self.slots)
         self.sync = membership.settings.consistency == "Sync"
+        self.clocked = membership.settings.consistency != "Async"
+        """Whether the step is the slowest worker's clock."""
         self.barrier = Barrier(self.shard, self.slots)
         self.workers = membership.workers
+        self.seats = Seats(membership)
         self.left: dict[int, int] = {}
         """By worker: its last batch. It counts in no later step."""
         self.ended: dict[int, int] = {}
@@ -265,9 +271,10 @@ class DataPlane:
 
     def advance(self) -> None:
         """Make every step whose contributions are complete (Sync)."""
-        if self.sync:
+        active = self.active()
+        if self.sync and not self._too_few(active):
             before = int(self.slots.position.sum())
-            if self.barrier.reduce(self.active(), self._stepped):
+            if self.barrier.reduce(active, self._stepped):
                 self.counts.applied += int(self.slots.position.sum() > before)
             self.refresh_step()
 
@@ -279,8 +286,18 @@ class DataPlane:
     def active(self) -> list[int]:
         """Workers whose contribution the next step needs."""
         done = self.slots.last.min(axis=0) if len(self.slots.ids) else np.zeros(self.workers)
-        gone = self.left | self.ended
-        return [w for w in range(self.workers) if w not in gone or done[w] < gone[w]]
+        gone, vacant = self.left | self.ended, self.seats.vacant
+        there = [w for w in range(self.workers) if w not in vacant]
+        return [w for w in there if w not in gone or done[w] < gone[w]]
+
+    def follow(self, membership: Membership) -> None:
+        """A newer membership may have lost a worker that the others need not wait for."""
+        self.seats.follow(membership)
+        self.advance()
+
+    def _too_few(self, active: list[int]) -> bool:
+        ended = (self.left | self.ended).keys() - set(active)
+        return self.seats.too_few(active, len(ended))
 
     def pull(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> Reply | None:
         """PULL: the Ready ones of the slots asked for; None while their step is to come."""
@@ -288,6 +305,9 @@ class DataPlane:
         if len(meta) != PULL.size + BITMAP:
             raise MalformedError(f"a pull's meta of {len(meta)} bytes")
         min_step, tables, flags = PULL.unpack_from(meta)
+        was_vacant = 0
+        if flags & ENTER:
+            was_vacant = WAS_VACANT * self.seats.take(worker_of(identity.decode()))
         k = self._owned(from_bitmap(meta[PULL.size :]))
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
@@ -295,13 +315,16 @@ class DataPlane:
         known = tables <= len(self.shard.tables)
         if not len(k) or not known or not all(self._given[t][k].all() for t in range(tables)):
             return refuse(Refusal.RESTORING, "no slot of these is Ready")
-        waits = self.sync or flags & ALL_WORKERS
-        if waits and (int(self.slot_steps(k).min()) < min_step or self.sums.lacks(k)):
+        ends = self.sync or flags & ALL_WORKERS
+        late = (self.clocked or ends) and int(self.slot_steps(k).min()) < min_step
+        # Under Sync no step is made with too few; where pushes count at once, pulls have to wait.
+        few = self.clocked and not self.sync and min_step and self._too_few(self.active())
+        if late or few or (ends and self.sums.lacks(k)):
             self.pulls.append(Waiting(identity, header, frames))
             return None
         body = encode_state(self.state(k, tables))
         self.counts.pulled_bytes += sum(len(f) for f in body)
-        return Reply(Kind.STATE, body)
+        return Reply(Kind.STATE, body, was_vacant)
 
     def state(self, k: Ints, tables: int) -> State:
         """Return whole slots, with all that belongs to them but the optimizer's state."""
@@ -335,6 +358,7 @@ class DataPlane:
         try:
             worker, done = int(raw["worker"]), int(raw["done"])
             held = [int(b) for b in raw["held"]]
+            entered = int(raw.get("entered", 0))
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
             rebuilds = [int(t) for t in raw.get("rebuilds", [])]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -346,10 +370,13 @@ class DataPlane:
         k = k[self.slots.ready[k]]
         if len(k) and done - int(self.slots.last[k, worker].min()) > MAX_GAP:
             raise MalformedError(f"a resync of more than {MAX_GAP} batches")
-        lost = self.slots.floor(k, worker, done, held)
+        # What is older than where it entered, nobody made: the worker knows how many those are.
+        gaps = self.slots.floor(k, worker, done, held)
+        lost = [b for b in gaps if b > entered]
         self.counts.lost += len(lost)
-        if lost and self.observer is not None:
+        if gaps and self.observer is not None:
             self.observer.touched(k)
+        self.seats.entering.discard(worker)
         self.refresh_step()
         self.advance()
         self.sums.register(worker, rebuilds)
@@ -379,18 +406,19 @@ class DataPlane:
     def slot_steps(self, k: Ints) -> Ints:
         """Return for each of the slots `k` the batch that all workers that go on have reached.
 
-        Under `Sync` that is its step. Under `Async`, where it ends a phase, nobody waits for a
-        worker at the end of its batches either: only a rollback could bring it back.
+        Under `Sync` that is its step. Otherwise, where it ends a phase or bounds the staleness,
+        nobody waits for a worker at the end of its batches either: only a rollback could bring it
+        back.
         """
-        gone = self.left | self.ended
-        workers = [w for w in range(self.workers) if w not in gone] or list(range(self.workers))
+        out = {*self.left, *self.ended, *self.seats.vacant}
+        workers = [w for w in range(self.workers) if w not in out] or list(range(self.workers))
         return np.asarray(self.slots.last[k][:, workers].min(axis=1), np.int64)
 
     def refresh_step(self) -> None:
         """Recompute this shard's step; within a generation it never goes back."""
         if not len(self.slots.ids):
             return
-        if self.sync:
+        if self.clocked:
             now = int(self.slot_steps(np.arange(len(self.slots.ids))).min())
         else:
             now = int(self.slots.last.max(axis=0).sum()) // self.workers

@@ -34,6 +34,7 @@ from daruma_trainer.server.handover import pack
 from daruma_trainer.server.motion import Motion
 from daruma_trainer.server.restoring import AGAIN_SECONDS, Restorer
 from daruma_trainer.server.saving import Saver, Written
+from daruma_trainer.server.seats import Seats
 from daruma_trainer.server.slots import SlotState
 from daruma_trainer.wire import Kind
 
@@ -114,6 +115,7 @@ class Lifecycle:
             return
         if self.replica:
             self._promote(self.plane, new)
+        self.plane.follow(new)
         if self.cuts is not None:
             self.cuts.membership = new
         self.initialised |= new.initialised and bool(self.plane.slots.ready.all())
@@ -248,6 +250,8 @@ class Lifecycle:
         A replica that its predecessor counted on has all that it acknowledged: it serves at once.
         """
         self.replica = False
+        # Who entered at the head since this replica began, it was not told.
+        plane.seats = Seats(membership)
         self._equip(plane, membership)
         if self.plane is None or self.restorer is None:
             return  # no store, though one is configured: this process ends

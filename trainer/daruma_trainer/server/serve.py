@@ -38,6 +38,8 @@ from daruma_trainer.server.fencing import Fence
 from daruma_trainer.server.guests import Guests
 from daruma_trainer.server.lifecycle import Lifecycle
 from daruma_trainer.server.metrics import exposition
+from daruma_trainer.server.relaying import FIRST as RELAYED
+from daruma_trainer.server.relaying import Relay
 from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.reporting import Board, Reports, report_of
 from daruma_trainer.server.siblings import Siblings
@@ -60,7 +62,9 @@ SAVE_SECONDS = 5.0
 """How long a server that is told to end waits for saves that it began."""
 BATCH = 64
 """Requests handled before commands and timers get their turn."""
-DATA = frozenset({Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC, Kind.REBUILD})
+DATA = frozenset(
+    {Kind.CREATE, Kind.INIT, Kind.PUSH, Kind.PULL, Kind.RESYNC, Kind.REBUILD, Kind.BEFORE}
+)
 STREAM = frozenset({Kind.FOLLOW, Kind.UPDATE, Kind.WHOLE})
 
 
@@ -82,6 +86,7 @@ class Server:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._poller.register(self._wake, zmq.POLLIN)
         self.reports = Reports()
+        self._relay = Relay(self._question)
         self._fence = Fence(self._ask_around)
         self._board = Board(identity.id)
         self.guests = Guests(identity, os.environ)
@@ -214,9 +219,7 @@ class Server:
         life = self.life
         current = header.generation == life.generation
         if header.kind is Kind.COPY:
-            # What was asked for before a rollback is of a lineage that is no more.
-            if life.restorer is not None and current:
-                life.restorer.on_copy(member, header.request, decode_state(frames))
+            self._take_copy(member, header, frames)
         elif header.kind is Kind.CUT:
             siblings = self._members() if not life.frozen else set()
             if life.cuts is not None and member in siblings:
@@ -230,8 +233,8 @@ class Server:
 
     def _dispatch_data(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> None:
         reply = self._guard(identity, header)
-        plane = self.life.plane
-        if reply is None and plane is not None:
+        plane, members = self.life.plane, self.membership
+        if reply is None and plane is not None and members is not None:
             handlers: dict[Kind, Callable[[], Reply | None]] = {
                 Kind.CREATE: lambda: plane.create(frames),
                 Kind.INIT: lambda: plane.init(frames),
@@ -239,10 +242,26 @@ class Server:
                 Kind.PULL: lambda: plane.pull(identity, header, frames),
                 Kind.RESYNC: lambda: plane.resync(identity, frames),
                 Kind.REBUILD: lambda: plane.rebuild(identity, frames),
+                Kind.BEFORE: lambda: self._relay.ask(identity, header, frames, members),
             }
             reply = handlers[header.kind]()
         if reply is not None:
             self._reply(identity, header, reply)
+
+    def _question(self, member: str, number: int, body: bytes) -> bool:
+        return self._door.send(member.encode(), self._header(Kind.FETCH, number), [body])
+
+    def _take_copy(self, member: str, header: Header, frames: Sequence[Frame]) -> None:
+        """A worker's copy: for a restore, or for another worker (Relay)."""
+        if header.generation != self.life.generation:
+            return  # what was asked for before a rollback is of a lineage that is no more
+        if header.request < RELAYED:
+            if self.life.restorer is not None:
+                self.life.restorer.on_copy(member, header.request, decode_state(frames))
+            return
+        found = self._relay.answer(member, header.request, frames)
+        if found is not None and found[1].generation == header.generation:
+            self._reply(*found)
 
     def _guard(self, identity: bytes, header: Header) -> Reply | None:
         """Refuse what is meant for somebody else, or comes from somebody who does not count."""

@@ -18,7 +18,6 @@ import numpy as np
 import zmq
 
 from daruma_trainer.agent import Agent, Command, Outcome, ViewCell
-from daruma_trainer.applied import complete_until
 from daruma_trainer.contract import (
     SLOTS,
     ContractError,
@@ -43,10 +42,10 @@ from daruma_trainer.wire import (
     decode_json,
     encode_json,
     encode_state,
-    from_bitmap,
 )
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.metrics import exposition
+from daruma_trainer.worker.position import Position
 from daruma_trainer.worker.pushes import Held, Pushes, Update
 from daruma_trainer.worker.reporting import Reporter
 from daruma_trainer.worker.sessions import Sessions, Wanted
@@ -88,6 +87,7 @@ class Client:
         self.due: dict[int, set[int]] = {}
         """By server: tables that it cleared, and that lack this worker's part."""
         self.resumed = False
+        self.position = Position()
         self._reporter = Reporter()
         self._sessions: Sessions | None = None
         self._todo: list[Callable[[], None]] = []
@@ -157,6 +157,20 @@ class Client:
         self.wake()
         return wanted
 
+    def pull_before(self) -> Wanted | None:
+        """Ask for slots that are further than this worker's last batch, as they were; None: no slot
+        is. `unkept` says that nobody has that any more.
+        """
+        with self.lock:
+            sessions = self._live
+            further = sessions.copy.last[:, self.me.index] > self.batch
+            if not further.any() or self._consistency != "Sync":
+                return None
+            wanted = self.wanted = Wanted(self.batch, missing=further, before=True)
+            self._todo += [partial(sessions.send_pulls, server) for server in sessions.by_server]
+        self.wake()
+        return wanted
+
     def push(self, updates: tuple[Update, ...], generation: int) -> None:
         """Give a batch the next number and send it to whoever can be reached.
 
@@ -209,24 +223,15 @@ class Client:
         self.wake()
 
     def resume(self, generation: int) -> bool:
-        """After a complete pull: go on at the first batch that some slot lacks.
+        """After a complete pull: go on where `Position.choose` says.
 
         False: a rollback to another generation came meanwhile, so the pull has to be made again.
-        Slots of servers that are younger than this worker were lost with its predecessor, or
-        after it: what they lack nobody can compute again (the floor).
         """
         with self.lock:
             if generation != self.generation:
                 return False
-            sessions, me = self._live, self.me
-            copy, servers = sessions.copy, sessions.membership.of(Role.SERVER)
-            older = [m.index for m in servers if m.incarnation < me.incarnation]
-            known = np.isin(copy.owner, older)
-            entries = zip(
-                copy.last[:, me.index].tolist(), copy.window[:, me.index].tolist(), strict=True
-            )
-            done = np.array([complete_until(*entry) for entry in entries])
-            self.batch = int(done[known].min() if known.any() else done.max())
+            sessions = self._live
+            self.batch = self.position.choose(sessions.copy, sessions.membership, self.me)
             sessions.pushes.drop_all(self.batch)
             self.resumed = True
             sessions.begin_all()
@@ -249,17 +254,30 @@ class Client:
     def replays(self) -> bool:
         """Whether this worker goes on while a server is away."""
         settings = self._live.membership.settings
-        return settings.consistency == "Async" and settings.meanwhile is WorkersMeanwhile.REPLAY
+        waits = self._consistency == "Sync" or (
+            self._consistency == "Bounded" and not settings.max_staleness
+        )
+        return settings.meanwhile is WorkersMeanwhile.REPLAY and not waits
 
-    def away(self) -> Slots:
-        """Slots whose server cannot be reached, of a worker that may go on without them."""
+    @property
+    def _consistency(self) -> str:
+        return self._live.membership.settings.consistency
+
+    def away(self, batch: int) -> Slots:
+        """Slots whose server cannot be reached, of a worker that may go on without them.
+
+        Under `Bounded` only while its copy of them has this batch of all others.
+        """
         mask = np.zeros(SLOTS, np.bool_)
         sessions = self._live
         if self.replays and self.resumed:
-            now = time.monotonic()
+            now, members = time.monotonic(), sessions.membership.of(Role.WORKER)
+            others = [m.index for m in members if m.address and m.index != self.me.index]
             for server in range(sessions.membership.servers):
                 if not sessions.synced(server) and sessions.pushes.may_accumulate(server, now):
-                    mask |= sessions.copy.slots_of(server)
+                    slots = sessions.copy.slots_of(server)
+                    if self._consistency == "Async" or sessions.copy.knows(slots, others, batch):
+                        mask |= slots
         return mask
 
     @property
@@ -389,7 +407,8 @@ class Client:
         self.due.clear()
         self._live.pushes.drop_all(0)
         # A copy of before it must not outrank what the servers have now.
-        self._live.copy.lineage[:] = 0
+        self._live.copy.forget()
+        self.position.was_vacant = False
         if self.wanted is not None:
             # What was pulled before is of a lineage that is no more.
             self.wanted.missing[:] = True
@@ -400,7 +419,7 @@ class Client:
         if header.kind is Kind.MEMBERSHIP:
             self._adopt(Membership.from_json(decode_json(frames[1])))
         elif header.kind is Kind.FETCH:
-            state = self._live.copy.give(from_bitmap(frames[1]))
+            state = self._live.copy.fetched(frames[1])
             reply = replace(self.header(Kind.COPY), request=header.request)
             link.send(replace(reply, incarnation=link.peer.incarnation), encode_state(state))
         elif header.kind is Kind.EPOCH and self.membership is not None:

@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 
 from daruma_trainer.contract import SLOTS, Copies, group_versions, place
 from daruma_trainer.layout import Floats, Ints, ShardLayout, TableSpec
-from daruma_trainer.wire import MalformedError, Slots, State, mask_of, split_slots
+from daruma_trainer.wire import (
+    BITMAP,
+    ORIGIN,
+    Frame,
+    MalformedError,
+    Slots,
+    State,
+    from_bitmap,
+    mask_of,
+    split_slots,
+)
+from daruma_trainer.worker.previous import Previous
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +38,10 @@ class Group:
 class HostCopy:
     """All tables in their own shape, with the version and applied vector of each slot."""
 
-    def __init__(self, uid: str, servers: int, workers: int) -> None:
+    def __init__(
+        self, uid: str, servers: int, workers: int, *, keeps_for: int | None = None
+    ) -> None:
+        """`keeps_for`: the worker whose copy it is, if it keeps what a step overwrites."""
         self._uid = uid
         self._servers = servers
         self.owner: Ints = np.array(place(uid, servers))
@@ -43,6 +57,7 @@ class HostCopy:
         self.groups: list[Group] = []
         self.moved: dict[int, float] = {}
         """By server: a running mean of how far its part moved (L2) from one pull to the next."""
+        self.previous = None if keeps_for is None else Previous(self, keeps_for)
 
     def add(self, spec: TableSpec) -> None:
         """Make room for a table; `arrange` once after the last."""
@@ -62,6 +77,8 @@ class HostCopy:
     def take(self, state: State) -> Slots:
         """Overwrite slots by what a server sent; MalformedError if sizes differ. Returns which."""
         group = self._group(state.slots)
+        if self.previous is not None:
+            self.previous.keep(state, group)
         step = 0.0
         for i, flat in enumerate(state.values):
             layout = group.tables[i]
@@ -87,7 +104,7 @@ class HostCopy:
     def give(self, mask: Slots) -> State:
         """Return slots for a restoring server."""
         slots = np.flatnonzero(mask)
-        layout = ShardLayout(self._uid, self.specs, slots)
+        layout = self.layout_of(slots)
         both = np.hstack([self.last[slots], self.window[slots].view(np.int64)])
         unique, index = np.unique(both, axis=0, return_inverse=True)
         workers = self.last.shape[1]
@@ -100,6 +117,22 @@ class HostCopy:
             np.ascontiguousarray(unique[:, workers:]).view(np.uint64),
             tuple(d[t.rows].reshape(-1) for d, t in zip(self.data, layout.tables, strict=True)),
         )
+
+    def fetched(self, meta: Frame) -> State:
+        """Return what a FETCH asks for: the newest, or what was there at some worker's batch."""
+        mask = from_bitmap(meta[:BITMAP])
+        if len(meta) == BITMAP:
+            return self.give(mask)
+        if len(meta) != BITMAP + ORIGIN.size or self.previous is None:
+            raise MalformedError("a FETCH of values that this worker does not keep")
+        worker, batch = ORIGIN.unpack(meta[BITMAP:])
+        if worker >= self.last.shape[1]:
+            raise MalformedError(f"a FETCH for worker {worker}")
+        return self.previous.give(mask, worker, batch)
+
+    def knows(self, slots: Slots, workers: Sequence[int], batch: int) -> bool:
+        """Whether these slots have this batch of each of these workers."""
+        return bool((self.last[slots][:, workers] >= batch).all())
 
     def versions(self) -> tuple[Copies, ...]:
         """Group the slots by version, for the operator's plan."""
@@ -117,7 +150,17 @@ class HostCopy:
         for group in self.groups:
             if (group.mask == mask).all():
                 return group.layout
-        return ShardLayout(self._uid, self.specs, np.flatnonzero(mask))
+        return self.layout_of(np.flatnonzero(mask))
+
+    def layout_of(self, slots: Ints) -> ShardLayout:
+        """Return where the rows of these slots stand in a message."""
+        return ShardLayout(self._uid, self.specs, slots)
+
+    def forget(self) -> None:
+        """Offer nothing of this to anybody: it is of a lineage that is no more (a rollback)."""
+        self.lineage[:] = 0
+        if self.previous is not None:
+            self.previous.lineage[:] = 0
 
 
 def gather(parts: Sequence[Floats | None], layout: ShardLayout) -> list[Floats | None]:

@@ -15,6 +15,7 @@ from daruma_trainer.layout import Floats, Ints, TableSpec, choose_block_rows
 from daruma_trainer.rules import Rule, rule_from_json, rule_to_json
 from daruma_trainer.worker.batches import batch_indices, batches_in
 from daruma_trainer.worker.client import Client
+from daruma_trainer.worker.footing import align, pace, pull_all, take_position
 from daruma_trainer.worker.pushes import Update
 from daruma_trainer.worker.rebuilding import Rebuilder, Rebuilders
 from daruma_trainer.worker.table import Table
@@ -136,9 +137,10 @@ class Job:
         self._begun = len(self._specs)
         self._client.announce()
         if self._client.resumed:
-            self._pull_all(BEGIN_SECONDS)
+            pull_all(self._client, BEGIN_SECONDS)
+            align(self._client, self._generation)
         else:
-            self._take_position(BEGIN_SECONDS)
+            self._generation = take_position(self._client, BEGIN_SECONDS)
         self._client.enter("Training")
 
     def refresh(self) -> None:
@@ -186,7 +188,7 @@ class Job:
         current = not self._batches_open or self._batch_generation == self._generation
         if current and (client.stopped is None or not self._batches_open):
             client.push(updates, self._generation)
-        self._settle(client.batch if self._sync else 0)
+        self._settle(pace(client))
         self._evaluate()
 
     def rebuild_with(self, spec: TableSpec, fn: Rebuilder) -> None:
@@ -219,8 +221,8 @@ class Job:
 
         def missing() -> bool:
             # A phase ends with what every worker gave: no server may be left out of that.
-            absent = wanted.missing if all_workers else wanted.missing & ~client.away()
-            return bool(absent.any()) or client.crowded
+            away = np.zeros_like(wanted.missing) if all_workers else client.away(min_step)
+            return bool((wanted.missing & ~away).any()) or client.crowded
 
         self.wait(
             lambda: self._rolled_back or not missing() or client.stopped is not None,
@@ -229,7 +231,8 @@ class Job:
         )
         if self._rolled_back:
             LOG.info("rolled back: going on from the cut")
-            self._take_position(self._progress_seconds())
+            self._generation = take_position(client, self._progress_seconds())
+        align(client, self._generation)
         client.blocked_seconds += time.monotonic() - started
         for write in self._writers:
             write()
@@ -237,20 +240,6 @@ class Job:
     @property
     def _rolled_back(self) -> bool:
         return self._client.generation != self._generation
-
-    def _take_position(self, seconds: float) -> None:
-        """Go on at the first batch that the servers lack, in the newest generation."""
-        while True:
-            generation = self._client.generation
-            self._pull_all(seconds)
-            if self._client.resume(generation):
-                self._generation = generation
-                return
-
-    def _pull_all(self, seconds: float) -> None:
-        client = self._client
-        wanted = client.pull(0)
-        client.wait(lambda: not wanted.missing.any(), seconds, "a complete pull")
 
     def _progress_seconds(self) -> float:
         membership = self._client.membership
@@ -390,7 +379,7 @@ class Job:
         if self._evaluation is None or self.index != 0 or not self._specs:
             return
         try:
-            self._pull_all(RESULT_SECONDS)
+            pull_all(self._client, RESULT_SECONDS)
         except GaveUpError:
             LOG.warning("a server is gone: the evaluation has the parameters of the last pull")
         for write in self._writers:

@@ -42,12 +42,15 @@ class Reporter:
             pending=pushes.pending,
             replayed=pushes.replayed,
             lost=len(pushes.lost),
+            skipped=client.position.skipped,
+            mixed=len(client.position.mixed),
         )
 
     def is_news(self, own: Report) -> bool:
         """Whether a report says something that servers should hear before the next heartbeat."""
         shown = (
             own.state, own.epoch, own.acked_epoch, own.copies, own.stop, own.error,
+            own.skipped, own.mixed,
             {s.id for s in own.suspects},
         )  # fmt: skip
         before, self._shown = self._shown, shown

@@ -14,12 +14,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zmq
 
-from daruma_trainer.contract import SLOTS, Member, Membership, Role, Suspect, slots_to_hex
+from daruma_trainer.contract import (
+    SLOTS,
+    Member,
+    Membership,
+    Replay,
+    Role,
+    Settings,
+    Suspect,
+    slots_to_hex,
+)
 from daruma_trainer.errors import ConfigurationError, TableMismatchError
 from daruma_trainer.links import Answer, Link
 from daruma_trainer.wire import (
     ALL_WORKERS,
+    ENTER,
     PULL,
+    WAS_VACANT,
     Frame,
     Header,
     Kind,
@@ -80,6 +91,10 @@ class Wanted:
     all_workers: bool = False
     """Whether `min_step` is a batch that every worker has to have reached (`Async` as well)."""
     missing: Slots = field(default_factory=lambda: np.ones(SLOTS, np.bool_))
+    before: bool = False
+    """Whether slots are wanted as they were when `min_step` was this worker's last batch there."""
+    unkept: bool = False
+    """Of such slots: a server says that nobody has them any more."""
 
 
 class Sessions:
@@ -95,8 +110,15 @@ class Sessions:
         self._worker = worker
         self._context, self._poller = context, poller
         self.membership = membership
-        self.copy = HostCopy(membership.job_uid, membership.servers, membership.workers)
-        self.pushes = Pushes(membership.settings.replay)
+        settings = membership.settings
+        relays = settings.consistency == "Sync" and not membership.elastic
+        self.copy = HostCopy(
+            membership.job_uid,
+            membership.servers,
+            membership.workers,
+            keeps_for=worker.me.index if relays and membership.workers > 1 else None,
+        )
+        self.pushes = Pushes(replay_of(settings))
         self.by_server: dict[int, Session] = {}
 
     def close(self) -> None:
@@ -212,6 +234,7 @@ class Sessions:
                 "held": self.pushes.unsent(server),
                 "slots": slots_to_hex(np.flatnonzero(copy.slots_of(server)).tolist()),
                 "rebuilds": sorted(self._worker.rebuilds),
+                "entered": self._worker.position.entered,
             }
             session.awaited = 1
             answer = partial(self._on_resync, server)
@@ -285,6 +308,9 @@ class Sessions:
 
     def _refused(self, session: Session, header: Header, frames: Sequence[Frame]) -> None:
         message = str(decode_json(frames[1]).get("message", ""))
+        if header.flags == Refusal.NOT_KEPT and self._worker.wanted is not None:
+            self._worker.wanted.unkept = True
+            return
         if header.flags == Refusal.TABLE_MISMATCH:
             raise TableMismatchError(message)
         if header.flags in (Refusal.MALFORMED, Refusal.TOO_LARGE, Refusal.OVERLAP):
@@ -358,11 +384,12 @@ class Sessions:
             return
         for group in self._groups(server):
             if wanted.missing[group.mask].any():
-                flags = ALL_WORKERS if wanted.all_workers else 0
+                flags = ALL_WORKERS * wanted.all_workers | ENTER * (not self._worker.resumed)
                 meta = PULL.pack(wanted.min_step, len(self.copy.specs), flags)
-                meta += bitmap(group.mask)
+                meta += bitmap(group.mask & wanted.missing if wanted.before else group.mask)
                 answer = partial(self._on_state, wanted)
-                self._ask(session, Kind.PULL, [meta], answer, patient=True)
+                kind = Kind.BEFORE if wanted.before else Kind.PULL
+                self._ask(session, kind, [meta], answer, patient=True)
 
     def _on_ack(
         self, batch: int, mask: Slots, session: Session, header: Header, frames: Sequence[Frame]
@@ -373,7 +400,7 @@ class Sessions:
         if overlap.any():
             self.pushes.lost.add(batch)
         self.pushes.note_applied(batch, applied | overlap)
-        if self.membership.settings.consistency == "Async" and not (applied | overlap)[mask].all():
+        if self.membership.settings.consistency != "Sync" and not (applied | overlap)[mask].all():
             self._retry(session)
 
     def _on_sealed(
@@ -397,6 +424,8 @@ class Sessions:
     def _on_state(
         self, wanted: Wanted, session: Session, header: Header, frames: Sequence[Frame]
     ) -> None:
+        if not self._worker.resumed:
+            self._worker.position.was_vacant |= bool(header.flags & WAS_VACANT)
         state = decode_state(frames)
         taken = self.copy.take(state)
         settings = self.membership.settings
@@ -416,6 +445,14 @@ class Sessions:
     def rules(self) -> list[str]:
         """Names of the tables' update rules."""
         return [decode_json(spec.rule.encode())["rule"] for spec in self.copy.specs]
+
+
+def replay_of(settings: Settings) -> Replay:
+    """Return the limits of what a worker accumulates: under `Bounded` also its staleness."""
+    if settings.consistency != "Bounded":
+        return settings.replay
+    most = min(settings.replay.max_pending, settings.max_staleness)
+    return replace(settings.replay, max_pending=most)
 
 
 def _parts(updates: tuple[Update, ...], group: Group) -> tuple[TablePush, ...]:

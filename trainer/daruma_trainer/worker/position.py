@@ -1,0 +1,61 @@
+"""At which batch a worker goes on, and what that leaves out. Pure bookkeeping."""
+
+import numpy as np
+
+from daruma_trainer.applied import complete_until
+from daruma_trainer.contract import Membership, Role
+from daruma_trainer.identity import Identity
+from daruma_trainer.worker.copies import HostCopy
+
+
+class Position:
+    """Of one incarnation; what it says of batches is counted in its report."""
+
+    def __init__(self) -> None:
+        self.entered = 0
+        """The batch it began after, where the others had gone on without it; else 0."""
+        self.was_vacant = False
+        """Whether steps were made before this worker took its seat."""
+        self.mixed: set[int] = set()
+        """Batches made of values of two steps, as nobody had those of one (`Sync`)."""
+        self._skipped: list[tuple[int, int]] = []
+        """Batches that nobody made: first and last of each stretch, ascending."""
+
+    def choose(self, copy: HostCopy, membership: Membership, me: Identity) -> int:
+        """After a complete pull: return the batch to go on after.
+
+        That is the last one before the first that some slot lacks. Slots of servers that are
+        younger than this worker were lost with its predecessor, or after it: what they lack nobody
+        can compute again (the floor), but for the step that everybody is at (`Sync`). Where the
+        others have gone on without this worker, further than the consistency allows, it joins them
+        where they are.
+        """
+        older = [m.index for m in membership.of(Role.SERVER) if m.incarnation < me.incarnation]
+        known = np.isin(copy.owner, older)
+        entries = zip(
+            copy.last[:, me.index].tolist(), copy.window[:, me.index].tolist(), strict=True
+        )
+        done = np.array([complete_until(*entry) for entry in entries])
+        one_step = membership.settings.consistency == "Sync" and done.max() - done.min() <= 1
+        if one_step and not membership.elastic:
+            known[:] = True
+        batch = int(done[known].min() if known.any() else done.max())
+        # A rollback may have brought back what was skipped.
+        self._skipped = [(a, min(b, batch)) for a, b in self._skipped if a <= batch]
+        front = int(copy.last.max())
+        if membership.elastic and front - batch > self._leeway(membership):
+            self._skipped.append((batch + 1, front))
+            batch = self.entered = front
+        return batch
+
+    def _leeway(self, membership: Membership) -> int:
+        """How far behind the newest batch of all a worker may go on."""
+        bounded = membership.settings.consistency == "Bounded"
+        # Who makes a batch is one further than those it knows of are behind; but where a seat was
+        # vacant, somebody may be making the next one already.
+        return membership.settings.max_staleness + (bounded and not self.was_vacant)
+
+    @property
+    def skipped(self) -> int:
+        """How many batches nobody made."""
+        return sum(b - a + 1 for a, b in self._skipped)
