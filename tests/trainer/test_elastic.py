@@ -1,0 +1,247 @@
+"""Steps whose workers come and go: means have the right weights, and nobody is waited for in vain."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from daruma_trainer.contract import Settings
+from daruma_trainer.rules import SGD
+from daruma_trainer.server.seats import Seats
+from planes import Planes
+
+GRADIENTS = (1.0, 10.0, 100.0)
+
+
+def sync(least: int = 1, workers: int = 3) -> Planes:
+    """Two servers under `Sync`; worker w's gradient is 10^w everywhere, the rate 1."""
+    settings = Settings(consistency="Sync", min_replicas=least)
+    planes = Planes(settings, SGD(), workers=workers, gives=lambda w, _b: GRADIENTS[w])
+    for seat in planes.seats:
+        planes.enter(seat)
+    for seat in planes.seats:
+        planes.step(seat)
+    assert all(not seat.missing for seat in planes.seats)
+    return planes
+
+
+def at(planes: Planes) -> list[float]:
+    """Where each server's values are, as a sum of means."""
+    found = []
+    for server in range(len(planes.planes)):
+        values = planes.values(server)
+        assert (values == values.flat[0]).all()
+        found.append(-float(values.flat[0]))
+    return found
+
+
+def test_a_part_that_reached_one_server_and_not_the_other_counts_where_it_is() -> None:
+    planes = sync()
+    assert at(planes) == [37, 37]
+    dying = planes.seats[2]
+    planes.make(dying)
+    planes.arrive(dying, 0)
+    planes.lose(2)
+    for seat in planes.seats[:2]:
+        planes.step(seat)
+    # All gave to server 0; server 1 waits for the worker that was lost, until it knows.
+    assert at(planes) == [74, 37]
+    planes.tell(1)
+    assert at(planes) == [74, 37 + 5.5]
+    assert not planes.seats[0].missing | planes.seats[1].missing
+    planes.tell(0)
+    for seat in planes.seats[:2]:
+        planes.step(seat)
+    assert at(planes) == pytest.approx([79.5, 48])
+
+
+@pytest.mark.parametrize("knows_first", [0, 1])
+def test_its_part_counts_too_where_the_step_was_not_made_yet(knows_first: int) -> None:
+    planes = sync()
+    planes.make(planes.seats[2])
+    planes.arrive(planes.seats[2], 0)
+    planes.lose(2)
+    for server in (knows_first, 1 - knows_first):
+        planes.tell(server)
+    for seat in planes.seats[:2]:
+        planes.step(seat)
+    assert at(planes) == [74, 42.5]
+
+
+def enter_late(planes: Planes) -> None:
+    """Two steps are made without worker 2, whose replacement enters while a third is made."""
+    planes.lose(2)
+    for server in (0, 1):
+        planes.tell(server)
+    first, second, late = planes.seats
+    for _ in range(2):
+        planes.step(first)
+        planes.step(second)
+    # Server 0 has made the fourth step when it is asked; server 1 has not.
+    planes.make(first)
+    planes.make(second)
+    planes.arrive(first, 0)
+    planes.arrive(second, 0)
+    planes.enter(late)
+    planes.arrive(first, 1)
+    planes.arrive(second, 1)
+
+
+def test_a_replacement_enters_after_the_newest_step_and_what_it_missed_is_counted() -> None:
+    planes = sync()
+    enter_late(planes)
+    late = planes.seats[2]
+    assert at(planes) == pytest.approx([37 + 3 * 5.5, 37 + 2 * 5.5]), "server 1 waits for it"
+    assert (late.batch, late.position.entered, late.position.skipped) == (4, 4, 3)
+    assert [planes.resync(late, server) for server in (0, 1)] == [[], []], "nothing was lost"
+    assert at(planes) == pytest.approx([53.5, 53.5])
+    for server in (0, 1):
+        planes.ask(late, server, planes.pace(late))
+    assert not late.missing
+    np.testing.assert_allclose(late.copy.data[0], -53.5)
+    for seat in planes.seats:
+        planes.step(seat)
+    assert at(planes) == pytest.approx([90.5, 90.5])
+    assert [p.counts.lost for p in planes.planes] == [0, 0]
+
+
+def test_a_replacement_that_dies_while_it_enters_leaves_the_seat_vacant_again() -> None:
+    planes = sync()
+    enter_late(planes)
+    planes.lose(2)
+    for server in (0, 1):
+        planes.tell(server)
+    assert at(planes) == pytest.approx([53.5, 53.5])
+    planes.enter(planes.seats[2])
+    assert (planes.seats[2].batch, planes.seats[2].position.skipped) == (4, 3)
+
+
+def test_a_replacement_that_comes_at_once_skips_nothing() -> None:
+    planes = sync()
+    planes.lose(2)
+    for server in (0, 1):
+        planes.tell(server)
+    late = planes.seats[2]
+    planes.enter(late)
+    assert (late.batch, late.position.skipped) == (1, 0)
+    for server in (0, 1):
+        planes.resync(late, server)
+    for seat in planes.seats:
+        planes.step(seat)
+    assert at(planes) == [74, 74]
+
+
+@pytest.mark.parametrize("least", [0, 3])
+def test_where_all_are_needed_the_step_waits_for_the_replacement(least: int) -> None:
+    planes = sync(least)
+    planes.lose(2)
+    for server in (0, 1):
+        planes.tell(server)
+    for seat in planes.seats[:2]:
+        planes.step(seat)
+    assert at(planes) == [37, 37]
+    late = planes.seats[2]
+    planes.enter(late)
+    assert (late.batch, late.position.skipped) == (1, 0)
+    planes.step(late)
+    assert at(planes) == [74, 74]
+
+
+def test_with_fewer_than_min_replicas_nobody_goes_on() -> None:
+    planes = sync(2)
+    planes.lose(2)
+    planes.lose(1)
+    for server in (0, 1):
+        planes.tell(server)
+    first, second, _ = planes.seats
+    planes.step(first)
+    assert at(planes) == [37, 37]
+    planes.enter(second)
+    for server in (0, 1):
+        planes.resync(second, server)
+    planes.step(second)
+    assert at(planes) == [42.5, 42.5]
+
+
+def test_those_that_left_are_not_missed() -> None:
+    planes = sync(2)
+    planes.leave(planes.seats[0])
+    planes.leave(planes.seats[1])
+    planes.step(planes.seats[2])
+    assert at(planes) == [137, 137]
+
+
+def test_a_server_that_began_later_waits_for_whom_it_does_not_know() -> None:
+    planes = sync()
+    planes.lose(2)
+    vacant = planes.membership
+    assert Seats(vacant).vacant == {2}, "nobody has that seat"
+    named = tuple(replace(m, address=m.address or "w:9") for m in vacant.members)
+    assert Seats(replace(vacant, members=named)).vacant == set(), "it may have entered elsewhere"
+
+
+def test_what_a_step_overwrote_is_still_known_and_exact() -> None:
+    """Server 0 makes a step, server 1 waits: what both were before it comes from a live worker."""
+    planes = sync(0)
+    dying, live = planes.seats[2], planes.seats[0]
+    planes.make(dying)
+    planes.arrive(dying, 0)
+    planes.lose(2)
+    for seat in planes.seats[:2]:
+        planes.step(seat)
+    assert at(planes) == [74, 37]
+    assert live.missing == {1}
+    late = planes.seats[2]
+    planes.enter(late)
+    assert late.batch == 1
+    assert late.copy.previous is not None
+    assert live.copy.previous is not None
+    further = late.copy.last[:, 2] > late.batch
+    np.testing.assert_array_equal(further, planes.masks[0])
+    before = live.copy.previous.give(further, 2, late.batch)
+    np.testing.assert_array_equal(before.slots, further)
+    late.copy.take(before)
+    np.testing.assert_array_equal(late.copy.data[0], -37)
+    assert not (late.copy.last[:, 2] > late.batch).any()
+    # Asked for what it never had, a worker gives nothing.
+    assert not live.copy.previous.give(further, 2, 7).slots.any()
+    planes.step(late)
+    assert at(planes) == [74, 74]
+    np.testing.assert_array_equal(live.copy.data[0], -74)
+
+
+def bounded(staleness: int) -> Planes:
+    settings = Settings(consistency="Bounded", max_staleness=staleness, min_replicas=1)
+    return Planes(settings, SGD(), gives=lambda w, _b: GRADIENTS[w])
+
+
+def test_who_comes_late_to_the_beginning_skips_nothing_under_bounded() -> None:
+    planes = bounded(1)
+    first, second, late = planes.seats
+    for seat in (first, second):
+        planes.enter(seat)
+    for _ in range(2):
+        planes.step(first)
+        planes.step(second)
+    assert first.missing == {0, 1}, "two ahead of the one that has not begun"
+    planes.enter(late)
+    assert (late.batch, late.position.skipped) == (0, 0)
+    planes.step(late)
+    assert not first.missing
+
+
+def test_who_comes_back_as_far_behind_may_be_waited_for_in_vain_and_skips() -> None:
+    """The others may be making a batch already that its next one is too old for."""
+    planes = bounded(1)
+    for seat in planes.seats:
+        planes.enter(seat)
+    planes.lose(2)
+    for server in (0, 1):
+        planes.tell(server)
+    first, second, late = planes.seats
+    for _ in range(2):
+        planes.step(first)
+        planes.step(second)
+    assert not first.missing, "it makes its third batch"
+    planes.enter(late)
+    assert (late.batch, late.position.skipped) == (2, 2)
