@@ -106,6 +106,26 @@ BAD: list[Case] = [
         "must be at least 1",
     ),
     (
+        "no worker at all to go on with",
+        {"program": PROGRAM, "workers": {"minReplicas": 0}},
+        "greater than or equal to 1",
+    ),
+    (
+        "more workers to go on with than there are",
+        {"program": PROGRAM, "workers": {"replicas": 2, "minReplicas": 3}},
+        "minReplicas must be at most spec.workers.replicas",
+    ),
+    (
+        "a staleness without a bound",
+        {"program": PROGRAM, "consistency": {"mode": "Sync", "maxStaleness": 2}},
+        "maxStaleness belongs to mode Bounded",
+    ),
+    (
+        "a negative staleness",
+        {"program": PROGRAM, "consistency": {"mode": "Bounded", "maxStaleness": -1}},
+        "greater than or equal to 0",
+    ),
+    (
         "fallback to itself",
         {"program": PROGRAM, "recovery": {"strategy": "Freshest", "fallback": ["Freshest"]}},
         "twice",

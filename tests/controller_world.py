@@ -68,6 +68,7 @@ class Sim:
     generation: int = 0
     initialised: bool = False
     acked: int = 0
+    skipped: int = 0
     restore: RestoreReport | None = None
     plan: Restore | None = None
     final: str | None = None
@@ -169,6 +170,7 @@ class World:
             0 if member is None else member.epoch,
             sim.state,
             step=sim.step,
+            skipped=sim.skipped,
             generation=sim.generation,
             initialised=sim.initialised,
             suspects=sim.suspects,

@@ -1,7 +1,7 @@
 """Servers without sockets and workers without programs: real shards, real copies and positions.
 
-Messages arrive when a test says so, and every answer at once. A worker w's batch b adds `gives(w, b)`
-to every row of a table (rule add), or is such a gradient (SGD, rate 1).
+Messages arrive when a test says so, and every answer at once. A worker w's batch b adds
+`gives(w, b)` to every row of a table (rule add), or is such a gradient (SGD, rate 1).
 """
 
 from collections.abc import Callable

@@ -50,6 +50,7 @@ def job_at(step: int, recoveries: tuple[RecoveryRecord, ...] = ()) -> TrainingJo
         phase=Phase.RUNNING,
         progress=Progress(step=step, total_steps=400, steps_per_second=50.0),
         recoveries=recoveries,
+        pushes=Pushes(lost=2, replayed=5, skipped=3, mixed=1),
         result=Result(uri="file:///x", step=step),
     )
     job = parse_manifest(TEXT, "toy.yaml", local=True)
@@ -81,7 +82,9 @@ def test_the_report_counts_each_thing_once() -> None:
     recorder.note(job_at(17, (RECOVERY,)), later, 3.0)
     report = recorder.report(job_at(17, (RECOVERY,)), 3.5, interrupted=False)
     assert report["loss"] == [[9, 1.0, 3.0], [17, 2.0, 1.0]]
-    assert report["pushes"] == {"applied": 35, "lost": 2, "replayed": 5, "duplicate": 5}
+    assert report["pushes"] == {
+        "applied": 30, "lost": 2, "replayed": 5, "skipped": 3, "mixed": 1, "duplicate": 5,
+    }  # fmt: skip
     assert report["metrics"] == {"test_accuracy": 0.9}, "worker 0 evaluates"
     assert (report["job"], report["phase"], report["steps"]) == ("default/toy", "Running", 17)
     assert report["recoveries"][0]["deltaNorm"] == {"value": 0.03, "kind": "UpperBound"}

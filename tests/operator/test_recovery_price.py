@@ -4,6 +4,7 @@ from math import sqrt
 
 import pytest
 
+from daruma_operator.api.status import Pushes
 from daruma_operator.recovery.price import EXACT, UNKNOWN, DeltaKind, LostShard, bound, counters
 from daruma_trainer.contract import Report
 
@@ -43,9 +44,21 @@ def test_a_push_is_lost_once() -> None:
         "server-0-1": Report("server-0-1", 1, "Ready", lost=4),
         "server-1-1": Report("server-1-1", 1, "Ready", lost=4),
         "worker-0-1": Report("worker-0-1", 1, "Training", lost=3, replayed=2),
-        "worker-1-1": Report("worker-1-1", 1, "Training", lost=0, replayed=5),
+        "worker-1-1": Report("worker-1-1", 1, "Training", replayed=5, skipped=6, mixed=1),
         "worker-9-1": Report("worker-9-1", 1, "Training", lost=99, replayed=99),
     }
     live = [m for m in reports if m != "worker-9-1"]
-    assert counters(reports, live) == (4, 7)
-    assert counters(reports, ["worker-0-1", "worker-7-7"]) == (3, 2)
+    nothing = Pushes()
+    assert counters(reports, live, nothing) == Pushes(lost=4, replayed=7, skipped=6, mixed=1)
+    assert counters(reports, ["worker-0-1", "worker-7-7"], nothing) == Pushes(lost=3, replayed=2)
+
+
+def test_what_a_lost_worker_had_counted_still_counts() -> None:
+    reports = {
+        "server-0-1": Report("server-0-1", 1, "Ready", lost=4),
+        "worker-0-7": Report("worker-0-7", 1, "Training", lost=1, skipped=2),
+    }
+    gone = Pushes(lost=5, replayed=1, skipped=3)
+    found = counters(reports, reports, gone)
+    assert found == Pushes(lost=6, replayed=1, skipped=5)
+    assert found.since(gone) == Pushes(lost=1, skipped=2)

@@ -1,4 +1,4 @@
-"""Steps whose workers come and go: means have the right weights, and nobody is waited for in vain."""
+"""Steps whose workers come and go: means have the right weights, nobody is waited for in vain."""
 
 from dataclasses import replace
 

@@ -134,16 +134,19 @@ class Staleness(RuleBasedStateMachine):
         for server in range(SERVERS):
             assert (self.planes.values(server) <= self.counted(server)).all()
 
-    def teardown(self) -> None:
-        """Everybody comes back: nobody waits for ever, and all that was given was applied once."""
-        if not hasattr(self, "planes"):
-            return
+    def come_back(self) -> None:
         for server in range(SERVERS):
             self.tell(server)
         for w in range(WORKERS):
             self.enter(w)
             for server in range(SERVERS):
                 self.hear_position(w, server)
+
+    def teardown(self) -> None:
+        """Everybody comes back: nobody waits for ever, and all that was given was applied once."""
+        if not hasattr(self, "planes"):
+            return
+        self.come_back()
         for _ in range(3 * (self.bound + 2)):
             for w in range(WORKERS):
                 for server in range(SERVERS):

@@ -27,6 +27,7 @@ class ConsistencyMode(StrEnum):
 
     ASYNC = "Async"
     SYNC = "Sync"
+    BOUNDED = "Bounded"
 
 
 class SelectionMode(StrEnum):
@@ -112,6 +113,14 @@ class Workers(SpecModel):
     """The workers."""
 
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="Default 1.")
+    min_replicas: int = Field(
+        default=1,
+        ge=1,
+        le=MAX_REPLICAS,
+        description="After losses the job goes on, Degraded, with as few as these; under Sync and "
+        "Bounded its steps are made without those that are lost. As many as replicas: nobody goes "
+        "on before a lost worker is replaced, and no batch is skipped. Default 1.",
+    )
     resources: dict[str, Any] | None = Field(default=None, json_schema_extra=free())
     template: dict[str, Any] | None = Field(default=None, json_schema_extra=free())
 
@@ -121,7 +130,15 @@ class Consistency(SpecModel):
 
     mode: ConsistencyMode = Field(
         default=ConsistencyMode.ASYNC,
-        description="Async: each push counts at once. Sync: one update a step, of all workers.",
+        description="Async: each push counts at once. Sync: one update a step, of all workers. "
+        "Bounded: each push counts at once, and no worker is more than maxStaleness batches ahead.",
+    )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Bounded: a batch is made of values that have all batches of all workers but "
+        "the last so many before it.",
     )
 
 
@@ -337,6 +354,12 @@ TOO_FEW_SERVERS = (
 )
 NO_COPIES = "spec.recovery.copies does not go together with Chain, whose replicas have everything"
 EVERY_NEEDS_NONE = "spec.recovery.chain.every above 1 needs ack: None"
+TOO_MANY = (
+    "spec.workers.minReplicas must be at most spec.workers.replicas: the job could never begin"
+)
+NOT_BOUNDED = (
+    "spec.consistency.maxStaleness belongs to mode Bounded: remove it, or write mode: Bounded"
+)
 NO_TWICE = "spec.recovery.fallback lists a strategy twice, or the strategy itself"
 
 
@@ -394,6 +417,11 @@ class TrainingJobSpec(SpecModel):
                 "self.recovery.chain.ack == 'None'",
                 EVERY_NEEDS_NONE,
             ),
+            rule("self.workers.minReplicas <= self.workers.replicas", TOO_MANY),
+            rule(
+                "self.consistency.mode == 'Bounded' || self.consistency.maxStaleness == 0",
+                NOT_BOUNDED,
+            ),
             rule("self.program == oldSelf.program", f"spec.program {IMMUTABLE}"),
             rule(
                 "self.servers.replicas == oldSelf.servers.replicas",
@@ -402,6 +430,10 @@ class TrainingJobSpec(SpecModel):
             rule(
                 "self.workers.replicas == oldSelf.workers.replicas",
                 f"spec.workers.replicas {IMMUTABLE} (elastic workers come later)",
+            ),
+            rule(
+                "self.workers.minReplicas == oldSelf.workers.minReplicas",
+                f"spec.workers.minReplicas {IMMUTABLE}",
             ),
             rule("self.consistency == oldSelf.consistency", f"spec.consistency {IMMUTABLE}"),
             rule(
@@ -467,6 +499,12 @@ class TrainingJobSpec(SpecModel):
             (self.replicas > self.servers.replicas, TOO_FEW_SERVERS),
             (self.chained and self.recovery.copies > 1, NO_COPIES),
             (chain.every > 1 and chain.ack is not Ack.NONE, EVERY_NEEDS_NONE),
+            (self.workers.min_replicas > self.workers.replicas, TOO_MANY),
+            (
+                self.consistency.mode is not ConsistencyMode.BOUNDED
+                and self.consistency.max_staleness > 0,
+                NOT_BOUNDED,
+            ),
             (point.store is not None and not re.search(STORE_PATTERN, point.store), STORE_FORM),
         ]
         return [message for wrong, message in checks if wrong]

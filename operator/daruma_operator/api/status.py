@@ -151,10 +151,33 @@ class Rework(StatusModel):
 
 
 class Pushes(StatusModel):
-    """Pushes that the recovery lost or replayed, in batches."""
+    """What became of pushes that did not simply arrive; in batches, of one recovery or of all."""
 
     lost: int = 0
+    """Some slot has them no more, and nobody can give them again."""
     replayed: int = 0
+    skipped: int = 0
+    """Nobody made them: a worker's seat was vacant, and the others went on (minReplicas)."""
+    mixed: int = 0
+    """Made by a worker's replacement of values of two steps (Sync): nobody had those of one."""
+
+    def plus(self, other: "Pushes") -> "Pushes":
+        """Return the sum."""
+        return Pushes(
+            lost=self.lost + other.lost,
+            replayed=self.replayed + other.replayed,
+            skipped=self.skipped + other.skipped,
+            mixed=self.mixed + other.mixed,
+        )
+
+    def since(self, base: "Pushes") -> "Pushes":
+        """Return what was added to `base`; a rollback may have taken something away."""
+        return Pushes(
+            lost=max(0, self.lost - base.lost),
+            replayed=max(0, self.replayed - base.replayed),
+            skipped=max(0, self.skipped - base.skipped),
+            mixed=max(0, self.mixed - base.mixed),
+        )
 
 
 class Loss(StatusModel):
@@ -244,6 +267,10 @@ class TrainingJobStatus(StatusModel):
     progress: Progress | None = None
     checkpoint: CheckpointStatus | None = None
     result: Result | None = None
+    pushes: Pushes = Field(default_factory=Pushes)
+    """Of the whole job so far."""
+    gone: Pushes = Field(default_factory=Pushes)
+    """Of those, what workers had counted that were lost since."""
     last_failure: Failure | None = None
     recovery: RecoveryRecord | None = None
     recoveries: tuple[RecoveryRecord, ...] = ()

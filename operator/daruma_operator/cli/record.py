@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from daruma_operator.api.job import TrainingJob
+from daruma_operator.api.status import Pushes
 from daruma_trainer.contract import Report
 
 MOST_SAMPLES = 2000
@@ -18,8 +19,8 @@ class Recorder:
     loss: list[tuple[int, float, float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
-    _applied: dict[str, int] = field(default_factory=dict)
-    """Acknowledged batches by worker index; numbers go on across incarnations."""
+    _batches: dict[str, int] = field(default_factory=dict)
+    """The last acknowledged batch by worker index; numbers go on across incarnations."""
     _duplicates: dict[str, int] = field(default_factory=dict)
     """By server incarnation: a new one counts from 0."""
     _recoveries: dict[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Recorder:
             if member.startswith("worker-"):
                 # Sorted backwards, so that worker 0, which evaluates, has the last word.
                 self.metrics.update(report.metrics)
-                self._applied[seat] = max(self._applied.get(seat, 0), report.step)
+                self._batches[seat] = max(self._batches.get(seat, 0), report.step)
             else:
                 self._duplicates[member] = max(self._duplicates.get(member, 0), report.duplicate)
         for record in job.status.recoveries:
@@ -61,17 +62,21 @@ class Recorder:
             "metrics": dict(self.metrics),
             "recoveries": recoveries,
             "seconds": round(seconds, 3),
-            "pushes": {
-                "applied": sum(self._applied.values()),
-                "lost": _pushes(recoveries, "lost"),
-                "replayed": _pushes(recoveries, "replayed"),
-                "duplicate": sum(self._duplicates.values()),
-            },
+            "pushes": self._pushes(status.pushes),
             "result": (
                 None
                 if status.result is None
                 else status.result.model_dump(mode="json", by_alias=True)
             ),
+        }
+
+    def _pushes(self, counted: Pushes) -> dict[str, int]:
+        """Every batch of every worker was applied, lost or skipped."""
+        missing = counted.lost + counted.skipped
+        return {
+            "applied": max(0, sum(self._batches.values()) - missing),
+            **counted.model_dump(mode="json", by_alias=True),
+            "duplicate": sum(self._duplicates.values()),
         }
 
     def _sample(self, loss: float, seconds: float) -> None:
@@ -88,7 +93,3 @@ def mean_loss(reports: Mapping[str, Report]) -> float | None:
     """Return the mean of what the workers reported last, or None if none did."""
     losses = [r.loss for r in reports.values() if r.loss is not None]
     return sum(losses) / len(losses) if losses else None
-
-
-def _pushes(recoveries: list[Mapping[str, Any]], kind: str) -> int:
-    return sum(int(r.get("pushes", {}).get(kind, 0)) for r in recoveries)

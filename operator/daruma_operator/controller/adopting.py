@@ -14,17 +14,15 @@ from daruma_operator.api.status import (
     MemberStatus,
     Phase,
     Phases,
-    Pushes,
     RecoveryRecord,
     Rework,
 )
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.observe import runs
-from daruma_operator.controller.progress import job_step
+from daruma_operator.controller.progress import job_step, pushes_of
 from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.names import pod_name, seat
-from daruma_operator.recovery.price import counters
 from daruma_operator.recovery.strategies import PRESETS
 from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import Guest, Role
@@ -139,8 +137,6 @@ def _begin(d: Draft, ready: list[MemberStatus], guests: list[MemberStatus]) -> N
     if PRESETS[strategy].rollback:
         # What is handed over is exact: nobody has to go back.
         strategy = StrategyName.FRESHEST
-    reports = {i: heard.report for i, heard in d.seen.heard.items()}
-    lost, replayed = counters(reports, [name_of(m) for m in d.status.members])
     d.set(
         recovery=RecoveryRecord(
             id=max((r.id for r in d.status.recoveries), default=0) + 1,
@@ -154,7 +150,7 @@ def _begin(d: Draft, ready: list[MemberStatus], guests: list[MemberStatus]) -> N
             stage_since=d.now,
             step=job_step(d),
             phases=Phases(detect=0.0),
-            base=Pushes(lost=lost, replayed=replayed),
+            base=pushes_of(d),
             delta_norm=DeltaNorm(),
             rework=Rework(),
             losses=tuple(

@@ -8,9 +8,9 @@ from daruma_operator.api.status import (
     CheckpointStatus,
     DeltaNorm,
     Loss,
+    MemberStatus,
     Phase,
     Phases,
-    Pushes,
     RecoveryRecord,
     Rework,
     RollbackStatus,
@@ -21,13 +21,13 @@ from daruma_operator.controller.ending import fail
 from daruma_operator.controller.failures import MAX_COUNTED, count, over_limit, sentence
 from daruma_operator.controller.membership import ladder_of
 from daruma_operator.controller.observe import runs
-from daruma_operator.controller.progress import job_step
+from daruma_operator.controller.progress import job_step, pushes_of
 from daruma_operator.controller.replicating import promote, promoted
 from daruma_operator.controller.telling import CUT_NOT_LOADED, HAND_BACK, lost, started
 from daruma_operator.controller.verdicts import PROCESS_ENDED, Verdict, name_of
 from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
-from daruma_operator.recovery.price import counters
+from daruma_operator.recovery.price import counted
 from daruma_operator.recovery.strategies import PRESETS, preset_of
 from daruma_trainer.contract import SLOTS, Role, SavedState, SourceKind
 
@@ -44,6 +44,7 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
     before = d.status
     epoch = d.raise_epoch()
     gone = [v.member for v in verdicts]
+    _remember(d, gone)
     if before.recovery is not None and before.recovery.planned_epoch:
         # Its successor may have served already: the frozen shard may be older than what it saved.
         seats = {m.index for m in gone if m.role is Role.SERVER}
@@ -84,9 +85,6 @@ def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
     role = Role.SERVER if Role.SERVER in roles else Role.WORKER
     ages = [v.age for v in verdicts if v.age is not None]
     age = max(ages, default=0.0)
-    live = [name_of(m) for m in d.status.members]
-    reports = {i: heard.report for i, heard in d.seen.heard.items()}
-    lost, replayed = counters(reports, live)
     number = max((r.id for r in d.status.recoveries), default=0) + 1
     d.set(
         recovery=RecoveryRecord(
@@ -102,11 +100,19 @@ def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
             stage_since=d.now,
             step=job_step(d),
             phases=Phases(detect=age),
-            base=Pushes(lost=lost, replayed=replayed),
+            base=pushes_of(d),
             losses=tuple(_loss(d, v, epoch) for v in verdicts),
         )
     )
     d.events.append(started(d.record.losses))
+
+
+def _remember(d: Draft, lost: Sequence[MemberStatus]) -> None:
+    """Keep what lost workers counted: their replacements begin at zero."""
+    for member in lost:
+        report = d.seen.report(name_of(member))
+        if member.role is Role.WORKER and report is not None:
+            d.set(gone=d.status.gone.plus(counted(report)))
 
 
 def _join(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:

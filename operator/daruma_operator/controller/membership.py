@@ -44,6 +44,8 @@ def settings_of(spec: TrainingJobSpec, store: str | None) -> Settings:
     ladder = ladder_of(spec)
     return Settings(
         consistency=str(spec.consistency.mode),
+        max_staleness=spec.consistency.max_staleness,
+        min_replicas=spec.workers.min_replicas,
         store=store,
         every=checkpoint.every,
         fraction=checkpoint.fraction,

@@ -4,9 +4,10 @@ from datetime import datetime, timedelta
 from math import isfinite
 
 from daruma_operator.api.spec import ConsistencyMode
-from daruma_operator.api.status import CheckpointStatus, Progress
+from daruma_operator.api.status import CheckpointStatus, Phase, Progress, Pushes
 from daruma_operator.controller.draft import Draft, index_text, indexes
 from daruma_operator.controller.verdicts import finished, name_of, unreachable
+from daruma_operator.recovery.price import counters
 from daruma_trainer.contract import TRAINS, Report, Role
 
 
@@ -36,11 +37,29 @@ def job_step(d: Draft) -> int:
     """Return the job's step: it never goes back, but by a rollback."""
     steps, workers = steps_of(d), d.spec.workers.replicas
     known = 0 if d.status.progress is None else d.status.progress.step
-    if d.spec.consistency.mode is ConsistencyMode.SYNC:
-        heard = min(steps.values()) if len(steps) == workers else 0
-    else:
-        heard = sum(steps.values()) // workers
-    return max(known, heard)
+    if d.spec.consistency.mode is ConsistencyMode.ASYNC:
+        return max(known, sum(steps.values()) // workers)
+    # The slowest clock of those that go on; at the end nobody does.
+    live = [m.index for m in d.members(Role.WORKER) if _is(d, name_of(m), "Training")]
+    clocks = [steps[w] for w in live if w in steps]
+    return max(known, min(clocks) if clocks else max(steps.values(), default=0))
+
+
+def working(d: Draft) -> int:
+    """How many workers train, or are done with it."""
+    done = indexes(d.status.workers.succeeded_indexes)
+    return sum(m.index in done or _is(d, name_of(m), *TRAINS) for m in d.members(Role.WORKER))
+
+
+def goes_on(d: Draft) -> bool:
+    """Whether there are workers enough to go on without those that were lost."""
+    return working(d) >= d.spec.workers.min_replicas
+
+
+def pushes_of(d: Draft) -> Pushes:
+    """Return what became of the job's pushes so far."""
+    reports = {i: heard.report for i, heard in d.seen.heard.items()}
+    return counters(reports, [name_of(m) for m in d.status.members], d.status.gone)
 
 
 def fold(d: Draft) -> None:
@@ -49,6 +68,14 @@ def fold(d: Draft) -> None:
     _initialised(d)
     _progress(d)
     _checkpoint(d)
+    _pushes(d)
+
+
+def _pushes(d: Draft) -> None:
+    """Not while somebody is yet to be heard: what is counted never seems to be less."""
+    there = [m for m in d.members(Role.WORKER) if m.address is not None]
+    if all(d.seen.report(name_of(m)) is not None for m in there):
+        d.set(pushes=pushes_of(d))
 
 
 def _succeeded(d: Draft) -> None:
@@ -141,9 +168,8 @@ def _saved(now: datetime, cut: str | None, step: int, size: int, age: float) -> 
 
 def show(d: Draft) -> None:
     """Count who is ready, and set the conditions that follow from what was seen."""
-    done = indexes(d.status.workers.succeeded_indexes)
     servers = sum(_is(d, name_of(m), "Ready") for m in d.members(Role.SERVER))
-    workers = sum(m.index in done or _is(d, name_of(m), *TRAINS) for m in d.members(Role.WORKER))
+    workers = working(d)
     n, w = d.spec.servers.replicas, d.spec.workers.replicas
     ready = {"ready": servers, "total": n, "text": f"{servers}/{n}"}
     d.set(servers=d.status.servers.model_copy(update=ready))
@@ -155,9 +181,13 @@ def show(d: Draft) -> None:
     d.condition("Ready", true=whole, reason="AllReady" if whole else "NotAllReady", message=text)
     active = d.status.recovery is not None
     d.condition("Recovering", true=active, reason="Recovery" if active else "NoRecovery")
+    alone = d.status.phase is Phase.RUNNING and workers < w
+    least = d.spec.workers.min_replicas
+    message = f"{workers} of {w} workers train; at least {least} are needed" if alone else ""
     d.condition(
-        "Degraded", true=active, reason="MembersLost" if active else "Complete",
-        message="the job goes on with less than it asked for" if active else "",
+        "Degraded", true=active or alone,
+        reason="MembersLost" if active else "WorkersMissing" if alone else "Complete",
+        message=message or ("the job goes on with less than it asked for" if active else ""),
     )  # fmt: skip
     lonely = unreachable(d.seen, d.spec.recovery.timeouts.detect_seconds)
     d.condition(

@@ -11,7 +11,6 @@ from daruma_operator.api.status import (
     DeltaNorm,
     MemberStatus,
     Phase,
-    Pushes,
     RollbackStatus,
 )
 from daruma_operator.controller.adopting import adopt_instead
@@ -20,6 +19,7 @@ from daruma_operator.controller.draft import Draft, indexes
 from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.losing import ROLLED_FURTHER, climb, roll_further
 from daruma_operator.controller.observe import runs
+from daruma_operator.controller.progress import goes_on, pushes_of, working
 from daruma_operator.controller.replicating import PROMOTE
 from daruma_operator.controller.sourcing import (
     copies_of,
@@ -33,7 +33,7 @@ from daruma_operator.controller.sourcing import (
 from daruma_operator.controller.telling import HAND_BACK, over
 from daruma_operator.controller.verdicts import described, name_of
 from daruma_operator.recovery.plan import Plan
-from daruma_operator.recovery.price import EXACT, counters
+from daruma_operator.recovery.price import EXACT
 from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import (
     SLOTS,
@@ -101,7 +101,7 @@ def _replacements(d: Draft) -> list[MemberStatus]:
     """The new incarnations that the restore waits for."""
     seats = {(x.role, x.index) for x in d.record.losses}
     # A worker that comes late holds up the end, but not the servers' restore.
-    waited = {s for s in seats if s[0] is Role.SERVER} or seats
+    waited = {s for s in seats if s[0] is Role.SERVER} or (set() if goes_on(d) else seats)
     return [m for m in d.status.members if (m.role, m.index) in waited]
 
 
@@ -245,7 +245,7 @@ def _silent(d: Draft) -> tuple[str, ...]:
     return mute + tuple(
         name_of(m)
         for m in survivors(d.status)
-        if m.index not in done and not copies_of(d.seen, d.record, m)
+        if m.address and m.index not in done and not copies_of(d.seen, d.record, m)
     )
 
 
@@ -321,9 +321,11 @@ def _first_step(d: Draft) -> float | None:
         heard = d.seen.heard.get(name_of(member))
         if member.index in done:
             continue
-        if heard is None or heard.report.epoch < d.status.epoch:
+        if heard is None or heard.report.state not in TRAINS:
+            if goes_on(d):
+                continue  # others make steps without it
             return None
-        if heard.report.state not in TRAINS:
+        if heard.report.epoch < d.status.epoch:
             return None
         if heard.report.acked_epoch >= d.status.epoch:
             ages.append(heard.age + (heard.report.acked_age or 0.0))
@@ -359,6 +361,18 @@ def _forget_delta(d: Draft) -> None:
     d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"), rework=rework)
 
 
+def _price_worker(d: Draft) -> None:
+    """The servers keep what they have: a lost worker costs nothing but what is counted."""
+    whole = working(d) == d.spec.workers.replicas
+    d.set_record(
+        delta_norm=DeltaNorm(value=EXACT.value, kind=EXACT.kind),
+        rework=rework_of(d, EXACT),
+        reason="WorkerReplaced" if whole else "WentOnWithout",
+    )
+    if pushes_of(d).since(d.record.base).mixed:
+        _forget_delta(d)
+
+
 def _finish(d: Draft) -> None:
     """Price the recovery, and tell everybody that it is over (a last epoch)."""
     record = d.record
@@ -376,19 +390,12 @@ def _finish(d: Draft) -> None:
     elif record.role is Role.SERVER:
         _correct(d, sources)
     if record.role is Role.WORKER:
-        d.set_record(
-            delta_norm=DeltaNorm(value=EXACT.value, kind=EXACT.kind),
-            rework=rework_of(d, EXACT),
-            reason="WorkerReplaced",
-        )
+        _price_worker(d)
     damaged = tell_damage(d) or record.reason == ROLLED_FURTHER
     if damaged and sources.get(SourceKind.RUNNING_CHECKPOINT.value):
         # What the older copies of those blocks lack, nobody measured.
         _forget_delta(d)
-    reports = {i: heard.report for i, heard in d.seen.heard.items()}
-    lost, replayed = counters(reports, [name_of(m) for m in d.status.members])
-    base = record.base
-    pushes = Pushes(lost=max(0, lost - base.lost), replayed=max(0, replayed - base.replayed))
+    pushes = pushes_of(d).since(record.base)
     d.set_record(sources=sources, bytes=size, pushes=pushes)
     d.close("Succeeded")
     closed = d.status.recoveries[-1]

@@ -13,8 +13,8 @@ from daruma_trainer.contract import TRAINS, Role
 def addresses(d: Draft) -> None:
     """Write down the addresses of members that run now, in a new epoch.
 
-    At first all are waited for, so that one epoch names all. Later a server's address is given out
-    at once, for its slots have no owner until then.
+    At first all are waited for, so that one epoch names all. Later an address is given out at once:
+    a server's slots have no owner until then, and others go on without a worker.
     """
     known = []
     missing = 0
@@ -31,7 +31,7 @@ def addresses(d: Draft) -> None:
         else:
             node = None if pod is None else pod.node
             known.append(member.model_copy(update={"address": address, "node": node}))
-    if not known or (missing and d.status.recovery is None):
+    if not known or (missing and d.status.recovery is None and not d.status.initialised):
         return
     d.replace_members(known)
     d.raise_epoch()

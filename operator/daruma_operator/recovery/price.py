@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite, sqrt
 
+from daruma_operator.api.status import Pushes
 from daruma_trainer.contract import Report
 
 
@@ -57,14 +58,14 @@ def bound(shards: Iterable[LostShard]) -> Delta:
     return EXACT if exact else Delta(sqrt(total), DeltaKind.UPPER_BOUND)
 
 
-def counters(reports: Mapping[str, Report], live: Iterable[str]) -> tuple[int, int]:
-    """Return (lost, replayed) pushes as the members that live count them.
+def counters(reports: Mapping[str, Report], live: Iterable[str], gone: Pushes) -> Pushes:
+    """Return what became of pushes, as the members that live count them and those did that died.
 
     A push is lost once if any slot lost it. Servers tell a worker which of its batches they lost,
-    and it counts each once; what workers lost that died is in the servers' counts alone, of which
-    the largest is taken.
+    and it counts each once; what a worker did not come to say is in the servers' counts alone, of
+    which the largest is taken.
     """
-    servers, lost, replayed = 0, 0, 0
+    servers, found = 0, gone
     for member in live:
         report = reports.get(member)
         if report is None:
@@ -72,6 +73,12 @@ def counters(reports: Mapping[str, Report], live: Iterable[str]) -> tuple[int, i
         if member.startswith("server-"):
             servers = max(servers, report.lost)
         else:
-            lost += report.lost
-            replayed += report.replayed
-    return max(servers, lost), replayed
+            found = found.plus(counted(report))
+    return found.model_copy(update={"lost": max(servers, found.lost)})
+
+
+def counted(report: Report) -> Pushes:
+    """Return what one worker counted."""
+    return Pushes(
+        lost=report.lost, replayed=report.replayed, skipped=report.skipped, mixed=report.mixed
+    )
