@@ -1,4 +1,4 @@
-"""`daruma run` with a worker killed: the job goes on without it, and its report counts every batch."""
+"""`daruma run` with a worker killed: the job goes on without it, and every batch is counted."""
 
 import json
 import re
