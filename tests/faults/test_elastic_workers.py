@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from daruma_trainer.contract import Role, Settings
+from daruma_trainer.contract import Role, Rollback, SavedState, Settings
 from elastic_cluster import PROGRAMS, check_marks, fence, last_words, take_seat, wait_for
 from local_cluster import local_cluster, replace_worker
 from soak import counted
@@ -142,3 +142,30 @@ def test_every_batch_is_applied_once_or_counted(tmp_path: Path, mode: str) -> No
             cluster.finish()
             missing = check_marks(cluster, folder / "store", 60)
             assert missing == 0 or "elastic" in mode, (mode, seed, missing)
+
+
+@pytest.mark.parametrize("mode", ["Sync, elastic", "Bounded, elastic"])
+def test_a_rollback_while_a_seat_is_vacant_leaves_every_batch_counted(
+    tmp_path: Path, mode: str
+) -> None:
+    gate = tmp_path / "gate"
+    program = (PROGRAMS, "marks", "80", "4", str(gate))
+    config = settings(tmp_path, mode, cuts=True, every=10)
+    with local_cluster(tmp_path, workers=3, settings=config, program=program) as cluster:
+        wait_for(cluster, 1, 5)
+        fence(cluster, 2)
+        take_seat(cluster, 2)
+        reached = cluster.report(Role.WORKER, 0).step
+
+        def newer() -> SavedState | None:
+            cut = cluster.report(Role.SERVER, 0).cut
+            return cut if cut is not None and cut.step > reached else None
+
+        cut = cluster.until(newer, "a cut without it")
+        wait_for(cluster, 0, cut.step + 3)
+        cluster.tell(raise_epoch=True, initialised=True, rollback=Rollback(1, cut.path))
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).generation == 1, "it goes back")
+        wait_for(cluster, 0, cut.step + 3)
+        gate.touch()
+        cluster.finish()
+        assert check_marks(cluster, tmp_path / "store", 80) >= cut.step - reached
