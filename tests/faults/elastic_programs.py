@@ -19,6 +19,7 @@ from daruma_trainer.worker.pushes import Held
 
 SECONDS = 60.0
 RULES: dict[str, Rule] = {
+    "sgd": daruma.SGD(),
     "momentum": daruma.SGD(momentum=0.9),
     "adam": daruma.Adam(),
     "add": daruma.Add(),

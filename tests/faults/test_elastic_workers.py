@@ -11,7 +11,7 @@ import pytest
 
 from daruma_trainer.contract import Role, Rollback, SavedState, Settings
 from elastic_cluster import PROGRAMS, check_marks, fence, last_words, take_seat, wait_for
-from local_cluster import local_cluster, replace_worker
+from local_cluster import LocalCluster, local_cluster, lose_and_replace, replace_worker
 from soak import counted
 
 pytestmark = pytest.mark.faults
@@ -32,11 +32,15 @@ def settings(folder: Path, mode: str, **more: Any) -> Settings:
 # Exact
 
 
-def exact(folder: Path, rule: str, *, withheld: int | None, workers: int = 3) -> Mapping[str, Any]:
-    """Train; where a server is named, kill the worker that gave its twelfth batch to the other."""
+def exact(
+    folder: Path, rule: str, *, withheld: int | None, workers: int = 3, server: int | None = None
+) -> Mapping[str, Any]:
+    """Train; where a server is named, kill the worker that gave its twelfth batch to the other.
+
+    `server`: is killed with it.
+    """
     folder.mkdir()
-    server = -1 if withheld is None else withheld
-    program = (PROGRAMS, "withheld", rule, "12", str(server))
+    program = (PROGRAMS, "withheld", rule, "12", str(-1 if withheld is None else withheld))
     config = settings(folder, "Sync")
     with local_cluster(folder, workers=workers, settings=config, program=program) as cluster:
         if withheld is not None:
@@ -45,10 +49,35 @@ def exact(folder: Path, rule: str, *, withheld: int | None, workers: int = 3) ->
                 lambda: all(cluster.report(Role.SERVER, s).step == t for s, t in apart.items()),
                 "one server made the step, the other waits",
             )
-            replace_worker(cluster, min(1, workers - 1))
+            if server is None:
+                replace_worker(cluster, min(1, workers - 1))
+            else:
+                lose_both(cluster, 1, server)
         cluster.finish()
         mixed = sum(report.mixed for report in last_words(cluster).values())
         return {**cluster.result(folder / "store"), "mixed": mixed}
+
+
+def lose_both(cluster: LocalCluster, worker: int, server: int) -> None:
+    """Lose a worker and a server at once: their replacements are of one epoch."""
+    gone = cluster.membership.member(Role.WORKER, worker)
+    assert gone is not None
+    cluster.kill(gone.id)
+    members = tuple(m for m in cluster.membership.members if m is not gone)
+    cluster.tell(raise_epoch=True, members=members, initialised=True)
+    fresh = lose_and_replace(cluster, server)
+    cluster.start(Role.WORKER, worker, fresh.incarnation)
+    cluster.tell(raise_epoch=True)
+
+
+@pytest.mark.parametrize("withheld", [0, 1])
+@pytest.mark.parametrize("server", [0, 1])
+def test_so_it_is_where_a_server_dies_with_it(tmp_path: Path, withheld: int, server: int) -> None:
+    """Plain SGD: what workers pulled is all there is to know of a slot."""
+    plain = exact(tmp_path / "plain", "sgd", withheld=None)
+    killed = exact(tmp_path / "killed", "sgd", withheld=withheld, server=server)
+    assert killed["mixed"] == 0
+    assert killed["weight"].tobytes() == plain["weight"].tobytes()
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam", "add"])
