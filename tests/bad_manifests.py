@@ -32,6 +32,11 @@ BAD: list[Case] = [
         "Freshest",
     ),
     (
+        "no gap at all",
+        {"program": PROGRAM, "recovery": {"replay": {"maxGap": 0}}},
+        "greater than 0",
+    ),
+    (
         "negative deadline",
         {"program": PROGRAM, "recovery": {"timeouts": {"replaceSeconds": -1}}},
         "greater than 0",

@@ -27,6 +27,7 @@ from daruma_trainer.contract import (
     Copies,
     Guest,
     Membership,
+    Outage,
     Report,
     Restore,
     RestoreReport,
@@ -69,6 +70,7 @@ class Sim:
     initialised: bool = False
     acked: int = 0
     skipped: int = 0
+    outage: Outage | None = None
     restore: RestoreReport | None = None
     plan: Restore | None = None
     final: str | None = None
@@ -96,6 +98,8 @@ class World:
 
     spec: TrainingJobSpec = field(default_factory=spec_of)
     store: str | None = "file:///s"
+    moments: dict[str, int] = field(default_factory=dict)
+    """What restores say of them."""
     total: int = 30
     """Steps after which workers leave."""
     cut: SavedState | None = None
@@ -181,6 +185,7 @@ class World:
             error=sim.error,
             save_error=sim.save_error,
             final=sim.final,
+            outage=sim.outage,
             restore=sim.restore,
             update_norm=0.5 if server else None,
             acked_epoch=sim.acked,
@@ -339,7 +344,8 @@ class World:
             return
         kind = restore.sources[0].kind.value
         sim.restore = RestoreReport(
-            restore.recovery, {kind: len(mine)}, 100, 0.01, damaged=self.damaged, done=True
+            restore.recovery, {kind: len(mine)}, 100, 0.01, moments=self.moments,
+            damaged=self.damaged, done=True
         )  # fmt: skip
         sim.state, sim.initialised = "Ready", True
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ spec:
   workers: {replicas: 2}
   checkpoint: {store: "file:///saves", every: 32, fraction: 0.25}
   consistency: {mode: MODE}
-  recovery: {placement: PLACEMENT}
+  recovery: {placement: PLACEMENT, strategy: STRATEGY}
 """
 SOFTMAX = softmax.__file__
 """A regression without torch: the tests of failures start many workers."""
@@ -53,10 +53,12 @@ def running(
     mode: str = "Async",
     program: str = SOFTMAX,
     placement: str = "Replace",
+    strategy: str = "Freshest",
 ) -> Iterator[subprocess.Popen[str]]:
     manifest = folder / "toy.yaml"
     text = MANIFEST.replace("PROGRAM", program).replace("STEPS", str(steps))
     text = text.replace("THINK", str(think_ms)).replace("MODE", mode)
+    text = text.replace("STRATEGY", strategy)
     manifest.write_text(text.replace("PLACEMENT", placement))
     command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
     with (folder / "output").open("w") as output:
@@ -104,11 +106,16 @@ def trains(folder: Path) -> bool:
     return re.search(r"Running.* step [1-9]", output(folder)) is not None
 
 
-def accuracy(uri: str, out: Path) -> float:
-    """Export a result, and score it as the program does."""
+def exported(uri: str, out: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Export a result, and read it."""
     command = [sys.executable, "-m", "daruma_operator.cli.main", "export", uri, "-o", str(out)]
     subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True)
-    state = load_file(out)
+    return load_file(out)
+
+
+def accuracy(uri: str, out: Path) -> float:
+    """Export a result, and score it as the program does."""
+    state = exported(uri, out)
     _, (x, y) = classification("digits", 0)
     bias = state.get("bias", np.zeros(10))
     return float(np.mean((x @ state["weight"].T + bias).argmax(1) == y))
@@ -161,6 +168,52 @@ def test_others_are_killed(tmp_path: Path, kills: list[str]) -> None:
         check_recovery(record)
     assert found["steps"] == STEPS
     assert found["metrics"]["test_accuracy"] >= 0.9
+
+
+def killed(folder: Path, members: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Run a job of which these members are killed at once; returns its report."""
+    folder.mkdir()
+    arguments = [word for member in members for word in ("--kill", f"{member}@step=20")]
+    with running(folder, *arguments, **options) as process:
+        assert ended(folder, process) == 0, output(folder)
+    return report(folder)
+
+
+SERVERS = ("server-0", "server-1", "server-2")
+
+
+@pytest.mark.parametrize("mode", ["Async", "Sync"])
+@pytest.mark.parametrize("others", [("worker-1",), ()], ids=["one-worker-left", "both-left"])
+def test_all_servers_come_back_from_the_workers(
+    tmp_path: Path, mode: str, others: tuple[str, ...]
+) -> None:
+    found = killed(tmp_path / "killed", (*SERVERS, *others), mode=mode)
+    (recovery,) = found["recoveries"]
+    check_recovery(recovery)
+    assert len(recovery["losses"]) == len(SERVERS) + len(others)
+    assert recovery["sources"] == {"peer": 1024}
+    assert recovery["moments"] == {}, "plain SGD has none"
+    assert 0.0 <= recovery["utilisation"] <= 1.0
+    assert found["steps"] == STEPS
+    assert found["metrics"]["test_accuracy"] >= 0.9
+    if mode == "Sync":
+        assert recovery["pushes"]["lost"] == 0
+        plain = killed(tmp_path / "plain", (), mode=mode)
+        assert not plain["recoveries"]
+        uris = [(plain, "a"), (found, "b")]
+        a, b = (exported(r["result"]["uri"], tmp_path / name) for r, name in uris)
+        for name, values in a.items():
+            assert values.tobytes() == b[name].tobytes(), name
+
+
+def test_a_store_is_the_peer_of_last_resort(tmp_path: Path) -> None:
+    members = (*SERVERS, "worker-0", "worker-1")
+    found = killed(tmp_path / "killed", members, strategy="Stateless")
+    (recovery,) = found["recoveries"]
+    assert (recovery["strategy"], recovery["reason"]) == ("Stateless", "RunningCheckpointFound")
+    assert recovery["sources"] == {"runningCheckpoint": 1024}
+    assert recovery["utilisation"] is None, "nobody was left to compute"
+    assert found["steps"] == STEPS
 
 
 @pytest.mark.parametrize("mode", ["Async", "Sync"])

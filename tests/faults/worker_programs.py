@@ -149,6 +149,17 @@ def careless(_: str) -> None:
         job.table("sums", (64, 2)).push([3], [[1.0, 1.0]])
 
 
+def descend(milliseconds: str) -> None:
+    """Gradients for ever, each of which takes so long to compute: an even pull to zero."""
+    from daruma_trainer.rules import SGD
+
+    with daruma.join() as job:
+        table = job.table("t", (512, 64), SGD(), initial=np.ones((512, 64)))
+        while True:
+            time.sleep(float(milliseconds) / 1000)
+            table.push(None, table.values(), lr=1e-4)
+
+
 def stops(_: str) -> None:
     """Worker 0 ends the job for all."""
     with daruma.join() as job:
@@ -191,6 +202,7 @@ PROGRAMS: dict[str, Callable[[str], None]] = {
         two_tables,
         sums,
         careless,
+        descend,
         stops,
         mismatch,
         raises,

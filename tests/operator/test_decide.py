@@ -1,5 +1,6 @@
 """Decisions: whole stories in a world without clock or network, and the transition table."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -14,7 +15,7 @@ from daruma_operator.controller.acts import CreatePod, PutMembership
 from daruma_operator.controller.decide import TRANSITIONS
 from daruma_operator.controller.membership import membership_of
 from daruma_operator.substrate.protocol import PodState
-from daruma_trainer.contract import Membership, SavedState, Suspect
+from daruma_trainer.contract import SLOTS, Membership, Outage, SavedState, Suspect
 from soak import counted
 
 FOREVER = 10**9
@@ -181,8 +182,9 @@ def test_damage_in_the_store_is_told_and_makes_the_delta_unknown() -> None:
     assert "SourceDamaged" in world.status.message
 
 
-def test_without_any_source_the_job_fails_and_says_what_to_do() -> None:
-    spec = spec_of(checkpoint={})
+@pytest.mark.parametrize("strategy", ["Freshest", "Stateless"])
+def test_without_any_source_the_job_fails_and_says_what_to_do(strategy: str) -> None:
+    spec = spec_of(checkpoint={}, recovery=ladder(strategy))
     world = World(spec=spec, store=None, total=FOREVER).running()
     for name in list(world.pods):
         world.remove(name)
@@ -348,6 +350,42 @@ def test_a_rung_that_cannot_work_is_climbed_over() -> None:
     reasons = [e.reason for d in world.decisions for e in d.events]
     assert reasons.count("RecoveryEscalated") == 1
     assert reasons.count("SourceDamaged") == 1
+
+
+def test_a_store_is_the_peer_of_last_resort() -> None:
+    world = World(spec=spec_of(recovery=ladder("Stateless")), total=FOREVER).running()
+    for name in list(world.pods):
+        world.remove(name)
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.strategy, record.reason) == ("Stateless", "RunningCheckpointFound")
+    assert record.sources == {RUNNING: SLOTS}
+
+
+def test_the_record_says_what_the_time_without_a_server_was_to_the_workers() -> None:
+    world = World(total=FOREVER).running()
+    for name, outage in [
+        ("worker-0", Outage(20.0, 0.5, 3.0, 9, over=True)),
+        ("worker-1", Outage(20.0, 1.0, 2.5, 9, over=True)),
+    ]:
+        world.sim(name).outage = outage
+    world.moments = {"reset": 100, "runningCheckpoint": 5}
+    world.kill("server-1")
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.utilisation, record.gap) == (0.95, 3.0)
+    assert record.moments == world.moments
+    # The next is told nothing of it, and a bound that is none is not written down.
+    world.sim("worker-0").outage = Outage(20.0, 0.5, 3.0, record.losses[0].epoch - 1, over=True)
+    world.sim("worker-1").outage = Outage(20.0, 20.1, math.inf, 99)
+    world.kill("server-1")
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.utilisation, record.gap) == (0.0, None)
+    world.kill("worker-1")
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.cause, record.utilisation, record.gap) == ("WorkerLost", None, None)
 
 
 def test_no_source_left_ends_in_state_lost() -> None:

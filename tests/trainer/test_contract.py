@@ -16,6 +16,7 @@ from daruma_trainer.contract import (
     Copies,
     Member,
     Membership,
+    Outage,
     Report,
     Restore,
     RestoreReport,
@@ -76,7 +77,7 @@ def a_membership() -> Membership:
 
 def a_view() -> View:
     saved = SavedState("ns/j/uid/0/1/manifest-2.json", 8, 100, 0.5, 0.25)
-    restore = RestoreReport(1, {"peer": 3}, 12, 0.1, 0, ("t/4",), done=True)
+    restore = RestoreReport(1, {"peer": 3}, 12, 0.1, 0, {"reset": 3}, ("t/4",), done=True)
     own = Report("server-0-1", 3, "Ready", running=saved, cut=saved, restore=restore)
     other = Report(
         "worker-1-2",
@@ -85,6 +86,8 @@ def a_view() -> View:
         suspects=(Suspect("server-0-1", 0.1, "Disconnected"),),
         copies=(Copies(1, 2, slots_to_hex([1, 2])),),
         metrics={"accuracy": 0.9},
+        gap=0.5,
+        outage=Outage(20.0, 0.1, 0.7, 3, over=True),
     )
     return View(7, 3, own, {"worker-1-2": (0.2, other)})
 

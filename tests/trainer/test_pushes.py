@@ -7,22 +7,41 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from daruma_trainer.contract import SLOTS, Replay
-from daruma_trainer.wire import Slots
-from daruma_trainer.worker.pushes import Held, Pushes, Update
+from daruma_trainer.layout import TableSpec
+from daruma_trainer.rules import SGD, Adagrad, Adam, Add, Assign, Rule, rule_to_json
+from daruma_trainer.wire import Slots, TablePush
+from daruma_trainer.worker.copies import HostCopy
+from daruma_trainer.worker.pushes import MAX_SEALED, Held, Pushes, Update
+from daruma_trainer.worker.sessions import parts_of
 from soak import counted
 
 SERVERS = 3
-OWNER = np.arange(SLOTS) % SERVERS
+ROWS, COLS = 64, 2
+
+
+def copy_of(rule: Rule) -> HostCopy:
+    copy = HostCopy("uid", SERVERS, 1)
+    copy.add(TableSpec(0, "t", (ROWS, COLS), 1, rule_to_json(rule)))
+    copy.arrange()
+    return copy
+
+
+COPY = copy_of(SGD())
 
 
 def slots_of(server: int) -> Slots:
-    return np.equal(OWNER, server)
+    return COPY.slots_of(server)
+
+
+def rows_of(server: int) -> list[int]:
+    groups = COPY.groups_of(server)
+    return [row for group in groups for row in group.layout.tables[0].rows.tolist()]
 
 
 def update(value: float, lr: float = 0.1, rows: list[int] | None = None) -> Update:
-    count = 4 if rows is None else len(rows)
+    count = ROWS if rows is None else len(rows)
     index = None if rows is None else np.array(rows, np.int64)
-    return Update(0, lr, np.full((count, 2), value, np.float32), index)
+    return Update(0, lr, np.full((count, COLS), value, np.float32), index)
 
 
 def held(pushes: Pushes, batch: int, *updates: Update, epoch: int = 1) -> Held:
@@ -30,6 +49,30 @@ def held(pushes: Pushes, batch: int, *updates: Update, epoch: int = 1) -> Held:
     made = Held(batch, epoch, updates)
     pushes.hold(made)
     return made
+
+
+def accumulate(
+    pushes: Pushes, made: Held, server: int, rule: Rule | None = None, now: float = 0.0
+) -> None:
+    pushes.accumulate(made, server, COPY, now, [rule or SGD()])
+
+
+def sealed(pushes: Pushes, server: int) -> list[TablePush]:
+    """What a server's only replay sends, all its messages together."""
+    (done,) = pushes.sealed[server]
+    return [part for parts in done.cut(COPY.groups_of(server)) for part in parts]
+
+
+def ridden(pushes: Pushes, batch: int, server: int, own: float = 0.0, lr: float = 0.1) -> float:
+    """What the next batch sends to a server, a value of it, with what rides along."""
+    made = held(pushes, batch, update(own, lr))
+    pushes.ride(made, server, COPY)
+    groups = COPY.groups_of(server)
+    values = [part.values for n in range(len(groups)) for part in parts_of(made, groups, n)]
+    flat = np.concatenate([v.reshape(-1) for v in values])
+    assert (flat == flat[0]).all()
+    np.testing.assert_array_equal(made.updates[0].values, np.float32(own))
+    return float(flat[0])
 
 
 def test_a_batch_is_acknowledged_when_all_slots_have_it() -> None:
@@ -47,7 +90,7 @@ def test_what_is_held_goes_out_again_to_the_successor_of_a_lost_server() -> None
     first = held(pushes, 1, update(1))
     pushes.note_applied(1, slots_of(0) | slots_of(1))
     second = held(pushes, 2, update(2))
-    pushes.accumulate(second, 0, slots_of(0), 0.0, ["sgd"])
+    accumulate(pushes, second, 0)
     pushes.hold_again(0, slots_of(0))
     np.testing.assert_array_equal(first.unacked, slots_of(0) | slots_of(2))
     # Its part is in the accumulation: sent twice it would be refused as an overlap.
@@ -74,69 +117,125 @@ def test_a_pull_that_shows_a_batch_is_as_good_as_its_acknowledgement() -> None:
     assert list(pushes.held) == [2]
 
 
-def accumulated(replay: Replay, how: str, count: int = 3) -> Pushes:
+def accumulated(replay: Replay, rule: Rule, count: int = 3) -> Pushes:
     pushes = Pushes(replay)
     for batch in range(1, count + 1):
         made = held(pushes, batch, update(1.0))
-        pushes.accumulate(made, 1, slots_of(1), 0.0, [how])
+        accumulate(pushes, made, 1, rule)
         pushes.note_applied(batch, ~slots_of(1))
     return pushes
 
 
 @pytest.mark.parametrize(
-    ("combine", "how", "moved", "value"),
+    ("combine", "rule", "value"),
     [
-        ("Sum", "sgd", {}, 3.0),
-        ("Mean", "sgd", {}, 1.0),
-        ("Auto", "sgd", {}, 3.0),
-        ("Auto", "adam", {}, 1.0),
-        ("Auto", "adagrad", {}, 1.0),
-        ("Auto", "add", {}, 3.0),
-        ("Mean", "add", {}, 3.0),
-        ("Auto", "assign", {}, 1.0),
+        ("Sum", SGD(), 3.0),
+        ("Sum", Adam(), 3.0),
+        ("Mean", SGD(), 1.0),
+        ("Mean", Adagrad(), 1.0),
+        ("Auto", Add(), 3.0),
+        ("Mean", Add(), 3.0),
+        ("Auto", Assign(), 1.0),
     ],
 )
-def test_an_accumulation_becomes_one_push(
-    combine: str, how: str, moved: dict[int, float], value: float
-) -> None:
-    pushes = accumulated(Replay(combine=combine), how)
+def test_an_accumulation_becomes_one_push(combine: str, rule: Rule, value: float) -> None:
+    pushes = accumulated(Replay(combine=combine), rule)
     assert pushes.pending == 3
     assert pushes.acked == 0, "not acknowledged while a server lacks it"
-    pushes.seal(1, moved, [how])
-    (sealed,) = pushes.sealed[1]
-    assert (sealed.first, sealed.last, sealed.count) == (1, 3, 3)
-    np.testing.assert_allclose(sealed.tables[0].values, value)
+    pushes.seal(1, None, [rule])
+    (done,) = pushes.sealed[1]
+    assert (done.first, done.last, done.count) == (1, 3, 3)
+    parts = sealed(pushes, 1)
+    assert sum(len(p.values) for p in parts) == len(rows_of(1))
+    for part in parts:
+        np.testing.assert_allclose(part.values, value)
     assert pushes.replayed == 3
     pushes.drop_sealed(1, 3)
-    assert (pushes.acked, pushes.pending) == (3, 0)
+    assert (pushes.acked, pushes.pending, pushes.gap) == (3, 0, 0.0)
 
 
-def test_a_long_sum_goes_no_further_than_the_part_would_have_moved() -> None:
-    pushes = accumulated(Replay(trust=0.5), "sgd", count=10)
-    pushes.seal(1, {1: 0.2}, ["sgd"])
-    (sealed,) = pushes.sealed[1]
-    length = 0.1 * float(np.linalg.norm(sealed.tables[0].values))
-    assert length == pytest.approx(0.5 * 0.2 * 10, rel=1e-5)
+def test_gradients_ride_on_the_batches_that_follow_while_they_agree() -> None:
+    pushes = accumulated(Replay(), SGD(), count=10)
+    pushes.seal(1, None, [SGD()])
+    assert not sealed(pushes, 1), "its own push marks the batches"
+    assert pushes.rest[1].left == 10
+    # One mean gradient of 1, whatever the batch says; then half as many more, and more.
+    assert ridden(pushes, 11, 1, own=-1.0) == pytest.approx(0.0)
+    assert ridden(pushes, 12, 1, own=1.0) == pytest.approx(2.5)
+    assert ridden(pushes, 13, 1, own=1.0, lr=0.2) == pytest.approx(1 + 2.25 / 2), "its own rate"
+    assert pushes.rest[1].left == pytest.approx(10 - 4.75)
+    assert ridden(pushes, 14, 1, own=-0.1) == pytest.approx(-0.1), "it points elsewhere"
+    assert 1 not in pushes.rest
+    assert ridden(pushes, 15, 1, own=1.0) == pytest.approx(1.0)
+
+
+def test_all_of_a_short_replay_rides_and_no_more() -> None:
+    pushes = accumulated(Replay(), SGD(), count=3)
+    pushes.seal(1, None, [SGD()])
+    total = sum(ridden(pushes, batch, 1, own=1e-6) for batch in range(4, 10))
+    assert total == pytest.approx(3.0, rel=1e-4)
+    assert not pushes.rest
+
+
+def test_momentum_lets_it_out_in_as_many_steps_as_it_remembers() -> None:
+    rule = SGD(momentum=0.9)
+    pushes = accumulated(Replay(), rule, count=100)
+    pushes.seal(1, None, [rule])
+    found = [ridden(pushes, batch, 1, own=1e-6) for batch in range(101, 112)]
+    assert found[0] == pytest.approx(1.0, rel=1e-4)
+    assert found[10] == pytest.approx(1.5, rel=1e-3)
+
+
+def test_a_replay_for_adam_is_no_step_of_its_own() -> None:
+    for scale_free in (Adam(), Adagrad()):
+        pushes = accumulated(Replay(), scale_free, count=5)
+        pushes.seal(1, None, [scale_free])
+        assert not sealed(pushes, 1)
+        assert ridden(pushes, 6, 1, own=3.0) == pytest.approx(2.0), "the mean of both"
+        assert not pushes.rest
+        assert ridden(pushes, 7, 1, own=3.0) == pytest.approx(3.0)
+
+
+def test_a_replay_goes_no_further_than_the_part_would_have_moved() -> None:
+    pushes = accumulated(Replay(trust=0.5), SGD(), count=10)
+    pushes.seal(1, 0.2, [SGD()])
+    mean = 0.1 * np.sqrt(len(rows_of(1)) * COLS)
+    assert pushes.rest[1].left == pytest.approx(0.5 * 0.2 * 10 / mean, rel=1e-5)
+
+
+def test_what_did_not_ride_begins_the_next_accumulation() -> None:
+    pushes = accumulated(Replay(), SGD(), count=10)
+    pushes.seal(1, None, [SGD()])
+    pushes.drop_sealed(1, 10)
+    ridden(pushes, 11, 1, own=1.0)
+    pushes.note_applied(11, np.ones(SLOTS, np.bool_))
+    before = pushes.gap
+    accumulate(pushes, held(pushes, 12, update(1.0)), 1)
+    assert not pushes.rest
+    assert pushes.open[1].parts[0].weight == 10
+    assert pushes.open[1].first == 12, "the others were marked"
+    np.testing.assert_allclose(pushes.open[1].parts[0].values, 10.0)
+    assert pushes.gap == pytest.approx(before * 10 / 9)
+    pushes.drop_all(0)
+    assert pushes.gap == 0.0
 
 
 def test_dropped_batches_are_counted_lost_and_change_nothing() -> None:
-    pushes = accumulated(Replay(combine="Drop"), "sgd")
-    pushes.seal(1, {}, ["sgd"])
-    (sealed,) = pushes.sealed[1]
-    assert not sealed.tables, "what goes out only marks the batches"
+    pushes = accumulated(Replay(combine="Drop"), SGD())
+    pushes.seal(1, None, [SGD()])
+    assert not sealed(pushes, 1), "what goes out only marks the batches"
+    assert not pushes.rest
     assert pushes.lost == {1, 2, 3}
     assert pushes.replayed == 0
 
 
 def test_learning_rates_that_changed_during_an_outage_count_each_for_its_own_batch() -> None:
     pushes = Pushes(Replay(combine="Sum"))
-    for batch, lr in [(1, 0.4), (2, 0.1)]:
-        made = held(pushes, batch, update(1.0, lr=lr))
-        pushes.accumulate(made, 1, slots_of(1), 0.0, ["sgd"])
-    pushes.seal(1, {}, ["sgd"])
-    (sealed,) = pushes.sealed[1]
-    sent = sealed.tables[0]
-    np.testing.assert_allclose(sent.lr * sent.values, 0.5, rtol=1e-6)
+    for batch, lr in [(1, 0.1), (2, 0.4), (3, 0.1)]:
+        accumulate(pushes, held(pushes, batch, update(1.0, lr=lr)), 1)
+    pushes.seal(1, None, [SGD()])
+    for part in sealed(pushes, 1):
+        np.testing.assert_allclose(part.lr * part.values, 0.6, rtol=1e-6)
 
 
 def test_limits_of_an_accumulation() -> None:
@@ -144,33 +243,79 @@ def test_limits_of_an_accumulation() -> None:
     assert pushes.may_accumulate(1, 0.0)
     for batch in (1, 2):
         assert pushes.may_accumulate(1, 1.0)
-        pushes.accumulate(held(pushes, batch, update(1)), 1, slots_of(1), 1.0, ["sgd"])
+        accumulate(pushes, held(pushes, batch, update(1)), 1, now=1.0)
     assert not pushes.may_accumulate(1, 1.0), "maxPending"
     assert pushes.may_accumulate(2, 1.0), "each server has its own"
     aged = Pushes(Replay(max_age_seconds=10))
-    aged.accumulate(held(aged, 1, update(1)), 1, slots_of(1), 1.0, ["sgd"])
+    accumulate(aged, held(aged, 1, update(1)), 1, now=1.0)
     assert aged.may_accumulate(1, 10.9)
     assert not aged.may_accumulate(1, 11.1), "maxAgeSeconds"
 
 
-@pytest.mark.parametrize(("how", "expected"), [("add", [1, 3, 2]), ("assign", [1, 2, 2])])
-def test_rows_are_joined_row_by_row(how: str, expected: list[float]) -> None:
+def test_the_gap_is_a_limit_with_what_others_have_pending() -> None:
+    pushes = Pushes(Replay(max_gap=3.0))
+    accumulate(pushes, held(pushes, 1, update(1.0)), 1)
+    one = 0.1 * np.sqrt(len(rows_of(1)) * COLS)
+    assert pushes.gap == pytest.approx(one)
+    assert pushes.may_accumulate(1, 0.0)
+    pushes.others_gap = 3.0 - one
+    assert not pushes.may_accumulate(1, 0.0)
+    assert not pushes.may_accumulate(2, 0.0), "it is one limit for all servers"
+    assert pushes.view_gap == pytest.approx(3.0)
+    accumulate(pushes, held(pushes, 2, update(1.0)), 2)
+    two = 0.1 * np.sqrt(len(rows_of(2)) * COLS)
+    assert pushes.gap == pytest.approx(np.hypot(one, two)), "they are parts of one vector"
+    assert pushes.widest == pytest.approx(3.0 - one + np.hypot(one, two))
+
+
+def test_a_batch_that_is_held_is_not_overtaken_by_an_accumulation() -> None:
+    pushes = Pushes(Replay(max_gap=1000.0))
+    accumulate(pushes, held(pushes, 1, update(1.0)), 1)
+    pushes.others_gap = 1000.0
+    assert not pushes.may_accumulate(1, 0.0)
+    held(pushes, 2, update(1.0))
+    pushes.hold_back(1)
+    pushes.others_gap = 0.0
+    assert not pushes.may_accumulate(1, 0.0), "a range with batch 2 in it would hide that"
+    pushes.seal(1, None, [SGD()])
+    assert pushes.unsent(1) == [1, 2]
+    assert pushes.may_accumulate(1, 0.0)
+
+
+def test_replays_that_nobody_answers_are_not_piled_up() -> None:
     pushes = Pushes(Replay())
-    for batch, rows, value in [(1, [0, 2], 1.0), (2, [2, 5], 2.0)]:
-        made = held(pushes, batch, update(value, rows=rows))
-        pushes.accumulate(made, 1, slots_of(1), 0.0, [how])
-    pushes.seal(1, {}, [how])
-    sent = pushes.sealed[1][0].tables[0]
-    assert sent.rows is not None
-    assert sent.rows.tolist() == [0, 2, 5]
-    assert sent.values[:, 0].tolist() == expected
+    for batch in range(1, 10):
+        made = held(pushes, batch, update(1.0))
+        if not pushes.may_accumulate(1, 0.0):
+            assert len(pushes.sealed[1]) == MAX_SEALED == batch - 1
+            return
+        accumulate(pushes, made, 1, Add())
+        pushes.seal(1, None, [Add()])
+    raise AssertionError("the worker never waited")
+
+
+@pytest.mark.parametrize(("rule", "expected"), [(Add(), [1, 3, 2]), (Assign(), [1, 2, 2])])
+def test_rows_are_joined_row_by_row(rule: Rule, expected: list[float]) -> None:
+    pushes = Pushes(Replay())
+    a, b, c = sorted(rows_of(1)[:3])
+    foreign = rows_of(0)[0]
+    for batch, rows, value in [(1, [a, b, foreign], 1.0), (2, [b, c], 2.0)]:
+        made = held(pushes, batch, update(value, rows=sorted(rows)))
+        accumulate(pushes, made, 1, rule)
+    pushes.seal(1, None, [rule])
+    values: dict[int, float] = {}
+    for part in sealed(pushes, 1):
+        assert part.rows is not None
+        assert (np.diff(part.rows) > 0).all()
+        values |= dict(zip(part.rows.tolist(), part.values[:, 0].tolist(), strict=True))
+    assert values == dict(zip([a, b, c], expected, strict=True))
 
 
 def test_accumulating_leaves_the_held_gradient_alone() -> None:
     pushes = Pushes(Replay())
     first = held(pushes, 1, update(1))
-    pushes.accumulate(first, 1, slots_of(1), 0.0, ["sgd"])
-    pushes.accumulate(held(pushes, 2, update(5)), 1, slots_of(1), 0.0, ["sgd"])
+    accumulate(pushes, first, 1)
+    accumulate(pushes, held(pushes, 2, update(5)), 1)
     np.testing.assert_array_equal(first.updates[0].values, 1.0)
 
 
@@ -191,7 +336,7 @@ class Outages(RuleBasedStateMachine):
         for server in range(SERVERS):
             self.lacking[server].add(self.batch)
             if server in away:
-                self.pushes.accumulate(made, server, slots_of(server), 0.0, ["sgd"])
+                accumulate(self.pushes, made, server)
 
     @rule(server=st.integers(0, SERVERS - 1), data=st.data())
     @precondition(lambda self: self.batch > 0)
@@ -204,7 +349,7 @@ class Outages(RuleBasedStateMachine):
 
     @rule(server=st.integers(0, SERVERS - 1))
     def seal(self, server: int) -> None:
-        self.pushes.seal(server, {}, ["sgd"])
+        self.pushes.seal(server, None, [SGD()])
 
     @rule(server=st.integers(0, SERVERS - 1))
     def sealed_applied(self, server: int) -> None:

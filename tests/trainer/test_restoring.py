@@ -1,6 +1,6 @@
 """Tests of what a new server reads back: what was lost alone, each block from where it is whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from daruma_trainer.checkpoint.store import DirectoryStore
 from daruma_trainer.contract import Restore, Role, Source, SourceKind, slots_to_hex
 from daruma_trainer.errors import StoreAwayError
 from daruma_trainer.identity import Identity
+from daruma_trainer.rules import SGD, rule_to_json
 from daruma_trainer.server import restoring
 from daruma_trainer.server.background import ByHand
 from daruma_trainer.server.cuts import FIRST
@@ -334,6 +335,49 @@ def test_a_copy_comes_in_as_many_messages_as_it_needs(
     report = new.restorer.report
     assert report is not None
     assert report.sources == {"peer": len(new.lost)}
+
+
+def from_peer(new: Newcomer, world: World, *, stored: bool) -> Mapping[str, int]:
+    """Restore all from a peer, moments from the store where there is one; says whence they came."""
+    assert new.plane.add_table(world.plane.shard.specs[0]) is None
+    new.restorer.fetch = lambda _member, _ids, _number: True
+    sources = [Source(SourceKind.PEER, slots_to_hex(new.lost), "worker-0-1")]
+    if stored:
+        sources.append(Source(SourceKind.RUNNING_CHECKPOINT, slots_to_hex(new.lost)))
+    new.restorer.begin(Restore(1, 2, ME.id, tuple(sources)))
+    new.restorer.on_copy("worker-0-1", 0, peer_state(world, np.array(new.lost)))
+    new.background.run()
+    assert new.back
+    report = new.restorer.report
+    assert report is not None
+    assert report.sources == {"peer": len(new.lost)}
+    return report.moments
+
+
+def test_the_report_says_where_moments_came_from(tmp_path: Path) -> None:
+    world = saved_world(tmp_path / "a")
+    slots = len(world.plane.slots.ids)
+    assert from_peer(Newcomer(world), world, stored=False) == {"reset": slots}
+    assert from_peer(Newcomer(world), world, stored=True) == {"runningCheckpoint": slots}
+    new = Newcomer(world).restore()
+    assert new.restorer.report is not None
+    assert new.restorer.report.moments == {"runningCheckpoint": slots}
+    # A block that cannot be read in any save: its slot's moments begin again.
+    first = saved_world(tmp_path / "b", 0)
+    path, offset, _ = place_of(first, 7)
+    flip(path, offset)
+    found = from_peer(Newcomer(first), first, stored=True)
+    assert found == {"runningCheckpoint": slots - 1, "reset": 1}
+
+
+def test_nothing_is_said_of_moments_where_there_are_none(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    plain = replace(world.plane.shard.specs[0], rule=rule_to_json(SGD()))
+    other = DataPlane(world.membership, 0, 1)
+    assert other.add_table(plain) is None
+    other.slots.state[:] = SlotState.READY
+    world.plane = other
+    assert from_peer(Newcomer(world), world, stored=True) == {}
 
 
 def test_after_a_rollback_nothing_of_a_restore_is_taken(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from daruma_trainer.views import (
     Copies,
     Guest,
     Move,
+    Outage,
     Report,
     RestoreReport,
     SavedState,
@@ -27,8 +28,8 @@ from daruma_trainer.views import (
 )
 
 __all__ = [
-    "ContractError", "Copies", "Guest", "Move", "Report", "RestoreReport", "SavedState", "Suspect",
-    "View",
+    "ContractError", "Copies", "Guest", "Move", "Outage", "Report", "RestoreReport", "SavedState",
+    "Suspect", "View",
 ]  # fmt: skip
 """Of what is defined beside this module, what belongs to the contract too."""
 
@@ -89,6 +90,10 @@ class SourceKind(StrEnum):
     INITIAL = "initial"
 
 
+RESET: Final = "reset"
+"""Where the optimizer's state of a slot came from, if from nowhere."""
+
+
 class WorkersMeanwhile(StrEnum):
     """What workers do while a server is away."""
 
@@ -146,6 +151,8 @@ class Replay:
     combine: str = "Auto"
     """Auto | Sum | Mean | Drop."""
     trust: float = 1.0
+    max_gap: float | None = None
+    """L2 distance of the parameters (see worker.accumulating); None: no limit."""
 
 
 @dataclass(frozen=True, slots=True)

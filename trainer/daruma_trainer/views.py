@@ -75,8 +75,27 @@ class RestoreReport:
     seconds: float = 0.0
     missing: int = 0
     """Slots that no listed source could give."""
+    moments: Mapping[str, int] = field(default_factory=dict)
+    """The same slots by where their optimizer's state came from; "reset": it begins again at zero.
+    Empty where the tables have none."""
     damaged: tuple[str, ...] = ()
     done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """What it cost a worker that servers were away, the last time."""
+
+    seconds: float
+    """From the first connection that broke to its first step with all servers, or until now."""
+    blocked: float
+    """Of them, those in which its program waited for servers."""
+    gap: float
+    """The largest bound on the distance (L2) between the parameters that it computed with and the
+    true ones, as far as that comes from what could not be sent."""
+    epoch: int
+    """The newest that it knew at the end, or knows."""
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +159,9 @@ class Report:
     total_steps: int | None = None
     pending: int = 0
     """Workers: batches accumulated and not yet sent."""
+    gap: float = 0.0
+    """Workers: how far those would move the parameters (L2; at most)."""
+    outage: Outage | None = None
     stop: str | None = None
     """Workers: the reason given to `job.stop`."""
     metrics: Mapping[str, float] = field(default_factory=dict)

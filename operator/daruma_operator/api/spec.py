@@ -212,6 +212,12 @@ class Replay(SpecModel):
         le=1000,
         description="Auto, SGD: a replay goes no farther than this × the way training went.",
     )
+    max_gap: float | None = Field(
+        default=None,
+        gt=0,
+        description="A worker waits where the bound on the distance (L2) between the parameters "
+        "that it computes with and the true ones reaches this. Default: no limit.",
+    )
 
 
 class Ack(StrEnum):

@@ -209,10 +209,18 @@ class RecoveryRecord(StatusModel):
     seconds: float | None = None
     phases: Phases = Field(default_factory=Phases)
     sources: dict[str, int] = Field(default_factory=dict)
+    """Restored slots by where their parameters came from."""
+    moments: dict[str, int] = Field(default_factory=dict)
+    """The same by where their optimizer's state came from, where there is any; reset: nowhere."""
     bytes: int = 0
     delta_norm: DeltaNorm = Field(default_factory=DeltaNorm)
     rework: Rework = Field(default_factory=Rework)
     pushes: Pushes = Field(default_factory=Pushes)
+    utilisation: float | None = None
+    """Of the time without a server, the part in which the programs computed; the worst worker's."""
+    gap: float | None = None
+    """The largest bound on the distance (L2) between the parameters that a worker computed with and
+    the true ones, because of pushes that waited."""
     outcome: str | None = None
     losses: tuple[Loss, ...] = ()
     stage_since: datetime | None = None

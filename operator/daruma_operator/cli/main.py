@@ -10,7 +10,7 @@ from daruma_operator.cli.delegate import become
 from daruma_operator.errors import DarumaError, EnvironmentLacksError, ManifestError, UsageError
 from daruma_trainer.contract import ExitCode
 
-_BENCHES = ("checkpoint", "recovery", "rework")
+_BENCHES = ("checkpoint", "recovery", "replay", "rework")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -127,6 +127,7 @@ def _recoveries_table(recoveries: Sequence[Mapping[str, Any]]) -> Table:
 
 def _cells(record: Mapping[str, Any]) -> dict[str, str]:
     sources = (f"{kind} {slots}" for kind, slots in sorted(record["sources"].items()))
+    moments = (f"{kind} {slots}" for kind, slots in sorted(record["moments"].items()))
     return {
         "strategy": f"{record['strategy']}, {record['outcome']}",
         "reason": str(record["reason"]),
@@ -135,7 +136,9 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
         "‖δ‖": _delta(record["deltaNorm"]),
         "rework": _rework(record["rework"]),
         "sources": ", ".join(sources) or "-",
+        "moments": ", ".join(moments) or "-",
         "pushes": f"{record['pushes']['lost']} lost, {record['pushes']['replayed']} replayed",
+        "workers": _meanwhile(record),
     }
 
 
@@ -177,6 +180,13 @@ def _rework(rework: Mapping[str, Any]) -> str:
     if rework.get("counterfactualSteps") is not None:
         said.append(f"a full checkpoint: {rework['counterfactualSteps']}")
     return "; ".join(said)
+
+
+def _meanwhile(record: Mapping[str, Any]) -> str:
+    used, gap = record.get("utilisation"), record.get("gap")
+    words = [] if used is None else [f"{100 * used:.1f} % computing"]
+    words += [] if not gap else [f"gap ≤ {gap:.3g}"]
+    return ", ".join(words) or "-"
 
 
 def _delta(delta: Mapping[str, Any]) -> str:

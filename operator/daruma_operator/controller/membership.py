@@ -59,7 +59,11 @@ def settings_of(spec: TrainingJobSpec, store: str | None) -> Settings:
         meanwhile=PRESETS[spec.recovery.strategy].meanwhile,
         inexact=PRESETS[spec.recovery.strategy].sources == {SourceKind.RUNNING_CHECKPOINT},
         replay=Replay(
-            replay.max_pending, float(replay.max_age_seconds), str(replay.combine), replay.trust
+            max_pending=replay.max_pending,
+            max_age_seconds=float(replay.max_age_seconds),
+            combine=str(replay.combine),
+            trust=replay.trust,
+            max_gap=replay.max_gap,
         ),
         replicas=spec.replicas,
         chain=spec.chained,

@@ -4,6 +4,7 @@ The stage is what the record's phases say: `replace` is filled in when every rep
 of, `restore` when every slot is Ready, `resume` with the first new step.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -24,6 +25,7 @@ from daruma_operator.controller.replicating import PROMOTE
 from daruma_operator.controller.sourcing import (
     copies_of,
     delta_of,
+    meanwhile_of,
     plans_of,
     restoring,
     rework_of,
@@ -376,16 +378,16 @@ def _price_worker(d: Draft) -> None:
 def _finish(d: Draft) -> None:
     """Price the recovery, and tell everybody that it is over (a last epoch)."""
     record = d.record
-    sources: dict[str, int] = {}
+    sources, moments = Counter[str](), Counter[str]()
     size = 0
     for member in restoring(d.status):
         report = d.seen.report(name_of(member))
         if report is not None and report.restore is not None:
             size += report.restore.bytes
-            for kind, slots in report.restore.sources.items():
-                sources[kind] = sources.get(kind, 0) + slots
+            sources.update(report.restore.sources)
+            moments.update(report.restore.moments)
     if record.role is Role.SERVER and preset_of(d.record.strategy).rollback:
-        sources = {SourceKind.FULL_CHECKPOINT.value: SLOTS}
+        sources = Counter({SourceKind.FULL_CHECKPOINT.value: SLOTS})
         size = d.status.checkpoint.bytes if d.status.checkpoint else 0
     elif record.role is Role.SERVER:
         _correct(d, sources)
@@ -396,7 +398,8 @@ def _finish(d: Draft) -> None:
         # What the older copies of those blocks lack, nobody measured.
         _forget_delta(d)
     pushes = pushes_of(d).since(record.base)
-    d.set_record(sources=sources, bytes=size, pushes=pushes)
+    d.set_record(sources=dict(sources), moments=dict(moments), bytes=size, pushes=pushes)
+    d.set_record(**meanwhile_of(d))
     d.close("Succeeded")
     closed = d.status.recoveries[-1]
     d.raise_epoch()

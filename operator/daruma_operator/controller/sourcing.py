@@ -1,5 +1,7 @@
 """Where the slots of the recovery in progress come from, as status and reports say. Pure."""
 
+from math import isfinite
+
 from daruma_operator.api.spec import Ack, ConsistencyMode
 from daruma_operator.api.status import MemberStatus, RecoveryRecord, Rework, TrainingJobStatus
 from daruma_operator.controller.draft import Draft
@@ -150,6 +152,22 @@ def rework_of(d: Draft, delta: Delta) -> Rework:
             "counterfactual_steps": d.record.step % every if every else None,
         }
     )
+
+
+def meanwhile_of(d: Draft) -> dict[str, float]:
+    """What the workers say that the time without a server was to them."""
+    reports = [d.seen.report(name_of(m)) for m in survivors(d.status)]
+    outages = [r.outage for r in reports if r is not None and r.outage is not None]
+    # One that ended before this recovery began is another one's.
+    outages = [o for o in outages if o.epoch >= d.record.losses[0].epoch]
+    used = [1 - min(1.0, o.blocked / o.seconds) for o in outages if o.seconds > 0]
+    gaps = [o.gap for o in outages if isfinite(o.gap)]
+    found = {}
+    if d.record.role is Role.SERVER and used:
+        found["utilisation"] = round(min(used), 4)
+    if d.record.role is Role.SERVER and len(gaps) == len(outages) > 0:
+        found["gap"] = float(f"{max(gaps):.6g}")
+    return found
 
 
 def _last_words(d: Draft, index: int) -> Heard | None:

@@ -13,9 +13,13 @@ if __name__ == "__main__":
             from daruma_trainer.bench import recovery
 
             sys.exit(recovery.main(sys.argv[2:]))
+        case ["replay"]:
+            from daruma_trainer.bench import replay
+
+            sys.exit(replay.main(sys.argv[2:]))
         case ["rework"]:
             from daruma_trainer.bench.rework import command
 
             sys.exit(command.main(sys.argv[2:]))
         case _:
-            sys.exit("daruma bench: there are `checkpoint`, `recovery` and `rework`")
+            sys.exit("daruma bench: there are `checkpoint`, `recovery`, `replay` and `rework`")

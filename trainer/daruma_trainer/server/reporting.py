@@ -55,6 +55,10 @@ class Reports:
             for h in heard
         )
 
+    def gap(self, members: set[str]) -> float:
+        """How far what these workers have pending would move the parameters, at most."""
+        return sum(report.gap for i, (_, report) in self._heard.items() if i in members)
+
     def forget(self, members: set[str]) -> None:
         """Drop the last words of those that are long gone."""
         limit = time.monotonic() - KEPT_SECONDS

@@ -7,6 +7,7 @@ slots that a peer gave comes from the running checkpoint, or starts at zero with
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +18,7 @@ from daruma_trainer.checkpoint.manifest import Cut
 from daruma_trainer.checkpoint.reading import CutPart, Found, Unread, try_cut
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import (
+    RESET,
     Copies,
     Restore,
     RestoreReport,
@@ -106,7 +108,8 @@ class Restorer:
         size = sum(v.nbytes for v in self.plane.shard.values(k))
         done = bool(self.plane.slots.ready.all())
         found = {SourceKind.REPLICA.value: len(k)}
-        self.report = RestoreReport(recovery, sources=found, bytes=size, done=done)
+        moments = found if self._has_moments else {}
+        self.report = RestoreReport(recovery, sources=found, bytes=size, moments=moments, done=done)
         self._started = time.monotonic()
 
     @property
@@ -256,7 +259,7 @@ class Restorer:
             if kind is SourceKind.INITIAL:
                 self._asks.remove(ask)
                 self.plane.shard.reset_optimizer(ask.k)
-                self._taken(kind, ask.k, 0)
+                self._taken(kind, ask.k, 0, reset=ask.k)
             elif kind is SourceKind.REPLICA:
                 self._asks.remove(ask)
                 whole = np.intersect1d(ask.k, self.kept)
@@ -323,9 +326,8 @@ class Restorer:
         stored = plan is not None and any(
             s.kind is SourceKind.RUNNING_CHECKPOINT for s in plan.sources[ask.source :]
         )
-        has_state = any(table.state for table in self.plane.shard.tables)
-        if store is None or not (stored and has_state):
-            self._taken(kind, k, size)
+        if store is None or not (stored and self._has_moments):
+            self._taken(kind, k, size, reset=k)
             return
         intake = Intake(self.plane, background, lambda: self.plan is plan, moments_only=True)
 
@@ -334,11 +336,13 @@ class Restorer:
             if self.plan is not plan:
                 self._check_end()
                 return
+            reset = k
             if found is None:
                 LOG.warning("the moments start at zero: %s", error)
             else:
                 self._damaged(found.damaged)
-            self._taken(kind, k, size)
+                reset = k[~intake.whole(k)]
+            self._taken(kind, k, size, reset=reset)
 
         self._reading += 1
         background.submit(lambda: intake.read(store, self._where, k), done)
@@ -349,12 +353,28 @@ class Restorer:
             known = dict.fromkeys((*self.report.damaged, *sentences))
             self.report = replace(self.report, damaged=tuple(known)[:MAX_DAMAGED])
 
-    def _taken(self, kind: SourceKind, k: Ints, size: int) -> None:
+    @property
+    def _has_moments(self) -> bool:
+        return any(table.state for table in self.plane.shard.tables)
+
+    def _taken(self, kind: SourceKind, k: Ints, size: int, reset: Ints | None = None) -> None:
+        """These slots are back. `reset`: of them, those whose moments begin again at zero.
+
+        None: the moments came with the parameters.
+        """
         if self.report is None or not len(k):
             return
-        sources = dict(self.report.sources)
-        sources[kind.value] = sources.get(kind.value, 0) + len(k)
-        self.report = replace(self.report, sources=sources, bytes=self.report.bytes + size)
+        sources, moments = Counter(self.report.sources), Counter(self.report.moments)
+        sources[kind.value] += len(k)
+        if self._has_moments:
+            # A peer has none; what is not zero then is the running save's.
+            other = SourceKind.RUNNING_CHECKPOINT if kind is SourceKind.PEER else kind
+            fresh = 0 if reset is None else len(reset)
+            moments += Counter({other.value: len(k) - fresh, RESET: fresh})
+        self.report = replace(
+            self.report, sources=dict(sources), moments=dict(moments),
+            bytes=self.report.bytes + size,
+        )  # fmt: skip
         self._back.update(k.tolist())
         self._check_end()
 

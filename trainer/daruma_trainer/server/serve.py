@@ -203,7 +203,8 @@ class Server:
                 self._reply(identity, header, reply)
         elif header.kind is Kind.REPORT:
             self._take_report(member, Report.from_json(decode_json(frames[1])))
-            self._reply(identity, header, Reply(Kind.OK, [b"{}"]))
+            others = {"gap": self.reports.gap(self._members() - {member})}
+            self._reply(identity, header, Reply(Kind.OK, [encode_json(others)]))
         elif header.kind is Kind.EPOCH:
             self._tell_membership(identity, header.request)
         elif header.kind is Kind.MEMBERSHIP:

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
@@ -45,6 +46,7 @@ from daruma_trainer.wire import (
 )
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.metrics import exposition
+from daruma_trainer.worker.outages import Outages
 from daruma_trainer.worker.position import Position
 from daruma_trainer.worker.pushes import Held, Pushes, Update
 from daruma_trainer.worker.reporting import Reporter
@@ -81,6 +83,7 @@ class Client:
         self.values: dict[str, float] = {}
         self.failure: DarumaError | None = None
         self.blocked_seconds = 0.0
+        self.outages = Outages()
         self.wanted: Wanted | None = None
         self.rebuilds: set[int] = set()
         """Tables whose sums the program can make again."""
@@ -95,6 +98,8 @@ class Client:
         self.announced = 0
         """Number of tables that the servers were told of."""
         self._follow_later = False
+        self._asked: deque[tuple[Link, int, bytes]] = deque()
+        """Parts of this worker's copy that restoring servers asked for."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -152,7 +157,11 @@ class Client:
         """
         with self.lock:
             sessions = self._live
-            wanted = self.wanted = Wanted(min_step, all_workers)
+            earlier, self.wanted = self.wanted, Wanted(min_step, all_workers)
+            if earlier is not None:
+                earlier.earlier = None
+            wanted = self.wanted
+            wanted.earlier = earlier
             self._todo += [partial(sessions.send_pulls, server) for server in sessions.by_server]
         self.wake()
         return wanted
@@ -190,10 +199,12 @@ class Client:
             replay = self.replays
             for server in range(sessions.membership.servers):
                 if sessions.synced(server):
+                    pushes.ride(held, server, sessions.copy)
                     self._todo.append(partial(sessions.send_held, server, held))
                 elif replay and pushes.may_accumulate(server, now):
-                    mask = sessions.copy.slots_of(server)
-                    pushes.accumulate(held, server, mask, now, sessions.rules)
+                    pushes.accumulate(held, server, sessions.copy, now, sessions.rules)
+                elif replay:
+                    pushes.hold_back(server)
         self.wake()
 
     def register(self, table: int) -> None:
@@ -269,12 +280,12 @@ class Client:
         Under `Bounded` only while its copy of them has this batch of all others.
         """
         mask = np.zeros(SLOTS, np.bool_)
-        sessions = self._live
         if self.replays and self.resumed:
-            now, members = time.monotonic(), sessions.membership.of(Role.WORKER)
+            now, sessions = time.monotonic(), self._live
+            members = sessions.membership.of(Role.WORKER)
             others = [m.index for m in members if m.address and m.index != self.me.index]
-            for server in range(sessions.membership.servers):
-                if not sessions.synced(server) and sessions.pushes.may_accumulate(server, now):
+            for server in sessions.away():
+                if sessions.pushes.may_accumulate(server, now):
                     slots = sessions.copy.slots_of(server)
                     if self._consistency == "Async" or sessions.copy.knows(slots, others, batch):
                         mask |= slots
@@ -289,6 +300,18 @@ class Client:
             sessions.synced(server) and sessions.pushes.uncovered(server) > limit
             for server in range(sessions.membership.servers)
         )
+
+    def runs_ahead(self) -> bool:
+        """Whether this worker computes on while answers are under way: some server is away.
+
+        What the others answer is then there for the step after next. Not where a limit makes it
+        wait for a server.
+        """
+        with self.lock:
+            sessions, now = self._live, time.monotonic()
+            free = sessions.membership.settings.consistency == "Async" and self.replays
+            away = sessions.away() if free and self.resumed else []
+            return bool(away) and all(sessions.pushes.may_accumulate(s, now) for s in away)
 
     def enter(self, state: str) -> None:
         """Be at something else (Report.state), and say so now."""
@@ -307,6 +330,19 @@ class Client:
         self.wake()
         self._thread.join(5.0)
         self._agent.close()
+
+    def lost_server(self) -> None:
+        """A connection to a server that counted broke, or its server is gone."""
+        if self.resumed and not self.outages.on:
+            self.outages.begin(self.blocked_seconds)
+            self._live.pushes.widest = self._live.pushes.view_gap
+
+    def stepped(self, *, complete: bool, seconds: float) -> None:
+        """The program waited so long for servers, and has what follows: of all of them or not."""
+        with self.lock:
+            self.blocked_seconds += seconds
+            if complete and not self._live.away():
+                self.outages.end(self.blocked_seconds, self.epoch, self._live.pushes.widest)
 
     # The I/O thread
 
@@ -329,6 +365,7 @@ class Client:
             calm = self._sessions is None or not self._sessions.unsettled
             rest = math.ceil(1000 * (HEARTBEAT_SECONDS - (time.monotonic() - beat)))
             tick = min(max(rest, 0), CALM_MS) if calm else TICK_MS
+            tick = 0 if self._asked else tick
             ready = dict(self._poller.poll(tick))
             if self._wake in ready:
                 os.eventfd_read(self._wake)
@@ -345,6 +382,21 @@ class Client:
                 if self._reporter.is_news(self._report()):
                     self._heartbeat()
                 self.lock.notify_all()
+            if self._asked:
+                self._give(*self._asked.popleft())
+
+    def _give(self, link: Link, request: int, wanted: bytes) -> None:
+        """Give a restoring server a message's worth of this worker's copy.
+
+        One between two turns, and without the lock, so that training goes on: this thread alone
+        writes the copy. A rollback meanwhile makes another generation, and the server drops this.
+        """
+        with self.lock:
+            if link not in self._live.links:
+                return
+            reply = replace(self.header(Kind.COPY), request=request)
+        state = self._live.copy.fetched(wanted)
+        link.send(replace(reply, incarnation=link.peer.incarnation), encode_state(state))
 
     def _turn(self, ready: Container[object]) -> None:
         if self._sessions is None:
@@ -357,14 +409,21 @@ class Client:
             send()
         self._sessions.turn(ready, self._unasked)
 
-    def _heard(self, _header: Header, _frames: Sequence[Frame]) -> None:
+    def _heard(self, header: Header, frames: Sequence[Frame]) -> None:
         self._answers += 1
+        self._told(header, frames)
 
-    def _heartbeat(self, answer: Answer = lambda _header, _frames: None) -> None:
+    def _told(self, header: Header, frames: Sequence[Frame]) -> None:
+        """A server's answer to a report: what the other workers have pending."""
+        gap = decode_json(frames[1]).get("gap") if header.kind is Kind.OK else None
+        if isinstance(gap, int | float):
+            self._live.pushes.note_others(float(gap))
+
+    def _heartbeat(self, answer: Answer | None = None) -> None:
         own = self._report()
         self.cell.publish(self.epoch, own, {})
         if self._sessions is not None:
-            self._sessions.report([encode_json(own.to_json())], answer)
+            self._sessions.report([encode_json(own.to_json())], answer or self._told)
 
     def _report(self) -> Report:
         return self._reporter.report(self, self._sessions)
@@ -419,9 +478,7 @@ class Client:
         if header.kind is Kind.MEMBERSHIP:
             self._adopt(Membership.from_json(decode_json(frames[1])))
         elif header.kind is Kind.FETCH:
-            state = self._live.copy.fetched(frames[1])
-            reply = replace(self.header(Kind.COPY), request=header.request)
-            link.send(replace(reply, incarnation=link.peer.incarnation), encode_state(state))
+            self._asked.append((link, header.request, bytes(frames[1])))
         elif header.kind is Kind.EPOCH and self.membership is not None:
             reply = replace(self.header(Kind.MEMBERSHIP), incarnation=link.peer.incarnation)
             link.send(reply, [encode_json(self.membership.to_json())])

@@ -4,6 +4,7 @@ It is the source of every gradient, and the freshest copy of a lost slot (source
 values travel with its version and applied vector, so each slot here is exact by itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,9 +56,11 @@ class HostCopy:
         self.tables: Ints = np.zeros(SLOTS, np.int64)
         """How many tables each slot was pulled with."""
         self.groups: list[Group] = []
-        self.moved: dict[int, float] = {}
-        """By server: a running mean of how far its part moved (L2) from one pull to the next."""
         self.previous = None if keeps_for is None else Previous(self, keeps_for)
+        self._versions: tuple[bytes, tuple[Copies, ...]] = b"", ()
+        self._moved: dict[int, float] = {}
+        """By a message's first slot: a running mean of how far its slots moved (L2) from one pull
+        to the next."""
 
     def add(self, spec: TableSpec) -> None:
         """Make room for a table; `arrange` once after the last."""
@@ -96,15 +99,18 @@ class HostCopy:
         self.last[slots, :workers] = state.last[state.vector][:, :workers]
         self.window[slots, :workers] = state.window[state.vector][:, :workers]
         if len(slots):
-            server = int(self.owner[slots[0]])
-            old = self.moved.get(server)
-            self.moved[server] = step**0.5 if old is None else 0.9 * old + 0.1 * step**0.5
+            old = self._moved.get(int(slots[0]), step**0.5)
+            self._moved[int(slots[0])] = 0.9 * old + 0.1 * step**0.5
         return state.slots
 
     def give(self, mask: Slots) -> State:
-        """Return slots for a restoring server."""
+        """Return slots for a restoring server.
+
+        For the thread that calls `take`; tables may be added meanwhile.
+        """
         slots = np.flatnonzero(mask)
-        layout = self.layout_of(slots)
+        data = list(self.data)
+        layout = ShardLayout(self._uid, self.specs[: len(data)], slots)
         both = np.hstack([self.last[slots], self.window[slots].view(np.int64)])
         unique, index = np.unique(both, axis=0, return_inverse=True)
         workers = self.last.shape[1]
@@ -115,7 +121,7 @@ class HostCopy:
             index.reshape(-1).astype(np.int64),
             np.ascontiguousarray(unique[:, :workers]),
             np.ascontiguousarray(unique[:, workers:]).view(np.uint64),
-            tuple(d[t.rows].reshape(-1) for d, t in zip(self.data, layout.tables, strict=True)),
+            tuple(d[t.rows].reshape(-1) for d, t in zip(data, layout.tables, strict=True)),
         )
 
     def fetched(self, meta: Frame) -> State:
@@ -134,13 +140,26 @@ class HostCopy:
         """Whether these slots have this batch of each of these workers."""
         return bool((self.last[slots][:, workers] >= batch).all())
 
-    def versions(self) -> tuple[Copies, ...]:
-        """Group the slots by version, for the operator's plan."""
+    def versions(self, mask: Slots) -> tuple[Copies, ...]:
+        """Group these slots by version, for the operator's plan."""
         # Of a table that came since, this copy has zeros.
-        whole = np.flatnonzero(self.tables == len(self.specs))
-        return group_versions(
-            whole.tolist(), self.lineage[whole].tolist(), self.position[whole].tolist()
-        )
+        k = np.flatnonzero(mask & (self.tables == len(self.specs)))
+        lineage, position = self.lineage[k], self.position[k]
+        key = b"".join((k.tobytes(), lineage.tobytes(), position.tobytes()))
+        if self._versions[0] != key:
+            found = group_versions(k.tolist(), lineage.tolist(), position.tolist())
+            self._versions = key, found
+        return self._versions[1]
+
+    def moved(self, server: int) -> float | None:
+        """Return how far a server's part moves from one pull to the next (L2), on the mean."""
+        found = [self._moved.get(int(np.argmax(group.mask))) for group in self.groups_of(server)]
+        known = [way for way in found if way is not None]
+        return math.hypot(*known) if known else None
+
+    def groups_of(self, server: int) -> list[Group]:
+        """Return a server's messages: together they have its slots, in ascending order."""
+        return [group for group in self.groups if group.server == server]
 
     def slots_of(self, server: int) -> Slots:
         """Return the mask of a server's slots."""

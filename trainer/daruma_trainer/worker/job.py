@@ -18,6 +18,7 @@ from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.footing import align, pace, pull_all, take_position
 from daruma_trainer.worker.pushes import Update
 from daruma_trainer.worker.rebuilding import Rebuilder, Rebuilders
+from daruma_trainer.worker.sessions import Wanted
 from daruma_trainer.worker.table import Table
 
 if TYPE_CHECKING:
@@ -186,9 +187,13 @@ class Job:
         client = self._client
         # A gradient of a batch before a rollback is dropped: that batch comes again.
         current = not self._batches_open or self._batch_generation == self._generation
+        ahead = client.runs_ahead()
+        if ahead:
+            # One step may be under way, no more: so no more gradients are kept than otherwise.
+            self._until_answered(client.wanted)
         if current and (client.stopped is None or not self._batches_open):
             client.push(updates, self._generation)
-        self._settle(pace(client))
+        self._settle(pace(client), ahead=ahead)
         self._evaluate()
 
     def rebuild_with(self, spec: TableSpec, fn: Rebuilder) -> None:
@@ -213,8 +218,27 @@ class Job:
         """Call `write` whenever new values have come (the optimizer copies them into torch)."""
         self._writers.append(write)
 
-    def _settle(self, min_step: int, *, all_workers: bool = False) -> None:
-        """Pull; where a rollback came meanwhile, go on from where it leads."""
+    def _until_answered(self, wanted: Wanted | None) -> None:
+        """Wait for what a pull asked for, but of servers that are away."""
+        if wanted is None:
+            return
+        started = time.monotonic()
+        self.wait(
+            lambda: (
+                self._rolled_back
+                or not (wanted.missing & ~self._client.away(0)).any()
+                or self._client.stopped is not None
+            ),
+            self._progress_seconds(),
+            "an answer from every server that is there",
+        )
+        self._client.stepped(complete=False, seconds=time.monotonic() - started)
+
+    def _settle(self, min_step: int, *, all_workers: bool = False, ahead: bool = False) -> None:
+        """Pull; where a rollback came meanwhile, go on from where it leads.
+
+        `ahead`: go on with what is there already; the answers are for the next step.
+        """
         client = self._client
         started = time.monotonic()
         wanted = client.pull(min_step, all_workers=all_workers)
@@ -225,15 +249,20 @@ class Job:
             return bool((wanted.missing & ~away).any()) or client.crowded
 
         self.wait(
-            lambda: self._rolled_back or not missing() or client.stopped is not None,
+            lambda: (
+                self._rolled_back
+                or not (client.crowded if ahead else missing())
+                or client.stopped is not None
+            ),
             self._progress_seconds(),
             f"batch {min_step} of every worker" if all_workers else "an answer from every server",
         )
+        complete = self._rolled_back or not wanted.missing.any()
         if self._rolled_back:
             LOG.info("rolled back: going on from the cut")
             self._generation = take_position(client, self._progress_seconds())
         align(client, self._generation)
-        client.blocked_seconds += time.monotonic() - started
+        client.stepped(complete=complete, seconds=time.monotonic() - started)
         for write in self._writers:
             write()
 

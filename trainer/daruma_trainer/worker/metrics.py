@@ -20,12 +20,19 @@ def exposition(client: "Client") -> bytes:
         pushes, loss, blocked = client.pushes, client.loss, client.blocked_seconds
         acked = 0 if pushes is None else pushes.acked
         pending = 0 if pushes is None else pushes.pending
+        gap = 0.0 if pushes is None else pushes.view_gap
 
     class Collector:
         def collect(self) -> "Iterator[Metric]":
             gauges = [
                 ("daruma_step", "Last batch that all slots have.", float(acked)),
                 ("daruma_pending_pushes", "Batches accumulated and not yet sent.", float(pending)),
+                (
+                    "daruma_parameter_gap",
+                    "Bound on the L2 distance between the parameters this worker computes with and "
+                    "the true ones, because of pushes that wait for a server.",
+                    gap,
+                ),
             ]
             if loss is not None:
                 gauges.append(("daruma_loss", "What the program reported last.", loss))

@@ -6,17 +6,23 @@ however long the outage; an accumulation is sealed at its first send. Pure bookk
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from daruma_trainer.contract import SLOTS, Replay
 from daruma_trainer.layout import Floats, Ints
+from daruma_trainer.rules import Rule
 from daruma_trainer.wire import Slots
+from daruma_trainer.worker.accumulating import Accumulation
+from daruma_trainer.worker.copies import HostCopy
+from daruma_trainer.worker.residual import Residual, Ride
 
-SCALE_FREE = frozenset({"adam", "adagrad"})
-"""Rules to which a sum of gradients is one gradient: a replay takes the mean as one step."""
+MAX_SEALED = 2
+"""Replays of one server that may wait for an answer before its worker waits too: each may have
+been applied, so they cannot be made one. Memory stays bounded where a server dies in replay after
+replay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,79 +47,128 @@ class Held:
     uncovered: set[int] = field(default_factory=set)
     """Servers whose part of it is not on as many nodes as the job asks for."""
     unacked: Slots = field(default_factory=lambda: np.ones(SLOTS, np.bool_))
-
-
-@dataclass(slots=True)
-class Accumulation:
-    """Gradients for one server that is away, as one update of batches first..last."""
-
-    first: int
-    last: int
-    count: int
-    since: float
-    """Monotonic time of the first."""
-    tables: dict[int, Update]
-    applied: bool = False
-    """Whether its server has it, though not on as many nodes as the job asks for."""
+    rides: dict[int, Ride] = field(default_factory=dict)
+    """By server: what of its replay goes with this batch."""
 
 
 class Pushes:
     """All that one worker has under way."""
 
     def __init__(self, replay: Replay) -> None:
-        self._replay = replay
+        self.limits = replay
         self.held: dict[int, Held] = {}
         self.sealed: dict[int, list[Accumulation]] = {}
         """By server: accumulations that were sent and not yet acknowledged."""
         self.open: dict[int, Accumulation] = {}
         """By server: the accumulation that still takes gradients."""
+        self.rest: dict[int, Residual] = {}
+        """By server: what of its replay rides on the batches that follow."""
         self.acked = 0
         """The last batch that all slots have (with all before it)."""
         self.acked_epoch = 0
         self.replayed = 0
         self.lost: set[int] = set()
+        self.others_gap = 0.0
+        """Sum of the gaps of the other workers, as servers said last."""
+        self.widest = 0.0
+        """The largest `view_gap` since it was last set to 0."""
 
     def hold(self, held: Held) -> None:
         """Keep a new batch."""
         self.held[held.batch] = held
 
     def accumulate(
-        self, held: Held, server: int, mask: Slots, now: float, rules: Sequence[str]
+        self, held: Held, server: int, copy: HostCopy, now: float, rules: Sequence[Rule]
     ) -> None:
         """Move a server's part of a batch into its accumulation."""
-        held.unacked &= ~mask
+        held.unacked &= ~copy.slots_of(server)
         held.uncovered.discard(server)
         into = self.open.get(server)
         if into is None:
-            into = Accumulation(held.batch, held.batch, 0, now, {})
-            self.open[server] = into
-        into.last = held.batch
-        into.count += 1
-        for update in held.updates:
-            self._add(into, update, rules[update.table])
+            into = self.open[server] = Accumulation(held.batch, now)
+            if (rest := self.rest.pop(server, None)) is not None and rest.left:
+                rest.give_back(into)
+        into.add(held.batch, held.updates, copy.groups_of(server), rules, copy.data)
+        if not held.unacked.any():
+            self.settle()  # all servers are away: nobody's answer will let it go
+        self.widest = max(self.widest, self.view_gap)
 
     def may_accumulate(self, server: int, now: float) -> bool:
         """Return whether the limits of spec.recovery.replay allow another batch."""
-        into = self.open.get(server)
+        into, limits = self.open.get(server), self.limits
+        if limits.max_gap is not None and not self.view_gap < limits.max_gap:
+            return False
         if into is None:
-            return True
+            return len(self.sealed.get(server, [])) < MAX_SEALED
         age = now - into.since
-        return into.count < self._replay.max_pending and age < self._replay.max_age_seconds
+        return not into.full and into.count < limits.max_pending and age < limits.max_age_seconds
 
-    def seal(self, server: int, moved: Mapping[int, float], rules: Sequence[str]) -> None:
-        """Close a server's open accumulation: it goes out as one push and can no longer grow."""
+    def hold_back(self, server: int) -> None:
+        """A batch that a server lacks is held by itself: its accumulation takes no later one."""
+        if server in self.open:
+            self.open[server].full = True
+
+    @property
+    def gap(self) -> float:
+        """How far this worker's batches that await servers would move the parameters (L2; at most).
+
+        Elastic consistency's ‖x − v‖, as far as it comes from these; see `Accumulation.gap`.
+        """
+        by_server: dict[int, float] = {}
+        pending: list[tuple[int, Accumulation | Residual]] = []
+        pending += [*self.open.items(), *self.rest.items()]
+        pending += [(server, done) for server, row in self.sealed.items() for done in row]
+        for server, part in pending:
+            by_server[server] = by_server.get(server, 0.0) + part.gap
+        return math.hypot(*by_server.values())
+
+    def note_others(self, gap: float) -> None:
+        """Servers said how far the batches that the other workers have pending would move."""
+        self.others_gap = gap
+        self.widest = max(self.widest, self.view_gap)
+
+    @property
+    def view_gap(self) -> float:
+        """The same with what other workers have pending, as servers said last.
+
+        The distance of a sum is at most the sum of the distances.
+        """
+        return self.gap + self.others_gap
+
+    def seal(self, server: int, moved: float | None, rules: Sequence[Rule]) -> None:
+        """Close a server's open accumulation: it goes out as one push and can no longer grow.
+
+        `moved`: how far the server's part moves from one pull to the next (L2), where it is known.
+        """
         into = self.open.pop(server, None)
         if into is None:
             return
-        if self._replay.combine == "Drop":
+        if self.limits.combine == "Drop":
             # It goes out empty, so that the server marks the batches: later ones build on them.
-            into.tables.clear()
+            into.parts.clear()
             self.lost |= set(range(into.first, into.last + 1))
         else:
-            for table, update in into.tables.items():
-                into.tables[table] = self._combine(into, update, rules[table], moved.get(server))
+            if self.limits.combine == "Auto":
+                rest = Residual.of(into, rules, self.limits, moved)
+                if rest is not None:
+                    self.rest[server] = rest
+            elif self.limits.combine == "Mean":
+                for table, part in into.parts.items():
+                    if rules[table].gradient:
+                        part.values *= np.float32(1 / part.weight)
             self.replayed += into.count
         self.sealed.setdefault(server, []).append(into)
+
+    def ride(self, held: Held, server: int, copy: HostCopy) -> None:
+        """Let a batch that goes to a server take a part of its replay along."""
+        rest = self.rest.get(server)
+        if rest is None:
+            return
+        ride = rest.ride(held.updates, copy.groups_of(server))
+        if ride is not None:
+            held.rides[server] = ride
+        if not rest.left:
+            del self.rest[server]
 
     def hold_again(self, server: int, slots: Slots) -> None:
         """A server was replaced: it may lack what its predecessor had acknowledged.
@@ -194,6 +249,7 @@ class Pushes:
         self.held.clear()
         self.sealed.clear()
         self.open.clear()
+        self.rest.clear()
         self.acked = self._newest = batch
 
     @property
@@ -206,58 +262,3 @@ class Pushes:
 
     def _accumulations(self) -> list[Accumulation]:
         return [*self.open.values(), *(a for row in self.sealed.values() for a in row)]
-
-    def _add(self, into: Accumulation, update: Update, rule: str) -> None:
-        old = into.tables.get(update.table)
-        if old is None:
-            into.tables[update.table] = Update(
-                update.table, update.lr, update.values.copy(), update.rows
-            )
-        elif update.rows is not None or old.rows is not None:
-            into.tables[update.table] = _merge_rows(old, update, rule)
-        elif rule == "assign":
-            np.copyto(old.values, update.values)
-        elif rule == "sgd" and update.lr != old.lr:
-            # The rate changed during the outage: each gradient counts with its own, as a share of
-            # the larger one.
-            rate = max(old.lr, update.lr)
-            np.multiply(old.values, np.float32(old.lr / rate), out=old.values)
-            np.add(old.values, update.values * np.float32(update.lr / rate), out=old.values)
-            into.tables[update.table] = Update(update.table, rate, old.values)
-        else:
-            np.add(old.values, update.values, out=old.values)
-            into.tables[update.table] = Update(update.table, update.lr, old.values)
-
-    def _combine(
-        self, into: Accumulation, update: Update, rule: str, moved: float | None
-    ) -> Update:
-        """Make one update of a sum of gradients (design: replay, `combine`)."""
-        if rule in ("add", "assign"):
-            return update
-        how = self._replay.combine
-        mean = how == "Mean" or (how == "Auto" and rule in SCALE_FREE)
-        factor = 1 / into.count if mean else 1.0
-        if how == "Auto" and not mean and moved is not None:
-            # A long sum taken at once overshoots: no longer than the way the part would have gone.
-            length = update.lr * float(np.linalg.norm(update.values))
-            limit = self._replay.trust * moved * into.count
-            if length > limit and math.isfinite(length):
-                factor = limit / length
-        if factor != 1.0:
-            np.multiply(update.values, np.float32(factor), out=update.values)
-        return update
-
-
-def _merge_rows(old: Update, new: Update, rule: str) -> Update:
-    """Join two row-wise updates: sums for `add`, the newer for `assign`."""
-    if old.rows is None or new.rows is None:
-        raise ValueError("a table is pushed either whole or by rows while its server is away")
-    rows = np.union1d(old.rows, new.rows)
-    values = np.zeros((len(rows), old.values.shape[1]), np.float32)
-    values[np.searchsorted(rows, old.rows)] = old.values
-    at = np.searchsorted(rows, new.rows)
-    if rule == "add":
-        values[at] += new.values
-    else:
-        values[at] = new.values
-    return Update(old.table, new.lr, values, rows)

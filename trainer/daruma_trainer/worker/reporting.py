@@ -4,7 +4,10 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from daruma_trainer.contract import Report
+import numpy as np
+
+from daruma_trainer.contract import SLOTS, Report
+from daruma_trainer.wire import Slots
 from daruma_trainer.worker.sessions import Sessions
 
 if TYPE_CHECKING:
@@ -36,10 +39,12 @@ class Reporter:
             report,
             step=pushes.acked,
             suspects=sessions.suspects(),
-            copies=sessions.copy.versions() if recovers else (),
+            copies=sessions.copy.versions(_offered(sessions)) if recovers else (),
             acked_epoch=pushes.acked_epoch,
             acked_age=now - self._acked_at if pushes.acked_epoch else None,
             pending=pushes.pending,
+            gap=pushes.gap,
+            outage=client.outages.report(client.blocked_seconds, client.epoch, pushes.widest),
             replayed=pushes.replayed,
             lost=len(pushes.lost),
             skipped=client.position.skipped,
@@ -55,3 +60,15 @@ class Reporter:
         )  # fmt: skip
         before, self._shown = self._shown, shown
         return shown != before
+
+
+def _offered(sessions: Sessions) -> Slots:
+    """Slots that may have been lost: of servers that are away, or of all if none is.
+
+    What is pulled meanwhile of the others changes with every step: to tell that would be a report a
+    step, from each worker to each server and on to the operator.
+    """
+    away = sessions.away()
+    if not away:
+        return np.ones(SLOTS, np.bool_)
+    return np.isin(sessions.copy.owner, away)

@@ -26,6 +26,7 @@ from daruma_trainer.contract import (
 )
 from daruma_trainer.errors import ConfigurationError, TableMismatchError
 from daruma_trainer.links import Answer, Link
+from daruma_trainer.rules import Rule, rule_from_json
 from daruma_trainer.wire import (
     ALL_WORKERS,
     ENTER,
@@ -45,8 +46,9 @@ from daruma_trainer.wire import (
     encode_push,
     from_bitmap,
 )
+from daruma_trainer.worker.accumulating import Accumulation
 from daruma_trainer.worker.copies import Group, HostCopy
-from daruma_trainer.worker.pushes import Accumulation, Held, Pushes, Update
+from daruma_trainer.worker.pushes import Held, Pushes, Update
 
 if TYPE_CHECKING:
     from daruma_trainer.worker.client import Client
@@ -95,6 +97,8 @@ class Wanted:
     """Whether slots are wanted as they were when `min_step` was this worker's last batch there."""
     unkept: bool = False
     """Of such slots: a server says that nobody has them any more."""
+    earlier: "Wanted | None" = None
+    """The pull before this one: what answers this answers that too."""
 
 
 class Sessions:
@@ -120,6 +124,7 @@ class Sessions:
         )
         self.pushes = Pushes(replay_of(settings))
         self.by_server: dict[int, Session] = {}
+        self._rules: list[Rule] = []
 
     def close(self) -> None:
         """Close all connections."""
@@ -131,6 +136,15 @@ class Sessions:
         """Whether a server takes pushes now."""
         session = self.by_server.get(server)
         return session is not None and session.stage is Stage.SYNCED
+
+    @property
+    def links(self) -> list[Link]:
+        """Connections that are open."""
+        return [session.link for session in self.by_server.values()]
+
+    def away(self) -> list[int]:
+        """Return the servers that take no pushes now."""
+        return [s for s in range(self.membership.servers) if not self.synced(s)]
 
     @property
     def unsettled(self) -> bool:
@@ -146,8 +160,10 @@ class Sessions:
         now = time.monotonic()
         for server, session in list(self.by_server.items()):
             for event in session.link.receive(ready, unasked):
-                if event == "disconnected" and session.stage is not Stage.TABLES:
-                    self._begin(session)
+                if event == "disconnected":
+                    self._worker.lost_server()
+                    if session.stage is not Stage.TABLES:
+                        self._begin(session)
                 elif event == "connected":
                     session.retry_at = 0.0
             if session.retry_at is not None and now >= session.retry_at:
@@ -182,6 +198,7 @@ class Sessions:
         wanted = {m.index: m for m in self.membership.of(Role.SERVER) if m.address is not None}
         for index, session in list(self.by_server.items()):
             if index not in wanted or wanted[index] != session.link.peer:
+                self._worker.lost_server()
                 session.link.close()
                 del self.by_server[index]
         for index, member in wanted.items():
@@ -293,7 +310,7 @@ class Sessions:
             # Its predecessor's acknowledgements went with it: what is still held goes out again.
             self.pushes.hold_again(server, self.copy.slots_of(server))
             session.fresh = False
-        self.pushes.seal(server, self.copy.moved, self.rules)
+        self.pushes.seal(server, self.copy.moved(server), self.rules)
         # In the order of their batches: a slot takes what is older than its window for applied.
         under_way: list[tuple[int, Callable[[], None]]] = [
             (h.batch, partial(self.send_held, server, h)) for h in self.pushes.held.values()
@@ -332,10 +349,11 @@ class Sessions:
         session = self.by_server.get(server)
         if session is None or session.stage is not Stage.SYNCED:
             return  # it goes out when the session is there again
-        for group in self._groups(server):
+        groups = self._groups(server)
+        for number, group in enumerate(groups):
             if held.unacked[group.mask].any():
                 answer = partial(self._on_ack, held.batch, group.mask)
-                parts = _parts(held.updates, group)
+                parts = parts_of(held, groups, number)
                 push = Push(
                     self._worker.me.index,
                     held.batch,
@@ -348,8 +366,8 @@ class Sessions:
                 self._ask(session, Kind.PUSH, encode_push(push), answer, patient=True)
 
     def _send_sealed(self, server: int, session: Session, done: Accumulation) -> None:
-        for group in self._groups(server):
-            parts = _parts(tuple(done.tables.values()), group)
+        groups = self._groups(server)
+        for group, parts in zip(groups, done.cut(groups), strict=True):
             push = Push(
                 self._worker.me.index, done.first, done.last, done.count, self.pushes.acked,
                 group.mask, parts,
@@ -437,14 +455,18 @@ class Sessions:
         slots = np.flatnonzero(taken)
         self.pushes.note_state(slots, self.copy.last[slots, self._worker.me.index])
         wanted.missing &= ~taken
+        if wanted.earlier is not None:
+            wanted.earlier.missing &= ~taken
 
     def _groups(self, server: int) -> list[Group]:
-        return [group for group in self.copy.groups if group.server == server]
+        return self.copy.groups_of(server)
 
     @property
-    def rules(self) -> list[str]:
-        """Names of the tables' update rules."""
-        return [decode_json(spec.rule.encode())["rule"] for spec in self.copy.specs]
+    def rules(self) -> list[Rule]:
+        """The tables' update rules."""
+        while len(self._rules) < len(self.copy.specs):
+            self._rules.append(rule_from_json(self.copy.specs[len(self._rules)].rule))
+        return self._rules
 
 
 def replay_of(settings: Settings) -> Replay:
@@ -455,10 +477,10 @@ def replay_of(settings: Settings) -> Replay:
     return replace(settings.replay, max_pending=most)
 
 
-def _parts(updates: tuple[Update, ...], group: Group) -> tuple[TablePush, ...]:
-    """Cut a batch's updates down to one message's slots."""
-    parts = []
-    for update in updates:
+def parts_of(held: Held, groups: Sequence[Group], number: int) -> tuple[TablePush, ...]:
+    """Cut a batch down to one of a server's messages, with what rides along."""
+    group, parts = groups[number], []
+    for update in held.updates:
         layout = group.layout.tables[update.table]
         if update.rows is None:
             parts.append(TablePush(update.table, update.lr, update.values[layout.rows]))
@@ -467,4 +489,7 @@ def _parts(updates: tuple[Update, ...], group: Group) -> tuple[TablePush, ...]:
         if mine.any():
             rows = update.rows[mine]
             parts.append(TablePush(update.table, update.lr, update.values[mine], rows))
+    ride = held.rides.get(group.server)
+    if ride is not None:
+        ride.board(groups, number, parts)
     return tuple(parts)

@@ -1,0 +1,92 @@
+"""A server is away for a while: workers go on, within their limits, and say what it cost them."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from daruma_trainer.contract import Outage, Replay, Role, Settings
+from local_cluster import LocalCluster, freshest, local_cluster
+
+pytestmark = pytest.mark.faults
+PROGRAMS = str(Path(__file__).with_name("worker_programs.py"))
+OUTAGE_SECONDS = 5.0
+
+
+def lose(cluster: LocalCluster, index: int) -> None:
+    """Kill a server and fence it; nobody takes its place yet."""
+    gone = cluster.membership.member(Role.SERVER, index)
+    assert gone is not None
+    cluster.kill(gone.id)
+    members = tuple(m for m in cluster.membership.members if m is not gone)
+    epoch = cluster.membership.epoch + 1
+    cluster.tell(raise_epoch=True, members=members, initialised=True, recovery=epoch)
+    workers = cluster.membership.of(Role.WORKER)
+    cluster.until(
+        lambda: all(cluster.report(Role.WORKER, w.index).copies for w in workers), "copies"
+    )
+
+
+def both(cluster: LocalCluster) -> list[int]:
+    return [w.index for w in cluster.membership.of(Role.WORKER)]
+
+
+def ended(cluster: LocalCluster, worker: int, epoch: int) -> Outage | None:
+    """What a worker says of an outage that was over in this epoch."""
+    outage = cluster.report(Role.WORKER, worker).outage
+    return outage if outage is not None and outage.over and outage.epoch >= epoch else None
+
+
+def test_workers_compute_through_an_outage_and_say_how_far_they_are_off(tmp_path: Path) -> None:
+    program = (PROGRAMS, "descend", "15")
+    config = Settings(replay=Replay(max_pending=100_000))
+    with local_cluster(tmp_path, servers=2, workers=2, settings=config, program=program) as cluster:
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 20, "20 steps")
+        assert cluster.report(Role.WORKER, 0).outage is None
+        lose(cluster, 1)
+        end = time.monotonic() + OUTAGE_SECONDS
+        cluster.until(lambda: time.monotonic() > end, "the outage", OUTAGE_SECONDS + 60)
+        away = [cluster.report(Role.WORKER, w) for w in both(cluster)]
+        for report in away:
+            assert report.pending > 50
+            assert report.gap > 0
+            assert report.outage is not None
+            # What the others have pending came to each over the server that is left.
+            assert report.outage.gap > 1.5 * report.gap
+            assert not report.outage.over
+        cluster.replace_server(1, freshest(cluster, 1))
+        epoch = cluster.membership.epoch
+        for w in both(cluster):
+            outage = cluster.until(partial(ended, cluster, w, epoch), "a step with all servers")
+            assert outage.seconds >= OUTAGE_SECONDS
+            assert 1 - outage.blocked / outage.seconds >= 0.95, outage
+        cluster.until(
+            lambda: all(cluster.report(Role.WORKER, w).gap == 0 for w in both(cluster)),
+            "all has come to the server",
+        )
+        assert all(cluster.report(Role.WORKER, w).replayed > 50 for w in both(cluster))
+        assert all(cluster.report(Role.WORKER, w).lost == 0 for w in both(cluster))
+
+
+def test_at_the_largest_gap_a_worker_waits(tmp_path: Path) -> None:
+    program = (PROGRAMS, "descend", "5")
+    config = Settings(replay=Replay(max_pending=100_000, max_gap=0.2))
+    with local_cluster(tmp_path, servers=2, workers=1, settings=config, program=program) as cluster:
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 20, "20 steps")
+        lose(cluster, 1)
+        cluster.until(lambda: cluster.report(Role.WORKER, 0).gap >= 0.2, "the limit")
+        before = cluster.report(Role.WORKER, 0)
+        end = time.monotonic() + 1.0
+        cluster.until(lambda: time.monotonic() > end, "a second")
+        after = cluster.report(Role.WORKER, 0)
+        assert (after.pending, after.gap) == (before.pending, before.gap)
+        # A step of this program moves the lost half by 0.0128 at most.
+        assert after.gap < 0.2 + 0.013
+        assert after.outage is not None
+        assert after.outage.blocked < 0.5 * after.outage.seconds, "the wait is not over yet"
+        cluster.replace_server(1, freshest(cluster, 1))
+        epoch = cluster.membership.epoch
+        outage = cluster.until(partial(ended, cluster, 0, epoch), "a step with all servers")
+        assert outage.blocked > 0.9
+        assert cluster.report(Role.WORKER, 0).lost == 0

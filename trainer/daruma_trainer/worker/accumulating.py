@@ -1,0 +1,225 @@
+"""What a worker keeps for a server that is away: one sum, however long the outage.
+
+Of each table only the rows of that server, in wire order. What is kept also says how far apart the
+worker's view and the true parameters are because of it (elastic consistency: Nadiradze et al.,
+AAAI 2021, bound E‖x − v‖ for their theory; here x is where the view would be, had each of these
+batches been applied when it was made). Pure bookkeeping, like `pushes`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daruma_trainer.layout import Floats, Ints, TableLayout
+from daruma_trainer.rules import SGD, Adam, Rule
+from daruma_trainer.wire import TablePush
+from daruma_trainer.worker.copies import Group
+
+if TYPE_CHECKING:
+    from daruma_trainer.worker.pushes import Update
+
+
+@dataclass(slots=True)
+class Part:
+    """One table's rows of a server that is away."""
+
+    lr: float
+    values: Floats
+    """(rows, cols) in wire order: gradients summed, changes summed, or the newest values."""
+    touched: NDArray[np.uint8] | None
+    """Which rows it says something of, a bit each; None: all of them."""
+    weight: float = 0.0
+    """How many batches it is worth: a table that the program does not use in a step gets none."""
+    rates: float = 0.0
+    """Sum of their learning rates."""
+    farthest: float = 0.0
+    """The largest lr × ‖sum‖ that there was on the way."""
+    gap: float = 0.0
+    """See `Accumulation.gap`."""
+
+    def rows(self, start: int, stop: int) -> Ints | None:
+        """Indices of the rows it says something of, from `start`; None: all."""
+        if self.touched is None:
+            return None
+        bits = np.unpackbits(self.touched[start >> 3 : (stop + 7) >> 3], bitorder="little")
+        return np.flatnonzero(bits[start & 7 : (start & 7) + stop - start])
+
+
+class Accumulation:
+    """Batches first..last of one worker for one server, as one update."""
+
+    def __init__(self, batch: int, now: float) -> None:
+        self.first = self.last = batch
+        self.count = 0
+        self.since = now
+        """Monotonic time of the first batch."""
+        self.full = False
+        """A batch was held beside it: from then on it takes none, or it would overtake that one."""
+        self.applied = False
+        """Whether its server has it, though not on as many nodes as the job asks for."""
+        self.parts: dict[int, Part] = {}
+
+    def add(
+        self,
+        batch: int,
+        updates: Sequence["Update"],
+        groups: Sequence[Group],
+        rules: Sequence[Rule],
+        view: Sequence[Floats],
+    ) -> None:
+        """Take a batch's part for the server of these `groups`; `view`: what was last pulled."""
+        self.last = batch
+        self.count += 1
+        for update in updates:
+            layouts = [group.layout.tables[update.table] for group in groups]
+            rule, part = rules[update.table], self.parts.get(update.table)
+            if part is None:
+                size = sum(int(layout.block_starts[-1]) for layout in layouts)
+                shape = size, update.values.shape[1]
+                bits = None if update.rows is None else np.zeros(-(-size // 8), np.uint8)
+                part = Part(update.lr, np.zeros(shape, np.float32), bits)
+                self.parts[update.table] = part
+            if update.rows is None:
+                _add_dense(part, update, layouts, rule)
+            else:
+                _add_rows(part, update, layouts, rule)
+            part.weight += 1
+            part.rates += update.lr
+            part.gap = _gap(part, rule, layouts, view[update.table])
+
+    @property
+    def gap(self) -> float:
+        """How far from the view these batches would have moved the server's parameters (L2).
+
+        Exactly for plain SGD, `add` and `assign`; a bound for the others (`_gap`).
+        """
+        return math.hypot(*(part.gap for part in self.parts.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that are kept."""
+        return sum(
+            part.values.nbytes + (0 if part.touched is None else part.touched.nbytes)
+            for part in self.parts.values()
+        )
+
+    def cut(self, groups: Sequence[Group]) -> list[tuple[TablePush, ...]]:
+        """Return what goes into each of the server's messages: views of what is kept."""
+        cut: list[tuple[TablePush, ...]] = []
+        begins = dict.fromkeys(self.parts, 0)
+        for group in groups:
+            pushes = []
+            for table, part in self.parts.items():
+                layout, start = group.layout.tables[table], begins[table]
+                begins[table] = stop = start + int(layout.block_starts[-1])
+                rows, values = part.rows(start, stop), part.values[start:stop]
+                if rows is None:
+                    pushes.append(TablePush(table, part.lr, values))
+                elif len(rows):
+                    numbers = layout.rows[rows]
+                    order = np.argsort(numbers)
+                    pushes.append(TablePush(table, part.lr, values[rows[order]], numbers[order]))
+            cut.append(tuple(pushes))
+        return cut
+
+
+def _add_dense(part: Part, update: "Update", layouts: Sequence[TableLayout], rule: Rule) -> None:
+    if rule.name == "sgd" and update.lr != part.lr:
+        # The rate changed during the outage: each gradient counts with its own, as a share of the
+        # larger one.
+        rate = max(part.lr, update.lr)
+        part.values *= np.float32(part.lr / rate)
+        share = np.float32(update.lr / rate)
+        part.lr = rate
+    else:
+        share = np.float32(1.0)
+        part.lr = update.lr
+    part.touched = None
+    start = 0
+    for layout in layouts:
+        mine = update.values[layout.rows]
+        into = part.values[start : start + len(mine)]
+        start += len(mine)
+        if rule.name == "assign":
+            np.copyto(into, mine)
+        else:
+            if share != 1.0:
+                mine *= share
+            into += mine
+
+
+def _add_rows(part: Part, update: "Update", layouts: Sequence[TableLayout], rule: Rule) -> None:
+    if update.rows is None:
+        raise ValueError("a dense update by rows")
+    part.lr = update.lr
+    start = 0
+    for layout in layouts:
+        at = local_rows(layout, update.rows)
+        mine = np.flatnonzero(at >= 0)
+        index = at[mine] + start
+        start += int(layout.block_starts[-1])
+        if rule.name == "add":
+            part.values[index] += update.values[mine]
+        else:
+            part.values[index] = update.values[mine]
+        if part.touched is not None:
+            bits = np.left_shift(1, index & 7).astype(np.uint8)
+            np.bitwise_or.at(part.touched, index >> 3, bits)
+
+
+def local_rows(layout: TableLayout, rows: Ints) -> Ints:
+    """Return where global rows stand in a layout; −1 for one that is not in it."""
+    blocks, offset = np.divmod(rows, layout.table.block_rows)
+    at = layout.index_of(blocks)
+    return np.where(at >= 0, layout.block_starts[at] + offset, -1)
+
+
+def _gap(part: Part, rule: Rule, layouts: Sequence[TableLayout], view: Floats) -> float:
+    """How far a table's batches would have moved its rows, one after the other; an upper bound.
+
+    SGD: lr × ‖sum‖, exactly. With momentum μ a gradient goes on to count, older ones more, up to
+    1 ÷ (1 − μ); so by Abel's summation no farther than the farthest partial sum ÷ (1 − μ). What
+    weight decay, and momentum from before the outage, would have moved is not in it.
+    Adam and Adagrad move no parameter by more than the rate times a constant a step.
+    """
+    if isinstance(rule, SGD):
+        length = part.lr * _norm(part.values)
+        part.farthest = max(part.farthest, length)
+        return part.farthest / (1 - rule.momentum) if rule.momentum else length
+    if rule.name == "add":
+        return _norm(part.values)
+    if rule.name == "assign":
+        return _change(part, layouts, view)
+    steepest = _steepest(rule) if isinstance(rule, Adam) else 1.0
+    return part.rates * math.sqrt(part.values.size) * steepest
+
+
+def _norm(values: Floats) -> float:
+    flat = values.reshape(-1)
+    return math.sqrt(float(np.dot(flat, flat)))
+
+
+def _change(part: Part, layouts: Sequence[TableLayout], view: Floats) -> float:
+    """How far the newest values are from those that were last pulled."""
+    total, start = 0.0, 0
+    for layout in layouts:
+        stop = start + int(layout.block_starts[-1])
+        rows, values, old = part.rows(start, stop), part.values[start:stop], layout.rows
+        if rows is not None:
+            values, old = values[rows], old[rows]
+        total += _norm(values - view[old]) ** 2
+        start = stop
+    return math.sqrt(total)
+
+
+def _steepest(rule: Adam) -> float:
+    """The most rates that Adam moves a parameter in a step, whatever its gradients were.
+
+    By Cauchy and Schwarz |m| ≤ (1 − β₁) ÷ √((1 − β₂)(1 − β₁²÷β₂)) × √v; 7.3 with the usual βs.
+    """
+    left = (1 - rule.beta2) * (1 - rule.beta1**2 / rule.beta2) if rule.beta2 else 0.0
+    return max(1.0, (1 - rule.beta1) / math.sqrt(left)) if left > 0 else math.inf
