@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -51,9 +50,9 @@ spec:
 class Story:
     """A substrate with one job, and a wait for what pods become."""
 
-    def __init__(self, job: TrainingJob, out: Path, **more: str) -> None:
+    def __init__(self, job: TrainingJob, out: Path) -> None:
         self.job = job
-        environment = {"PATH": "/usr/bin:/bin"} | more
+        environment = {"PATH": "/usr/bin:/bin"}
         self.substrate = ProcessSubstrate(job, out, environment, Ports(HOST))
         self.changed = asyncio.Event()
         self.keys: list[JobKey] = []
@@ -77,11 +76,9 @@ class Story:
                 await self.changed.wait()
 
 
-def tell(
-    job: TrainingJob, out: Path, story: Callable[[Story], Awaitable[None]], **environment: str
-) -> None:
+def tell(job: TrainingJob, out: Path, story: Callable[[Story], Awaitable[None]]) -> None:
     async def told() -> None:
-        it = Story(job, out, **environment)
+        it = Story(job, out)
         try:
             await story(it)
         finally:
@@ -279,27 +276,3 @@ def test_two_runs_at_once_get_ports_of_their_own() -> None:
     assert again.take() == first
     again.close()
     other.close()
-
-
-def test_the_replacement_of_a_server_can_be_held_back(tmp_path: Path) -> None:
-    async def story(it: Story) -> None:
-        server, again = plan(1, Role.SERVER), plan(2, Role.SERVER)
-        await it.substrate.create_pod(it.job, server)
-        assert (await it.pods())[0].state is PodState.RUNNING, "not the first"
-        started = time.monotonic()
-        await it.substrate.create_pod(it.job, again)
-        assert time.monotonic() - started < 0.5, "and nobody waits for it"
-        (held,) = [p for p in await it.pods() if p.incarnation == 2]
-        assert (held.state, held.reason, held.address) == (PodState.WAITING, "HeldBack", None)
-        await it.substrate.create_pod(it.job, again)
-        found = await it.until(lambda pods: all(p.state is PodState.RUNNING for p in pods))
-        assert time.monotonic() - started >= 0.5
-        assert [p.incarnation for p in found] == [1, 2]
-        # One that is not wanted any more does not come.
-        await it.substrate.create_pod(it.job, plan(3, Role.SERVER))
-        (held,) = [p for p in await it.pods() if p.incarnation == 3]
-        await it.substrate.delete_pod(it.job, held.name, held.uid, 0.0)
-        await it.substrate._later[held.name]
-        assert [p.incarnation for p in await it.pods()] == [1, 2]
-
-    tell(job_of(ECHO), tmp_path, story, DARUMA_HOLD_BACK_SECONDS="0.5")

@@ -303,3 +303,23 @@ def test_the_network_has_the_parameters_of_its_layers(
     x = torch.zeros(3, 1, side, side)
     assert model(x).shape == (3, classes)
     assert cnn.accuracy(model, x, torch.zeros(3, dtype=torch.int64))["test_loss"] > 0
+
+
+def test_the_second_papers_network_has_its_parameters_and_is_scored_without_dropout() -> None:
+    import torch
+
+    from daruma_trainer.programs import cnn, fashion
+
+    model = fashion.model_of()
+    assert sum(p.numel() for p in model.parameters()) == 813_258
+    train, (x, y) = fashion.samples("digits")
+    assert x.shape[1:] == train[0].shape[1:] == (1, 28, 28)
+    assert x[:, :, :2].abs().max() == x[:, :, :, -2:].abs().max() == 0, "a frame"
+    assert x.max() == 1
+    assert model.training
+    torch.manual_seed(0)
+    assert cnn.accuracy(model, x, y) == cnn.accuracy(model, x, y)
+    assert model.training, "and goes on with it"
+    with pytest.raises(ConfigurationError, match="no images of 28 × 28"):
+        fashion.samples("synthetic:20,16,2")
+    assert fashion.samples("synthetic:20,28,2")[0][0].shape == (16, 1, 28, 28)

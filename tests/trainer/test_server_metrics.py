@@ -15,7 +15,8 @@ LABELS = 'index="0",job="j",role="Server"'
 def scraped(**life: Any) -> dict[str, float]:
     me = Identity("n", "j", Role.SERVER, 0, 1, "")
     found = {"plane": None, "saver": None, "cuts": None} | life
-    server = SimpleNamespace(me=me, stale=2, life=SimpleNamespace(**found))
+    replicator = SimpleNamespace(bytes_total=11)
+    server = SimpleNamespace(me=me, stale=2, life=SimpleNamespace(**found), replicator=replicator)
     lines = exposition(cast("Any", server)).decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {name.replace(f"{{{LABELS}}}", ""): float(value) for name, value in pairs}
@@ -33,5 +34,11 @@ def test_saves_and_cuts_that_were_given_up_are_counted(tmp_path: Path) -> None:
     world.cuts.abandoned = 4
     found = scraped(plane=world.plane, saver=world.saver, cuts=world.cuts)
     assert found["daruma_step"] == found["daruma_checkpoint_age_steps"] == 3
-    assert found["daruma_checkpoint_bytes_total"] == world.saver.bytes_total > 0
+    before = found["daruma_checkpoint_bytes_total"]
+    assert before == world.saver.bytes_total > 0
     assert found["daruma_cuts_abandoned_total"] == 4
+    assert found["daruma_replica_bytes_total"] == 11
+    world.cuts.take("00000001-0000000003")
+    world.background.run()
+    found = scraped(plane=world.plane, saver=world.saver, cuts=world.cuts)
+    assert found["daruma_checkpoint_bytes_total"] > before, "a cut is bytes that were saved, too"

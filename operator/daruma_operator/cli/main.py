@@ -10,7 +10,15 @@ from daruma_operator.cli.delegate import become
 from daruma_operator.errors import DarumaError, EnvironmentLacksError, ManifestError, UsageError
 from daruma_trainer.contract import ExitCode
 
-_BENCHES = ("checkpoint", "recovery", "replay", "rework")
+_TRAINER = ("numpy", "zmq"), "trainer"
+_BENCHES = {
+    "availability": (("numpy", "zmq", "torch", "pydantic", "rich", "yaml"), "bench,local,torch"),
+    "checkpoint": _TRAINER,
+    "recovery": _TRAINER,
+    "replay": _TRAINER,
+    "rework": _TRAINER,
+}
+"""What each benchmark imports at once, and the extras that bring it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == ["export"]:
             become("daruma_trainer.checkpoint.export", given[1:], ["numpy", "xxhash"], "trainer")
         if given[:1] == ["bench"] and given[1:2] and given[1] in _BENCHES:
-            become("daruma_trainer.bench", given[1:], ["numpy", "zmq"], "trainer")
+            become("daruma_trainer.bench", given[1:], *_BENCHES[given[1]])
         options = _parser().parse_args(given)
         return _run(options)
     except (ManifestError, UsageError) as error:

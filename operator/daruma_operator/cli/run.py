@@ -52,8 +52,15 @@ class RunOptions:
     first_port: int | None = None
 
 
-def run(options: RunOptions, environment: Mapping[str, str]) -> int:
-    """Run the job to its end and return the exit code. Raises the errors of errors.py."""
+def run(
+    options: RunOptions,
+    environment: Mapping[str, str],
+    substrate_of: Callable[..., ProcessSubstrate] = ProcessSubstrate,
+) -> int:
+    """Run the job to its end and return the exit code. Raises the errors of errors.py.
+
+    `substrate_of`: what makes the members; benchmarks give one that can keep them away for a while.
+    """
     job = _job(options, environment)
     kills = [parse_kill(text) for text in options.kills]
     check_kills(kills, job.spec.servers.replicas, job.spec.workers.replicas)
@@ -64,7 +71,7 @@ def run(options: RunOptions, environment: Mapping[str, str]) -> int:
     out = options.out or Path("runs") / job.name
     with used(out):
         console = Console(stderr=options.json)
-        substrate = ProcessSubstrate(job, out, environment, ports)
+        substrate = substrate_of(job, out, environment, ports)
         one = _Run(substrate, JobKey(job.namespace, job.name), kills, console)
         report, phase = asyncio.run(one.to_the_end(out))
     if options.json:

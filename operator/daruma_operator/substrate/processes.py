@@ -52,9 +52,6 @@ WORKERS_NICE = 10
 """Workers compute without end, and cannot go on without a server: one that starts or restores comes
 first. Measured on 2 cores: without this a replacement took twice as long to start."""
 _PYTHONS = ("python", "python3")
-HOLD_BACK = "DARUMA_HOLD_BACK_SECONDS"
-"""In the environment of `daruma run`: a lost server's replacement starts so much later, as where a
-cluster has no room for it. For tests and benchmarks of long outages."""
 
 
 @dataclass(slots=True)
@@ -79,11 +76,6 @@ class ProcessSubstrate:
         self._key = JobKey(job.namespace, job.name)
         self._environment = environment
         self._ports = ports
-        self._hold_back = float(environment.get(HOLD_BACK, 0.0))
-        self._seats: set[tuple[Role, int]] = set()
-        """Those that had a pod."""
-        self._later: dict[str, asyncio.Task[None]] = {}
-        """Pods that are held back, by name."""
         self._pods: dict[str, _Pod] = {}
         self._token = token_for(secrets.token_bytes(32), job.uid)
         self._starting: set[str] = set()
@@ -109,8 +101,6 @@ class ProcessSubstrate:
 
     async def close(self, grace_seconds: float) -> None:
         """End what still runs and return once nothing does; repeats are harmless."""
-        for held in self._later.values():
-            held.cancel()
         if self._forkserver is not None:
             self._forkserver.close()
             self._forkserver = None
@@ -193,26 +183,8 @@ class ProcessSubstrate:
             plan.index,
             plan.incarnation,
             PodState.RUNNING,
-            node=os.uname().nodename,
             created_at=datetime.now(UTC),
         )
-        seat = plan.role, plan.index
-        again = seat in self._seats
-        self._seats.add(seat)
-        if again and plan.role is Role.SERVER and self._hold_back:
-            waits = replace(facts, state=PodState.WAITING, reason="HeldBack")
-            self._pods[plan.name] = _Pod(waits, None)
-            self._later[plan.name] = asyncio.create_task(self._create_later(job, plan, facts))
-        else:
-            await self._create(job, plan, facts)
-
-    async def _create_later(self, job: TrainingJob, plan: PodPlan, facts: PodFacts) -> None:
-        await asyncio.sleep(self._hold_back)
-        held = self._pods.get(plan.name)
-        if held is not None and held.facts.uid == facts.uid:
-            await self._create(job, plan, facts)
-
-    async def _create(self, job: TrainingJob, plan: PodPlan, facts: PodFacts) -> None:
         try:
             address = f"{HOST}:{self._ports.take()}"
             self._starting.add(plan.name)

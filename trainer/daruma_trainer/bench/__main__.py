@@ -5,6 +5,10 @@ import sys
 if __name__ == "__main__":
     # Each has imports of its own; a process that computes for one is spawned from here.
     match sys.argv[1:2]:
+        case ["availability"]:
+            from daruma_trainer.bench.availability import command as availability
+
+            sys.exit(availability.main(sys.argv[2:]))
         case ["checkpoint"]:
             from daruma_trainer.bench import checkpoint
 
@@ -22,4 +26,7 @@ if __name__ == "__main__":
 
             sys.exit(command.main(sys.argv[2:]))
         case _:
-            sys.exit("daruma bench: there are `checkpoint`, `recovery`, `replay` and `rework`")
+            sys.exit(
+                "daruma bench: there are `availability`, `checkpoint`, `recovery`, `replay` and "
+                "`rework`"
+            )

@@ -17,23 +17,33 @@ from daruma_trainer.programs.common import parser_of, read_or_exit
 from daruma_trainer.programs.data import images
 
 
-def network(side: int, classes: int, channels: int = 8, hidden: int = 32) -> torch.nn.Sequential:
-    """Two convolutions with pooling, two full layers; for images (1, side, side), side ≥ 4."""
+def network(
+    side: int, classes: int, channels: int = 8, hidden: int = 32, dropout: float = 0.0
+) -> torch.nn.Sequential:
+    """Two convolutions with pooling, two full layers; for images (1, side, side), side ≥ 4.
+
+    `dropout`: the share of hidden units that each training batch goes without.
+    """
     flat = 2 * channels * (side // 4) ** 2
+    dropped = [torch.nn.Dropout(dropout)] if dropout else []
     return torch.nn.Sequential(
         torch.nn.Conv2d(1, channels, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
         torch.nn.Conv2d(channels, 2 * channels, 3, padding=1), torch.nn.ReLU(),
         torch.nn.MaxPool2d(2), torch.nn.Flatten(),
-        torch.nn.Linear(flat, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, classes),
+        torch.nn.Linear(flat, hidden), torch.nn.ReLU(), *dropped,
+        torch.nn.Linear(hidden, classes),
     )  # fmt: skip
 
 
 def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    """Score a model on samples, a thousand at a time."""
+    """Score a model on samples, a thousand at a time, without dropout."""
+    training = model.training
+    model.eval()
     with torch.no_grad():
         parts = [model(part) for part in x.split(1000)]
         logits = torch.cat(parts)
         hits = (logits.argmax(1) == y).float().mean()
+    model.train(training)
     return {"test_accuracy": hits.item(), "test_loss": cross_entropy(logits, y).item()}
 
 

@@ -56,6 +56,11 @@ def _counters(server: "Server") -> list[tuple[str, str, float]]:
         found += [
             ("daruma_push_bytes", "Bytes of pushes taken.", counts.pushed_bytes),
             ("daruma_pull_bytes", "Bytes of pulls answered.", counts.pulled_bytes),
+            (
+                "daruma_replica_bytes",
+                "Bytes sent to the next replica.",
+                server.replicator.bytes_total,
+            ),
             ("daruma_duplicate_pushes", "Pushes that were applied already.", counts.duplicate),
         ]
     if server.life.saver is not None:

@@ -213,6 +213,9 @@ class Saver:
             self._buffers.give(snapshot.buffer)
             self.error = None
             self._failed(error)
+            if written is not None:
+                self.bytes_total += written.size
+                self.seconds += written.seconds
             done(written, None if error is None else str(error))
 
         self._background.submit(lambda: self._write(snapshot), finished)

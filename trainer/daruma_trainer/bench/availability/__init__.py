@@ -1,0 +1,1 @@
+"""`daruma bench availability`: training while servers, workers or the store are away."""
