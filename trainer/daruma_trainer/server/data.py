@@ -244,6 +244,8 @@ class DataPlane:
                 return refuse(Refusal.OVERLAP, str(error))
             applied = ready & (seen == Seen.DUPLICATE)
             self.counts.duplicate += int(not len(new) and not overlap.any() and bool(ready.any()))
+            if self.observer is not None and not len(new):
+                self.observer.pushed(push, frames[1:], k[:0])  # a promoted replica may have it
             self.advance()
         else:
             self._apply(push, frames, k, ready, new)
