@@ -118,7 +118,7 @@ def test_a_replica_is_promoted_and_the_chain_is_made_whole_again(jobs: JobNamesp
     def replicated() -> dict[str, Any] | None:
         status = jobs.status("chain")
         conditions = {c["type"]: c["status"] for c in status.get("conditions", [])}
-        calm = status["phase"] == "Running" and not guests(status)
+        calm = status.get("phase") == "Running" and not guests(status)
         return status if calm and conditions.get("Replicated") == "True" else None
 
     before = jobs.cluster.until(replicated, "every shard has its replica", 120)
