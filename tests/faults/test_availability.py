@@ -14,7 +14,7 @@ MODEL_BYTES = 4 * 813_258
 
 
 def test_a_server_is_held_away_and_what_it_costs_is_seen() -> None:
-    scored: list[int] = []
+    scored: list[int]
 
     def score(files: Sequence[Path]) -> list[tuple[float, float]]:
         scored.extend(file.stat().st_size for file in files)
@@ -22,8 +22,13 @@ def test_a_server_is_held_away_and_what_it_costs_is_seen() -> None:
 
     arm = Arm("freshest", "Async", {"strategy": "Freshest"})
     away = Scenario("server", "a server is held away", (Fault(Role.SERVER, 0.1, 0.3, 1),))
-    size = Size(seconds=5.0, updates=20, evaluate=4, points=10)
-    found = run(arm, away, 0, size, score)
+    # A run's time is fixed, what the machine does beside it is not: a busy one gets a longer run.
+    for seconds in (5.0, 20.0, 60.0):
+        scored = []
+        size = Size(seconds, updates=20, evaluate=4, points=10)
+        found = run(arm, away, 0, size, score)
+        if found["recoveries"]:
+            break
     assert scored == [MODEL_BYTES] * len(found["curve"])
     assert found["applied"] > 0
     ((begin, end),) = found["outages"]
