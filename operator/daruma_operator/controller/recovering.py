@@ -349,7 +349,8 @@ def _correct(d: Draft, sources: dict[str, int]) -> None:
     """Where slots came from other sources than those that stood first, say what is true."""
     hoped = {"PeerCopiesFound": SourceKind.PEER, "HandedOver": SourceKind.PREDECESSOR}
     planned = hoped.get(d.record.reason)
-    if planned is None or not sources.keys() - {planned.value, SourceKind.PREDECESSOR.value}:
+    exact = {SourceKind.PREDECESSOR.value, SourceKind.REPLICA.value}
+    if planned is None or not sources.keys() - {planned.value, *exact}:
         return
     # How stale each block of the running checkpoint was, only the reading server could have told.
     _forget_delta(d)
