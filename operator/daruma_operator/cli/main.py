@@ -16,6 +16,7 @@ _BENCHES = {
     "checkpoint": _TRAINER,
     "recovery": _TRAINER,
     "replay": _TRAINER,
+    "replication": _TRAINER,
     "rework": _TRAINER,
 }
 """What each benchmark imports at once, and the extras that bring it."""

@@ -21,12 +21,16 @@ if __name__ == "__main__":
             from daruma_trainer.bench import replay
 
             sys.exit(replay.main(sys.argv[2:]))
+        case ["replication"]:
+            from daruma_trainer.bench import replication
+
+            sys.exit(replication.main(sys.argv[2:]))
         case ["rework"]:
             from daruma_trainer.bench.rework import command
 
             sys.exit(command.main(sys.argv[2:]))
         case _:
             sys.exit(
-                "daruma bench: there are `availability`, `checkpoint`, `recovery`, `replay` and "
-                "`rework`"
+                "daruma bench: there are `availability`, `checkpoint`, `recovery`, `replay`, "
+                "`replication` and `rework`"
             )

@@ -8,6 +8,8 @@ from daruma_trainer.bench.members import Process
 from daruma_trainer.contract import Role
 
 START_SECONDS = 120.0
+STEPS = 100
+"""A job whose workers made more of them each trains."""
 
 
 class BenchError(Exception):
@@ -32,7 +34,7 @@ class Arena(Protocol):
         """Return the recoveries as the job recorded them, oldest first; after the job's end."""
 
 
-def trains(members: Sequence[Process], workers: int) -> bool:
+def trains(members: Sequence[Process], workers: int, steps: int = STEPS) -> bool:
     """Whether all workers are at it. OSError, HTTPException: one cannot be asked."""
     found = [p for p in members if p.role is Role.WORKER]
-    return len(found) == workers and all(p.view()[1].own.step > 100 for p in found)
+    return len(found) == workers and all(p.view()[1].own.step > steps for p in found)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from daruma_trainer.bench.arena import START_SECONDS, BenchError, trains
+from daruma_trainer.bench.arena import START_SECONDS, STEPS, BenchError, trains
 from daruma_trainer.bench.members import Process, processes
 
 WORKERS = 2
@@ -44,13 +44,12 @@ RECOVERY = {
 """By the name of a way to recover, spec.recovery."""
 
 
-class LocalArena:
+class LocalRun:
     """`daruma run`, from its start to SIGINT."""
 
-    where = "a server's process under `daruma run`"
-
-    def __init__(self, placement: str) -> None:
-        self.placement = placement
+    def __init__(self, manifest: str, workers: int, steps: int) -> None:
+        """`steps`: so many are made by each worker before it counts as running."""
+        self._manifest, self._workers, self._steps = manifest, workers, steps
         self._out = Path()
         self._records: list[dict[str, Any]] = []
 
@@ -75,7 +74,7 @@ class LocalArena:
     @contextlib.contextmanager
     def _started(self, folder: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         manifest = folder / "job.yaml"
-        manifest.write_text(MANIFEST % RECOVERY[self.placement])
+        manifest.write_text(self._manifest)
         command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
         with (folder / "output").open("wb") as output:
             run = subprocess.Popen(
@@ -103,7 +102,17 @@ class LocalArena:
             if run.poll() is not None:
                 raise BenchError(f"`daruma run` ended with {run.returncode}")
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if trains(self.members(), WORKERS):
+                if trains(self.members(), self._workers, self._steps):
                     return
             time.sleep(0.1)
         raise BenchError(f"the job did not train within {START_SECONDS:.0f} s")
+
+
+class LocalArena(LocalRun):
+    """The job whose servers are killed."""
+
+    where = "a server's process under `daruma run`"
+
+    def __init__(self, placement: str) -> None:
+        super().__init__(MANIFEST % RECOVERY[placement], WORKERS, STEPS)
+        self.placement = placement
