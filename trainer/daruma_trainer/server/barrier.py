@@ -71,8 +71,11 @@ class Barrier:
         `stepped` is called after each, for slots to which the same workers contributed.
         """
         workers = sorted(active)
-        if not workers or any(w not in self._batch for w in workers):
+        if not workers:
             return False
+        for w in workers:
+            # One that entered after this step gives nothing to it, and may have given nothing yet.
+            self._batch.setdefault(w, np.zeros(len(self._slots.ids), np.int64))
         any_step = False
         while True:
             # A slot's next step is the first batch that some active worker has not applied there.
