@@ -8,6 +8,7 @@ import pytest
 from daruma_trainer.contract import Settings
 from daruma_trainer.rules import SGD
 from daruma_trainer.server.seats import Seats
+from daruma_trainer.wire import Push, TablePush, mask_of
 from planes import Planes
 
 GRADIENTS = (1.0, 10.0, 100.0)
@@ -245,3 +246,16 @@ def test_who_comes_back_as_far_behind_may_be_waited_for_in_vain_and_skips() -> N
     assert not first.missing, "it makes its third batch"
     planes.enter(late)
     assert (late.batch, late.position.skipped) == (2, 2)
+
+
+def test_a_step_needs_nothing_of_who_entered_after_it() -> None:
+    # On a server that was made anew, to which that worker has never given anything.
+    planes = Planes(Settings(consistency="Sync"), SGD(), workers=2, gives=lambda _w, _b: 1.0)
+    plane = planes.planes[0]
+    k = np.arange(len(plane.slots.ids))
+    plane.slots.mark(k, 1, 1, 1)
+    ones = np.ones(plane.shard.tables[0].data.shape, np.float32)
+    push = Push(0, 1, 1, 1, 0, mask_of(plane.slots.ids), (TablePush(0, 1.0, ones),))
+    plane.barrier.contribute(push, k, k)
+    assert plane.barrier.reduce([0, 1], lambda *_: None)
+    np.testing.assert_array_equal(plane.slots.last, 1)
