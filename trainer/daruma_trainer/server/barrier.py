@@ -39,15 +39,30 @@ class Barrier:
         self._lr: dict[tuple[int, int], float] = {}
         self._rows: dict[tuple[int, int], list[tuple[TablePush, Ints]]] = {}
         """By (worker, batch): single rows, with the slots that they were pushed for."""
+        self._early: dict[tuple[int, int, bytes], tuple[Push, Ints, Ints]] = {}
+        """By (worker, batch, slots): pushes whose worker's part of an earlier step still waits."""
 
     def contribute(self, push: Push, k: Ints, new: Ints) -> None:
         """Keep a checked push for the slots k[new]; again for the same batch changes nothing."""
+        single = [part for part in push.tables if part.rows is not None]
+        if single and len(new):
+            self._check_writers(push, single)
+        self._keep(push, k, new)
+
+    def _keep(self, push: Push, k: Ints, new: Ints) -> None:
         w = push.worker
         have = self._batch.setdefault(w, np.zeros(len(self._slots.ids), np.int64))
         buffers = self._values.setdefault(w, [])
         for table in self._shard.tables[len(buffers) :]:
             buffers.append(np.zeros_like(table.data))
         fresh = new[have[k[new]] != push.last]
+        # A replica that was promoted may lack several steps, which all come at once.
+        waits = have[k[fresh]] > self._slots.last[k[fresh], w]
+        if waits.any():
+            self._early[w, push.last, push.slots.tobytes()] = push, k, fresh[waits]
+            fresh = fresh[~waits]
+        if not len(fresh):
+            return
         dense = {part.table: part for part in push.tables if part.rows is None}
         for i, table in enumerate(self._shard.tables):
             rows, cols = table.layout.slot_rows, table.layout.table.cols
@@ -60,7 +75,6 @@ class Barrier:
                 into[:] = values[offsets[s] : offsets[s + 1]] if i in dense else 0.0
         single = [part for part in push.tables if part.rows is not None]
         if single and len(fresh):
-            self._check_writers(push, single)
             kept = self._rows.setdefault((w, push.last), [])
             kept.extend((part, k[fresh]) for part in single)
         have[k[fresh]] = push.last
@@ -88,6 +102,12 @@ class Barrier:
             for t in np.unique(step[can]).tolist():
                 self._apply_step(np.flatnonzero(can & (step == t)), int(t), workers, stepped)
             any_step = True
+            self._keep_early()
+
+    def _keep_early(self) -> None:
+        early, self._early = self._early, {}
+        for push, k, new in early.values():
+            self._keep(push, k, new[self._slots.last[k[new], push.worker] < push.last])
 
     def _apply_step(self, k: Ints, step: int, workers: list[int], stepped: Stepped) -> None:
         # After a recovery some slots may have a worker's part of this step already, or lost it. A
@@ -157,6 +177,7 @@ class Barrier:
         """Forget all contributions (a rollback)."""
         self._batch.clear()
         self._rows.clear()
+        self._early.clear()
 
 
 def _ranges(k: Ints) -> list[tuple[int, int]]:

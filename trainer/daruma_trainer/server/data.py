@@ -96,6 +96,9 @@ class Observer(Protocol):
     def touched(self, k: Ints) -> None:
         """The slots `k` changed otherwise."""
 
+    def resynced(self, worker: int) -> None:
+        """A worker began anew: what it was told on its last connection may not have come."""
+
 
 class DataPlane:
     """One shard: its slots, its parameters, and the requests that wait for them."""
@@ -376,8 +379,10 @@ class DataPlane:
         gaps = self.slots.floor(k, worker, done, held)
         lost = [b for b in gaps if b > entered]
         self.counts.lost += len(lost)
-        if gaps and self.observer is not None:
-            self.observer.touched(k)
+        if self.observer is not None:
+            if gaps:
+                self.observer.touched(k)
+            self.observer.resynced(worker)
         self.seats.entering.discard(worker)
         self.refresh_step()
         self.advance()

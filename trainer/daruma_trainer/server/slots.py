@@ -93,6 +93,9 @@ class Slots:
                 last, window = mark(last, window, b, b)
             self.last[k[where], worker] = last
             self.window[k[where], worker] = np.uint64(window)
+            if gaps:
+                # No two states of a slot have one version: a replica's would pass for this one.
+                self.position[k[where]] += 1
         return sorted(lost)
 
     def complete_until(self, k: Ints, worker: int) -> int:

@@ -483,7 +483,8 @@ class Client:
             reply = replace(self.header(Kind.MEMBERSHIP), incarnation=link.peer.incarnation)
             link.send(reply, [encode_json(self.membership.to_json())])
         elif header.kind is Kind.COVERED:
-            self._live.pushes.note_covered(link.peer.index, int(decode_json(frames[1])["batch"]))
+            server, batch = link.peer.index, int(decode_json(frames[1])["batch"])
+            self._live.pushes.note_covered(server, self._live.copy.slots_of(server), batch)
         elif header.kind is Kind.READY:
             self._live.ready_again(link)
         elif header.kind is Kind.RELEASED:

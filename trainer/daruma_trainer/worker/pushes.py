@@ -198,11 +198,15 @@ class Pushes:
         for done in self.sealed.get(server, []):
             done.applied |= done.last == last
 
-    def note_covered(self, server: int, batch: int) -> None:
-        """A server's part of all batches up to this is on as many nodes as the job asks for."""
+    def note_covered(self, server: int, slots: Slots, batch: int) -> None:
+        """A server's part of all batches up to this is on as many nodes as the job asks for.
+
+        Its slots have them, then: where a step waited for others (Sync) nothing else may say so.
+        """
         for held in self.held.values():
             if held.batch <= batch:
                 held.uncovered.discard(server)
+                held.unacked &= ~slots
         for done in [a for a in self.sealed.get(server, []) if a.applied and a.last <= batch]:
             self.drop_sealed(server, done.last)
         self.settle()

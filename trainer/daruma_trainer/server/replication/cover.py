@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
+Holder = tuple[str, int, bool]
+"""A node; up to which update it has everything; whether as a shard, not as a worker's copy."""
+
 
 @dataclass(slots=True)
 class Cover:
@@ -28,26 +31,37 @@ class Cover:
         """A worker's push, of this batch or from it on, is in the shard as of this update."""
         self._pending.append((update, worker, batch))
 
+    def again(self, update: int, worker: int) -> None:
+        """A worker is to hear once more what is covered, of all that is here as of this update.
+
+        It may have missed it, or pushed to a server before this one.
+        """
+        self.told.pop(worker, None)
+        self._pending.append((update, worker, 1))
+
     def waiting(self, worker: int) -> int:
         """How many of a worker's batches are not covered yet."""
         return len({batch for _, w, batch in self._pending if w == worker})
 
-    def settle(
-        self, nodes: Mapping[int, str], holders: Iterable[tuple[str, int]]
-    ) -> dict[int, float]:
+    def settle(self, nodes: Mapping[int, str], holders: Iterable[Holder]) -> dict[int, float]:
         """Return of workers with pushes that are covered now up to which batch all are.
 
-        `nodes`: by worker, its node; `holders`: (node, update): who has everything up to where.
-        Where there are fewer nodes than asked for, as many as there are have to do.
+        `nodes`: by worker, its node. Where there are fewer nodes than asked for, as many as there
+        are have to do. Shards on so many nodes are enough, the sender's among them: they are sent
+        to, while a worker pulls when it likes.
         """
         best: dict[str, int] = {}
-        for node, update in holders:
+        shards: dict[str, int] = {}
+        for node, update, shard in holders:
             best[node] = max(best.get(node, 0), update)
+            if shard:
+                shards[node] = max(shards.get(node, 0), update)
+        held = sorted(shards.values(), reverse=True)[self.copies - 1 : self.copies]
         limits: dict[int, float] = {}
         for worker in {w for _, w, _ in self._pending}:
             others = sorted((u for n, u in best.items() if n != nodes.get(worker)), reverse=True)
             enough = min(self.copies, len(others))
-            limits[worker] = others[enough - 1] if enough else inf
+            limits[worker] = max([others[enough - 1] if enough else inf, *held])
         covered = {w for update, w, _ in self._pending if update <= limits[w]}
         self._pending = [p for p in self._pending if p[0] > limits[p[1]]]
         return {

@@ -7,7 +7,7 @@ import numpy as np
 from daruma_trainer.contract import Membership, Role
 from daruma_trainer.layout import Ints
 from daruma_trainer.server.data import DataPlane, worker_of
-from daruma_trainer.server.replication.cover import Cover
+from daruma_trainer.server.replication.cover import Cover, Holder
 from daruma_trainer.server.replication.stream import Send, Stream, policy_of
 from daruma_trainer.wire import Frame, Kind, MalformedError, encode_json, from_bitmap
 
@@ -80,16 +80,16 @@ class Covering:
             if member is not None and self.cover.tell(worker, batch):
                 tell(member.id, Kind.COVERED, [encode_json({"batch": batch})])
 
-    def _holders(self, chain: Sequence[str], stream: Stream | None) -> list[tuple[str, int]]:
+    def _holders(self, chain: Sequence[str], stream: Stream | None) -> list[Holder]:
         """Who has everything up to which update, by node."""
         plane, settings = self._plane, self._membership.settings
         # A replica that has yet to join holds nothing that anybody counts on.
         joined = stream is not None and stream.joined
         reached = stream.covered if stream is not None and joined else plane.updates
         if settings.chain:
-            return [("chain", reached)]
-        found = [(chain[0], plane.updates)]
-        found += [(node, reached) for node in chain[1:] if joined]
+            return [("chain", reached, True)]
+        found = [(chain[0], plane.updates, True)]
+        found += [(node, reached, True) for node in chain[1:] if joined]
         if policy_of(settings, plane) is not Send.DEMAND:
             return found
         if not joined and self._waited:
@@ -99,5 +99,5 @@ class Covering:
             has = int(self._have[m.index].min())
             # One that ended pulls no more: it holds all there is, or is not waited for.
             if m.index not in gone or has >= plane.updates:
-                found.append((m.failure_domain, has))
+                found.append((m.failure_domain, has, False))
         return found

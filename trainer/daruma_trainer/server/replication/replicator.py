@@ -88,6 +88,8 @@ class Replicator:
     def follow(self, membership: Membership) -> None:
         """Take a newer membership; connections change at the next `turn`."""
         self._newest = membership
+        # At once: what the one that was before it sends now must not reach a promoted replica.
+        self._before = self._member_before(membership)
 
     def turn(self, ready: Container[object]) -> None:
         """Take in answers, and send what is due."""
@@ -126,18 +128,22 @@ class Replicator:
             self._next.link.close()
             self._next = None
 
+    def _member_before(self, membership: Membership) -> str | None:
+        chain = [m.id for m in membership.chain(self._me.index)]
+        place = chain.index(self._me.id) if self._me.id in chain else 0
+        return chain[place - 1] if place else None
+
     def _adopt(self, plane: DataPlane, new: Membership) -> None:
         old, self._membership = self._membership, new
         chain = self._chain = new.chain(self._me.index)
         place = next((i for i, m in enumerate(chain) if m.id == self._me.id), 0)
-        before = chain[place - 1].id if place else None
+        before = self._member_before(new)
         rolled_back = old is not None and new.rollback != old.rollback
         if rolled_back:
             self.follows = None
         elif self.follows is not None and before is not None:
             # Whoever is before it now counts on it as the one did that is gone (below).
             self.follows = before
-        self._before = before
         plane.observer = self if new.settings.replicates else None
         following = chain[place + 1] if place + 1 < len(chain) else None
         if following is not None and following.address is None:
@@ -200,6 +206,11 @@ class Replicator:
             self._plane.updates += 1
             if self._next is not None:
                 self._next.touched(k)
+
+    def resynced(self, worker: int) -> None:
+        """See Observer."""
+        if self._covering is not None and self._plane is not None:
+            self._covering.cover.again(self._plane.updates, worker)
 
     # From the one before
 

@@ -87,6 +87,8 @@ class Stream:
         """Whether pushes are not covered before the replica has them. From its first complete state
         on, until the membership drops it: a broken connection changes nothing."""
         self._told_joined = False
+        self._joined_at = 0
+        """As of which update pushes wait for the replica."""
         self._tables = 0
         """How many the stream was begun with."""
         self._retry_at: float | None = None
@@ -153,6 +155,11 @@ class Stream:
     def _policy(self) -> Send:
         return policy_of(self.settings, self._plane)
 
+    @property
+    def _whole(self) -> NDArray[np.bool_]:
+        """Which slots may go out whole: of a table that is new, the first values may be to come."""
+        return self._plane.slots.ready & self._plane.given
+
     def _window(self) -> int:
         return max(MIN_WINDOW, 2 * self._plane.shard.nbytes)
 
@@ -165,7 +172,9 @@ class Stream:
         out.reset(self._plane.updates)
         out.window = self._window()
         body = [encode_json({"tables": [spec.to_json() for spec in specs]})]
-        self.link.request(self._header(Kind.FOLLOW), body, partial(self._on_versions, out.stream))
+        answer = partial(self._on_versions, out.stream)
+        if not self.link.request(self._header(Kind.FOLLOW), body, answer):
+            self._retry_at = self._clock() + RETRY_SECONDS
 
     def _on_versions(self, stream: int, header: Header, frames: Sequence[Frame]) -> None:
         if self._out.stream != stream:
@@ -175,8 +184,10 @@ class Stream:
             return
         slots = self._plane.slots
         there = decode_versions(frames[1], len(slots.ids))
+        # It may lack a table that is new: then it has nothing that would do for a promotion.
+        self._out.whole &= bool((there.lineage > 0).all())
         same = (there.lineage == slots.lineage) & (there.position == slots.position)
-        self._out.begin(same & slots.ready & (there.lineage > 0))
+        self._out.begin(same & self._whole & (there.lineage > 0))
 
     def _join(self) -> None:
         """Count on the replica once it has everything; it hears of that after it is so."""
@@ -184,10 +195,12 @@ class Stream:
         if self._policy is Send.DEMAND:
             self.joined |= out.began
         elif out.began and out.whole:
-            self.joined = True
+            if not self.joined:
+                self.joined, self._joined_at = True, self._plane.updates
             if not self._told_joined:
+                # What has waited since is not covered before it knows: else nobody promotes it.
                 body = [encode_json({"number": out.number + 1})]
-                self._told_joined = self._send(Kind.FOLLOW, body, self._plane.updates)
+                self._told_joined = self._send(Kind.FOLLOW, body, self._joined_at)
 
     def _on_answer(self, stream: int, number: int, header: Header, frames: Sequence[Frame]) -> None:
         if self._out.stream != stream:
@@ -230,7 +243,7 @@ class Stream:
         out, plane, policy = self._out, self._plane, self._policy
         if not out.began:
             return
-        wanted = plane.slots.ready
+        wanted = self._whole
         if policy is Send.EVERY and not self.relays:
             if plane.updates - self._flushed >= self.settings.every_updates or not out.whole:
                 self._flushed, self._flush = plane.updates, out.since > 0
