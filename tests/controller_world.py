@@ -116,6 +116,8 @@ class World:
     """Nobody initialises the servers."""
     holds_pods: bool = False
     """New pods stay Waiting."""
+    lost_acts: bool = False
+    """What a decision announces is not done."""
     lagging: bool = False
     """Replicas do not come up to date."""
     now: datetime = START
@@ -206,7 +208,7 @@ class World:
         decision = decide(self.seen(), policy, self.now)
         self.job = self.job.model_copy(update={"status": decision.status})
         self.decisions.append(decision)
-        for act in decision.acts:
+        for act in () if self.lost_acts else decision.acts:
             self.do(act)
         return decision
 

@@ -1,6 +1,7 @@
 """Replicas, as decisions: where they live, who is promoted, and what follows."""
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -195,3 +196,33 @@ def test_a_replica_that_hangs_is_doubted_and_then_dropped() -> None:
     world.failing[name] = 0.0
     world.until(lambda w: hung not in w.status.replicas, ticks=60)
     assert not world.status.recoveries
+
+
+def test_a_promotion_that_is_told_late_is_no_loss() -> None:
+    world = chained()
+    world.kill("server-1")
+    world.lost_acts = True  # the operator dies between the write and what it announced
+    world.tick()
+    world.lost_acts = False
+    world.now += timedelta(seconds=2)
+    recovered(world)
+    record = world.status.recoveries[-1]
+    assert (record.strategy, record.reason, record.rung) == ("Chain", "ReplicaPromoted", 0)
+
+
+def test_a_pod_that_is_lost_in_the_hand_back_loses_nothing() -> None:
+    world = chained()
+    world.kill("server-1")
+    recovered(world)
+
+    def hands_back(w: World) -> bool:
+        return w.status.recovery is not None and w.status.recovery.cause == "HandBack"
+
+    world.until(hands_back)
+    frozen = next(m for m in world.status.handing if m.index == 1)
+    world.kill("server-1")
+    world.tick()
+    assert frozen in world.status.handing, "it has what its successor never got"
+    recovered(world, 2)
+    assert world.status.phase is Phase.RUNNING
+    assert world.status.recoveries[-1].outcome == "Succeeded"

@@ -152,6 +152,10 @@ class Link:
         limits = {False: now - seconds, True: now - max(seconds, patience)}
         self._pending = {i: p for i, p in self._pending.items() if p.sent_at > limits[p.patient]}
 
+    def forget(self) -> None:
+        """Expect no answer any more."""
+        self._pending.clear()
+
     def suspect(self, seconds: float) -> Suspect | None:
         """Say why this peer seems to be away, if it does.
 

@@ -47,7 +47,13 @@ def lose(d: Draft, verdicts: Sequence[Verdict]) -> None:
     _remember(d, gone)
     if before.recovery is not None and before.recovery.planned_epoch:
         # Its successor may have served already: the frozen shard may be older than what it saved.
-        seats = {m.index for m in gone if m.role is Role.SERVER}
+        # Under Chain there may be nothing else; and one that never was Ready has served nobody.
+        seats = {
+            m.index
+            for m in gone
+            if m.role is Role.SERVER
+            and not (d.spec.chained and not d.seen.reported(name_of(m), "Ready"))
+        }
         d.set(handing=tuple(h for h in d.status.handing if h.index not in seats))
     # How a process ended is told when its pod says so, or when the recovery is over.
     d.events += [
@@ -225,7 +231,9 @@ def means(d: Draft) -> Means:
     cut = checkpoint is not None and checkpoint.cut is not None
     seats = {x.index for x in d.record.losses if x.role is Role.SERVER}
     replicas = bool(seats) and all(promoted(d, index) for index in seats)
-    return Means(d.policy.store is not None, cut, peers, replicas)
+    frozen = {m.index for m in d.status.handing if d.seen.reported(name_of(m), "Frozen")}
+    predecessors = bool(seats) and seats <= frozen
+    return Means(d.policy.store is not None, cut, peers, replicas, predecessors)
 
 
 def exhausted(d: Draft, why: str, reasons: str) -> None:

@@ -51,6 +51,11 @@ class Seen:
         heard = self.heard.get(member)
         return None if heard is None else heard.report
 
+    def reported(self, member: str, state: str) -> bool:
+        """Whether a member said last that it is in a state."""
+        report = self.report(member)
+        return report is not None and report.state == state
+
     def pod(self, name: str) -> PodFacts | None:
         """Return a pod by name."""
         return next((p for p in self.pods if p.name == name), None)

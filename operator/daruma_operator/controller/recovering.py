@@ -164,6 +164,10 @@ def _planned(d: Draft) -> bool:
         return False
     if preset_of(record.strategy).rollback or record.planned_epoch == d.status.epoch:
         return True
+    if mute := _mute(d):
+        # Only they know what they have: that they are told late is no loss.
+        _message(d, f"waiting for {', '.join(mute)} to say what they have")
+        return False
     silent = _silent(d)
     fenced = max((x.at for x in record.losses if x.at is not None), default=None)
     if silent and d.left(fenced, d.policy.copies_seconds) > 0:
@@ -236,18 +240,23 @@ def _silent(d: Draft) -> tuple[str, ...]:
     if d.record.cause == HAND_BACK:
         return ()
     done = indexes(d.status.workers.succeeded_indexes)
-    # A replica that was promoted says what it has, or that it serves.
-    mute = tuple(
-        name_of(m)
-        for m in restoring(d.status)
-        if m.guest and d.record.placement == PROMOTE and not _speaks(d, m)
-    )
     if SourceKind.PEER not in preset_of(d.record.strategy).sources or not _to_restore(d):
-        return mute
-    return mute + tuple(
+        return ()
+    return tuple(
         name_of(m)
         for m in survivors(d.status)
         if m.address and m.index not in done and not copies_of(d.seen, d.record, m)
+    )
+
+
+def _mute(d: Draft) -> tuple[str, ...]:
+    """Replicas that were promoted, and did not say yet what they have, or that they serve."""
+    if d.record.cause == HAND_BACK:
+        return ()
+    return tuple(
+        name_of(m)
+        for m in restoring(d.status)
+        if m.guest and d.record.placement == PROMOTE and not _speaks(d, m)
     )
 
 

@@ -20,6 +20,8 @@ class Means:
     """A worker that lives may hold a copy."""
     replicas: bool = False
     """Every lost server lives on in a replica that has all."""
+    predecessors: bool = False
+    """Every lost server has a predecessor that is frozen, and can hand its slots over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def lacks(strategy: StrategyName, means: Means) -> str | None:
     preset = PRESETS[strategy]
     if preset.rollback:
         return None if means.cut else "there is no full checkpoint"
-    if SourceKind.REPLICA in preset.sources and means.replicas:
+    if means.predecessors or (SourceKind.REPLICA in preset.sources and means.replicas):
         return None
     if preset.sources == {SourceKind.REPLICA}:
         return "no replica of it is left that has everything"

@@ -53,10 +53,12 @@ class Shard:
         rule = rule_from_json(spec.rule)
         layout = TableLayout(self.uid, spec, self.layout.slots)
         sizes = np.diff(layout.slot_rows) * spec.cols * 4
-        if len(sizes) and int(sizes.max()) > MAX_SLOT_BYTES // 2:
+        # Replicas get a slot with its optimizer's arrays in one message.
+        room = MAX_SLOT_BYTES // max(2, 2 + len(state_names(rule)))
+        if len(sizes) and int(sizes.max()) > room:
             raise TableTooLargeError(
                 f"table {spec.name!r} has slots of {int(sizes.max())} bytes, at most "
-                f"{MAX_SLOT_BYTES // 2}: split it into several tables"
+                f"{room}: split it into several tables"
             )
         shape = (int(layout.block_starts[-1]), spec.cols)
         self.tables.append(

@@ -452,6 +452,8 @@ class Client:
         if self._sessions is None:
             self._sessions = Sessions(self, new, self._context, self._poller)
         self._sessions.membership = new
+        if not new.settings.covers:
+            self._sessions.pushes.cover_nothing()
         if new.rollback.generation > self.generation:
             self._roll_back(new.rollback.generation)
         self.wake()

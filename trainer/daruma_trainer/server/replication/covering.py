@@ -35,7 +35,7 @@ class Covering:
         for worker in self._membership.of(Role.WORKER):
             if new.member(Role.WORKER, worker.index) != worker:
                 self._have[worker.index] = 0
-        if new.rollback != self._membership.rollback:
+        if new.rollback.generation != self._membership.rollback.generation:
             self.cover.forget()
         self._membership = new
 

@@ -47,18 +47,25 @@ class Outflow:
     """How many updates this stream has seen: the number of the last one."""
     since: Ints = field(init=False)
     """By slot: the first update that was not sent; 0: clean."""
+    unseen: NDArray[np.bool_] = field(init=False)
+    """By slot: whether the replica has had nothing of it in this stream."""
+    _seen_by: int = 0
+    """The message with which the replica has had every slot; 0: not sent yet."""
     _sent: dict[int, _Sent] = field(default_factory=dict)
     _bytes: int = 0
     _turn: int = 0
 
     def __post_init__(self) -> None:
         self.since = np.ones(self.slots, np.int64)
+        self.unseen = np.ones(self.slots, np.bool_)
 
     def reset(self, updates: int) -> None:
         """The connection broke, or there are more tables: the replica is to say what it has."""
         self.began, self.number, self.updates = False, 0, updates
         self.stream += 1
         self.since[:] = 1
+        self.unseen[:] = True
+        self._seen_by = 0
         self._sent.clear()
         self._bytes = 0
 
@@ -66,6 +73,7 @@ class Outflow:
         """The replica said what it has; `same`: slots that are as they are here, just now."""
         self.began = True
         self.since[same] = 0
+        self.unseen[same] = False
         self.whole |= bool(same.all())
 
     def update(self, number: int, k: Ints, size: int, *, forward: bool) -> NDArray[np.bool_] | None:
@@ -84,6 +92,8 @@ class Outflow:
     def sent(self, floor: int, size: int) -> None:
         """A message went out, the next in number."""
         self.number += 1
+        if not self._seen_by and not self.unseen.any():
+            self._seen_by = self.number
         self._sent[self.number] = _Sent(floor, size)
         self._bytes += size
 
@@ -107,11 +117,14 @@ class Outflow:
         k = run[: max(1, take(run))]
         floor = int(self.since[k].min())
         self.since[k] = 0
+        self.unseen[k] = False
         self._turn = int(k[-1]) + 1
         return k, floor
 
     def unsent(self, k: Ints, floor: int) -> None:
         """What `next_whole` or `update` gave could not be sent."""
+        if not self._seen_by:
+            self.unseen[k] = True
         self.since[k] = np.where(self.since[k] > 0, np.minimum(self.since[k], floor), floor)
 
     def answered(self, number: int) -> None:
@@ -119,7 +132,13 @@ class Outflow:
         sent = self._sent.pop(number, None)
         if sent is not None:
             self._bytes -= sent.size
-        self.whole |= self.began and not self._sent and not self.since.any()
+        # Not when nothing is under way: while training goes on that may never be.
+        self.whole |= bool(self._seen_by) and number >= self._seen_by
+
+    def passed(self, update: int) -> bool:
+        """Whether everything up to an update was sent."""
+        dirty = self.since[self.since > 0]
+        return not len(dirty) or int(dirty.min()) > update
 
     @property
     def covered(self) -> int:

@@ -24,6 +24,7 @@ from daruma_trainer.server.replication.messages import (
 )
 from daruma_trainer.server.replication.stream import ROOM, Connection, Stream
 from daruma_trainer.wire import (
+    MAX_SLOT_BYTES,
     Frame,
     Header,
     Kind,
@@ -98,11 +99,12 @@ class Replicator:
             self._adopt(self._plane, new)
         covering = self._covering
         if self._next is not None:
+            self._next.counted_on = not self._next.relays or self.follows is not None
             self._next.turn(ready, demanded=covering is not None and covering.demanded)
         if covering is not None:
             nodes = [m.failure_domain for m in self._chain]
             covering.settle(nodes, self._next, self._around.tell)
-        while self._late and (self._next is None or self._late[0][0] <= self._next.covered):
+        while self._late and not self._waits(self._late[0][0]):
             _, member, request = self._late.pop(0)
             self._around.answer(member, request, OK)
 
@@ -128,6 +130,14 @@ class Replicator:
             self._next.link.close()
             self._next = None
 
+    def _waits(self, update: int) -> bool:
+        """Whether an answer has to wait for the next replica, which has yet to get an update.
+
+        Not for one that has yet to join: nobody counts on it.
+        """
+        following = self._next
+        return following is not None and following.joined and following.covered < update
+
     def _member_before(self, membership: Membership) -> str | None:
         chain = [m.id for m in membership.chain(self._me.index)]
         place = chain.index(self._me.id) if self._me.id in chain else 0
@@ -138,7 +148,7 @@ class Replicator:
         chain = self._chain = new.chain(self._me.index)
         place = next((i for i, m in enumerate(chain) if m.id == self._me.id), 0)
         before = self._member_before(new)
-        rolled_back = old is not None and new.rollback != old.rollback
+        rolled_back = old is not None and new.rollback.generation != old.rollback.generation
         if rolled_back:
             self.follows = None
         elif self.follows is not None and before is not None:
@@ -197,6 +207,9 @@ class Replicator:
         for a, b in _parts(plane.shard.layout.slot_bytes[k]):
             mask = mask_of(plane.slots.ids[k[a:b]])
             tables = tuple(_cut(plane, made, k, a, b))
+            if sum(part.values.nbytes + 8 * len(part.values) for part in tables) > MAX_SLOT_BYTES:
+                self._next.touched(k[a:b])  # single rows of many workers
+                continue
             push = Push(workers[0], step, step, 1, 0, mask, tables)
             self._next.forward(encode_push(push), k[a:b], workers)
 
@@ -237,8 +250,7 @@ class Replicator:
                 self.touched(inflow.whole(member, number, state))
         except OutOfOrderError as error:
             return refuse(Refusal.UNSURE, str(error))
-        to_tail = self._next is not None and membership.settings.to_tail
-        if to_tail and self._next is not None and self._next.covered < plane.updates:
+        if membership.settings.to_tail and self._waits(plane.updates):
             self._late.append((plane.updates, member.encode(), header))
             return None
         return OK

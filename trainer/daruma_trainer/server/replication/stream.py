@@ -23,6 +23,8 @@ from daruma_trainer.wire import MAX_FRAME, Frame, Header, Kind, decode_json, enc
 
 LOG = logging.getLogger("daruma.server")
 RETRY_SECONDS = 0.05
+AT_ONCE = 4
+"""Messages of whole slots between two turns of the loop: requests wait while they are copied."""
 ROOM = MAX_FRAME - (64 << 10)
 """Bytes of parameters in one message."""
 
@@ -55,6 +57,9 @@ class Connection(Protocol):
     def suspect(self, seconds: float) -> Suspect | None:
         """See Link."""
 
+    def forget(self) -> None:
+        """See Link."""
+
     def close(self) -> None:
         """See Link."""
 
@@ -82,6 +87,9 @@ class Stream:
         self.settings = Settings()
         self.relays = False
         """Whether this is no head: what came goes on as soon as it can."""
+        self.counted_on = True
+        """Whether this is the head, or a replica that the one before it counts on: else nobody has
+        promised anything that the next one could keep."""
         self._out = Outflow(len(plane.slots.ids), self._window())
         self.joined = False
         """Whether pushes are not covered before the replica has them. From its first complete state
@@ -96,6 +104,8 @@ class Stream:
         self._flush: NDArray[np.bool_] = np.zeros(len(plane.slots.ids), np.bool_)
         """Of those that are sent every so many updates: slots that are to go out now."""
         self._allowance, self._allowed_at = 0.0, clock()
+        self._more = False
+        """Whether whole slots are left for the next turn."""
         self.bytes_total = 0
 
     @property
@@ -106,7 +116,7 @@ class Stream:
     @property
     def busy(self) -> bool:
         """Whether something is to be done soon, though nobody sends anything."""
-        return self._retry_at is not None or self._allowance < 0
+        return self._retry_at is not None or self._allowance < 0 or self._more
 
     def turn(self, ready: Container[object], *, demanded: bool) -> None:
         """Take in answers, and send what is due. `demanded`: workers wait for it."""
@@ -123,6 +133,7 @@ class Stream:
     def restart(self, seconds: float = 0.0) -> None:
         """Begin anew in a while: ask the replica what it has."""
         self._out.reset(self._plane.updates)
+        self.link.forget()
         self._told_joined = False
         self._retry_at = self._clock() + seconds
 
@@ -194,10 +205,11 @@ class Stream:
         out = self._out
         if self._policy is Send.DEMAND:
             self.joined |= out.began
-        elif out.began and out.whole:
+        elif out.began and out.whole and self.counted_on:
             if not self.joined:
                 self.joined, self._joined_at = True, self._plane.updates
-            if not self._told_joined:
+            lazy = self._policy is Send.EVERY  # of which nothing is ever promised
+            if not self._told_joined and (lazy or out.passed(self._joined_at)):
                 # What has waited since is not covered before it knows: else nobody promotes it.
                 body = [encode_json({"number": out.number + 1})]
                 self._told_joined = self._send(Kind.FOLLOW, body, self._joined_at)
@@ -247,7 +259,7 @@ class Stream:
         if policy is Send.EVERY and not self.relays:
             if plane.updates - self._flushed >= self.settings.every_updates or not out.whole:
                 self._flushed, self._flush = plane.updates, out.since > 0
-            wanted = wanted & self._flush
+            wanted = wanted & (self._flush if out.whole else out.unseen)
         elif policy is Send.DEMAND and not (demanded or self.relays):
             return
         sizes = plane.shard.layout.slot_bytes
@@ -255,10 +267,15 @@ class Stream:
         def fit(k: Ints) -> int:
             return int(np.searchsorted(np.cumsum(sizes[k]), ROOM, side="right"))
 
-        while self._may_send(now) and (found := out.next_whole(wanted, fit)) is not None:
+        self._more = False
+        for _ in range(AT_ONCE):
+            found = out.next_whole(wanted, fit) if self._may_send(now) else None
+            if found is None:
+                return
             k, floor = found
             body = encode_whole(out.number + 1, plane.whole(k))
             if not self._send(Kind.WHOLE, body, floor):
                 out.unsent(k, floor)
                 return
             self._flush[k] = False
+        self._more = True
