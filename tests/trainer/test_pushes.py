@@ -380,3 +380,23 @@ class Outages(RuleBasedStateMachine):
 STORIES, COUNTED = counted("stories of 30 steps: outages and replays", 60, 5_000)
 TestOutages = COUNTED(Outages.TestCase)
 TestOutages.settings = settings(max_examples=STORIES, stateful_step_count=30, deadline=None)
+
+
+def test_what_is_covered_is_let_go_though_nobody_acknowledged_it() -> None:
+    """Acknowledgements may be lost, and a step that others complete (Sync) has none."""
+    pushes = Pushes(Replay())
+    pushes.begin(1)
+    pushes.hold(Held(1, 1, (update(1),), {0}))
+    pushes.begin(2)
+    later = Held(2, 1, (update(1),), {0})
+    pushes.hold(later)
+    pushes.accumulate(later, 0, COPY, 0.0, [SGD()])
+    pushes.seal(0, None, [SGD()])
+    for server in (1, 2):
+        for batch in (1, 2):
+            pushes.note_applied(batch, slots_of(server))
+    assert pushes.acked == 0
+    pushes.note_covered(0, slots_of(0), 1)
+    assert pushes.acked == 1
+    pushes.note_covered(0, slots_of(0), 2)
+    assert (pushes.acked, pushes.sealed) == (2, {})

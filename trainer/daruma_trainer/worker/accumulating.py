@@ -59,8 +59,6 @@ class Accumulation:
         """Monotonic time of the first batch."""
         self.full = False
         """A batch was held beside it: from then on it takes none, or it would overtake that one."""
-        self.applied = False
-        """Whether its server has it, though not on as many nodes as the job asks for."""
         self.parts: dict[int, Part] = {}
 
     def add(

@@ -193,11 +193,6 @@ class Pushes:
             held.unacked[slots[last >= held.batch]] = False
         self.settle()
 
-    def note_sealed(self, server: int, last: int) -> None:
-        """The accumulation that ends with this batch was applied; it is not covered yet."""
-        for done in self.sealed.get(server, []):
-            done.applied |= done.last == last
-
     def note_covered(self, server: int, slots: Slots, batch: int) -> None:
         """A server's part of all batches up to this is on as many nodes as the job asks for.
 
@@ -207,7 +202,7 @@ class Pushes:
             if held.batch <= batch:
                 held.uncovered.discard(server)
                 held.unacked &= ~slots
-        for done in [a for a in self.sealed.get(server, []) if a.applied and a.last <= batch]:
+        for done in [a for a in self.sealed.get(server, []) if a.last <= batch]:
             self.drop_sealed(server, done.last)
         self.settle()
 

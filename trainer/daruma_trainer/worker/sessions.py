@@ -434,9 +434,7 @@ class Sessions:
         overlap = from_bitmap(frames[1][SLOTS // 8 :]).any()
         if overlap:
             self.pushes.lost |= set(range(first, last + 1))
-        if self.membership.settings.covers and not overlap:
-            self.pushes.note_sealed(server, last)
-        else:
+        if overlap or not self.membership.settings.covers:
             self.pushes.drop_sealed(server, last)
 
     def _on_state(
