@@ -256,9 +256,6 @@ class Link:
     def suspect(self, seconds: float) -> Suspect | None:
         return None
 
-    def forget(self) -> None:
-        pass
-
     def close(self) -> None:
         pass
 
@@ -417,13 +414,28 @@ def test_a_new_tables_slots_wait_for_its_first_values() -> None:
     assert head.plane.add_table(replace(SPEC, id=1, name="later")) is None
     head.turn()
     head.turn()
-    assert head.link.kinds[-1] is Kind.FOLLOW
     head.link.answer(-1, body=NOTHING)
     head.turn()
-    assert head.link.kinds[-1] is Kind.FOLLOW
+    assert head.link.kinds == [Kind.FOLLOW] * 3
     head.plane.note_given(np.arange(len(head.plane.slots.ids)))
     head.turn()
-    assert head.link.kinds[-1:] == [Kind.WHOLE]
+    assert head.link.kinds == [*[Kind.FOLLOW] * 3, Kind.WHOLE]
+
+
+def test_a_lazy_replica_gets_a_new_table_at_once() -> None:
+    """Before that it could not be promoted: its slots would lack the table."""
+    head = Head(replace(CHAIN, ack="None", every_updates=100))
+    head.follow()
+    head.push(1)
+    head.turn()
+    assert head.link.kinds == [Kind.FOLLOW] * 2
+    assert head.plane.add_table(replace(SPEC, id=1, name="later")) is None
+    head.plane.note_given(np.arange(len(head.plane.slots.ids)))
+    head.turn()
+    head.turn()
+    head.link.answer(-1, body=NOTHING)
+    head.turn()
+    assert head.link.kinds == [*[Kind.FOLLOW] * 3, Kind.WHOLE]
 
 
 # A replica
@@ -503,9 +515,6 @@ def test_what_waited_for_a_tail_that_is_dropped_is_answered() -> None:
     tail = replace(CHAIN, replicas=3, ack="Tail")
     replica = Replica(THIRD, settings=tail)
     replica.follow()
-    following = replica.replicator._next
-    assert following is not None
-    following.joined = True  # one that has yet to join is not waited for
     assert replica.take(Kind.WHOLE, *whole(1, plane_of(HEAD))) is None
     replica.replicator.turn(())
     assert replica.around.answered == []

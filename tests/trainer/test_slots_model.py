@@ -149,3 +149,12 @@ def test_what_is_older_than_the_window_counts_as_applied() -> None:
     entry = mark(0, FULL, 100, 100)
     assert seen(*entry, 1, 1) is Seen.DUPLICATE
     assert seen(*entry, 99, 99) is Seen.NEW
+
+
+def test_what_is_marked_as_lost_is_another_version() -> None:
+    """A replica that was not told of it must not pass for one that was."""
+    slots = Slots(IDS, 1, SlotState.READY)
+    slots.advance(np.array([0, 1]), 0, 1, 1)
+    before = slots.position.copy()
+    assert slots.floor(np.arange(4), 0, 1, []) == [1]
+    assert (slots.position - before).tolist() == [0, 0, 1, 1]

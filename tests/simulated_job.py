@@ -1,0 +1,410 @@
+"""A job whose network, clock and operator are simulated; its servers and workers are the real ones.
+
+It knows what each slot really holds, what workers were promised, and how many failures there were.
+"""
+
+import threading
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from daruma_trainer.contract import Member, Membership, Report, Role, Settings
+from daruma_trainer.layout import TableSpec, slot_of_blocks
+from daruma_trainer.rules import SGD, Add, rule_to_json
+from daruma_trainer.server import lifecycle, restoring, serve
+from daruma_trainer.server import reporting as server_reporting
+from daruma_trainer.server.background import ByHand
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.fencing import Fence
+from daruma_trainer.server.replication.replicator import Replicator
+from daruma_trainer.server.reporting import report_of
+from daruma_trainer.worker import client as worker_client
+from daruma_trainer.worker import reporting as worker_reporting
+from daruma_trainer.worker import sessions as worker_sessions
+from daruma_trainer.worker.pushes import Update
+from simulated_members import BATCHES, SimulatedServer, SimulatedWorker
+from simulated_network import Door, Network, Wire
+from simulated_operator import UID, WORKERS, Operator
+
+ROWS = 4
+TABLES = 2
+"""At first."""
+RATE = 0.5
+EMPTY_SLOTS = (0, 1023)
+"""Of slots without blocks these two are looked at."""
+IDS = sorted(
+    {*EMPTY_SLOTS, *(int(s) for t in range(TABLES + 1) for s in slot_of_blocks(UID, t, ROWS))}
+)
+
+
+@dataclass(slots=True)
+class Promise:
+    """That a push outlives so many failures more."""
+
+    failures: int
+    """How many there had been."""
+    tolerance: int
+
+
+class SimulatedJob:
+    """One server with its replicas, two workers, the network between them, and the operator."""
+
+    def __init__(self, settings: Settings, momentum: float, *, shared: bool) -> None:
+        self.settings, self.momentum, self.shared = settings, momentum, shared
+        self.now = 100.0
+        self.network = Network()
+        self.servers: dict[str, SimulatedServer] = {}
+        self.workers: dict[str, SimulatedWorker] = {}
+        self.parted: set[frozenset[str]] = set()
+        self.specs = [self._spec(0, BATCHES * WORKERS, Add()), self._weights()]
+        self.failures = 0
+        self.promises: dict[tuple[int, int], Promise] = {}
+        self.reported: set[tuple[int, int]] = set()
+        """(worker, batch) that a RESYNC was told are lost."""
+        self.versions: dict[tuple[int, ...], list[bytes]] = {}
+        """(slot, tables, lineage, position): what a slot of that version is."""
+        self._last: dict[str, bytes] = {}
+        self._emitted: dict[tuple[str, int, int], Promise] = {}
+        self._at_loss: dict[str, tuple[int, bool]] = {}
+        """By head that was lost: failures before, and whether all its replicas had joined."""
+        self._stack = ExitStack()
+        self._patch()
+        self.operator = Operator(self)
+        self.operator.begin()
+
+    def close(self) -> None:
+        """Give back what the processes hold."""
+        for member in self.members():
+            self._take(member).end()
+        self._stack.close()
+
+    def _patch(self) -> None:
+        clock = SimpleNamespace(monotonic=lambda: self.now)
+
+        def wire(_context: Any, own: str, _token: str, peer: Member, _poller: Any) -> Wire:
+            return Wire(self.network, own, peer)
+
+        def idle(*_args: Any) -> SimpleNamespace:
+            nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+            return SimpleNamespace(close=nothing, follow=nothing, tick=nothing, report=())
+
+        threads = SimpleNamespace(
+            Condition=threading.Condition,
+            Thread=lambda **_: SimpleNamespace(start=lambda: None),
+        )
+        patches: list[tuple[Any, str, Any]] = [
+            (worker_sessions, "Link", wire),
+            (serve, "Link", wire),
+            (serve, "Door", lambda me, _context, _poller: Door(self.network, me.id)),
+            (serve, "Guests", idle),
+            (serve, "Agent", idle),
+            (worker_client, "Agent", idle),
+            (worker_client, "threading", threads),
+            (serve, "Fence", partial(Fence, clock=clock.monotonic)),
+            (serve, "Replicator", partial(Replicator, clock=clock.monotonic)),
+            (lifecycle, "Background", lambda _post: ByHand()),
+        ]
+        timed = (
+            worker_sessions, worker_client, worker_reporting, serve, lifecycle, restoring,
+            server_reporting,
+        )  # fmt: skip
+        patches += [(module, "time", clock) for module in timed]
+        for module, name, value in patches:
+            self._stack.enter_context(mock.patch.object(module, name, value))
+
+    # What is trained
+
+    def _spec(self, number: int, cols: int, rule: Any) -> TableSpec:
+        return TableSpec(number, f"t{number}", (ROWS, cols), 1, rule_to_json(rule))
+
+    def _weights(self) -> TableSpec:
+        return self._spec(1, 3, SGD(momentum=self.momentum))
+
+    def initial(self, spec: TableSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
+        values = np.zeros((spec.rows, spec.cols), np.float32)
+        return values if spec.id == 0 else values + np.float32(spec.id)
+
+    def updates(self, worker: int, batch: int) -> tuple[Update, ...]:
+        """What a batch of a worker is: a mark of its own in the first table, and gradients."""
+        mark = np.zeros((ROWS, self.specs[0].cols), np.float32)
+        mark[:, worker * BATCHES + batch - 1] = 1.0
+        return (Update(0, 0.0, mark), *(self._gradient(s, worker, batch) for s in self.specs[1:]))
+
+    def _gradient(self, spec: TableSpec, worker: int, batch: int) -> Update:
+        base = np.arange(spec.rows * spec.cols, dtype=np.float32).reshape(spec.rows, spec.cols)
+        return Update(spec.id, RATE, np.cos(base + np.float32(batch + worker / 3)))
+
+    # Members
+
+    @property
+    def wires(self) -> list[Wire]:
+        return self.network.wires
+
+    def node_of(self, role: Role, index: int, epoch: int) -> str:
+        """The machine of a new member: where `shared`, worker 0 has the first server's."""
+        if self.shared and epoch == 1 and (role is Role.SERVER or index == 0):
+            return "node-shared"
+        return f"node-{role}-{index}-{epoch}"
+
+    def start(self, member: Member) -> None:
+        if member.role is Role.SERVER:
+            self.servers[member.id] = SimulatedServer(self, member)
+        else:
+            self.workers[member.id] = SimulatedWorker(self, member)
+
+    def alive(self, member: str) -> bool:
+        return member in self.servers or member in self.workers
+
+    def members(self) -> list[str]:
+        return [*self.servers, *self.workers]
+
+    def reaches(self, a: str, b: str) -> bool:
+        return frozenset((a, b)) not in self.parted
+
+    def report(self, member: Member) -> Report | None:
+        if member.id in self.servers:
+            return report_of(self.servers[member.id])
+        return self.workers[member.id]._report() if member.id in self.workers else None
+
+    def has_copy(self, member: Member) -> bool:
+        worker = self.workers.get(member.id)
+        copy = None if worker is None else worker.copy
+        return copy is not None and bool(copy.lineage.any())
+
+    @property
+    def live_workers(self) -> list[SimulatedWorker]:
+        """Those that the operator counts."""
+        named = [m for m in self.operator.members.values() if m.role is Role.WORKER]
+        return [self.workers[m.id] for m in named if m.id in self.workers]
+
+    @property
+    def head(self) -> SimulatedServer | None:
+        return self.servers.get(self.operator.head.id)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether all replicas there should be have joined (but where they need not)."""
+        status = self.operator
+        chain = [status.head, *sorted(status.replicas, key=lambda m: m.incarnation)]
+        if len(chain) < self.settings.replicas or any(status.gone(m) for m in chain):
+            return False
+        if self.stateless:
+            return True
+        nodes = [self.servers[m.id] for m in chain]
+        known = all(node.epoch == status.epoch for node in nodes)
+        return known and all(node.replicator.follows is not None for node in nodes[1:])
+
+    @property
+    def stateless(self) -> bool:
+        """Whether workers' copies count."""
+        return not self.settings.chain and not self.momentum
+
+    # Failures
+
+    def kill(self, member: str) -> None:
+        """A process ends; what it sent may still arrive."""
+        node = self._take(member)
+        self.network.inboxes.pop(member, None)
+        for wire in list(self.wires):
+            if wire.peer.id == member:
+                wire.cut(len(wire.up), 0)
+        node.end()
+
+    def _take(self, member: str) -> SimulatedServer | SimulatedWorker:
+        return self.servers.pop(member, None) or self.workers.pop(member)
+
+    def crash(self, member: str) -> None:
+        """A process is killed, or its machine, where it shares that."""
+        found = {m.id: m for m in self.operator.everybody}
+        node = found[member].node if member in found else None
+        for other in [i for i, m in found.items() if m.node == node] or [member]:
+            if self.alive(other):
+                self.note_loss(other)
+                self.kill(other)
+        self.fail(int(member in found and self._counts(found[member])))
+
+    def suspect(self, member: Member) -> None:
+        """The operator takes a member for lost that is not."""
+        if member.id not in self.operator.suspected:
+            self.note_loss(member.id)
+            self.operator.suspected.add(member.id)
+            self.fail(int(self._counts(member)))
+
+    def note_loss(self, member: str) -> None:
+        if member == self.operator.head.id and member not in self.operator.suspected:
+            self._at_loss[member] = self.failures, self.replicated
+
+    def _counts(self, member: Member) -> bool:
+        """Whether its loss is one that pushes are promised to outlive."""
+        first = member.node == "node-shared"
+        return member.role is Role.SERVER or self.stateless or first
+
+    def fail(self, count: int) -> None:
+        self.failures += count
+
+    def broken(self, why: str) -> None:
+        """State was lost: that must not happen while a promise holds."""
+        held = [p for p, promise in self.promises.items() if self.left(promise) >= 0]
+        assert not held, (why, held, self.failures)
+
+    def left(self, promise: Promise) -> int:
+        return promise.tolerance - (self.failures - promise.failures)
+
+    # What is promised
+
+    def emitted(self, server: SimulatedServer, worker: int, batch: int) -> None:
+        """A server says that a worker's batches up to this are covered."""
+        lost = self._at_loss.get(server.me.id)
+        failures, replicated = (self.failures, self.replicated) if lost is None else lost
+        tolerance = 1 if replicated else 0
+        if self.stateless and server.membership is not None:
+            tolerance = self._others(server.membership, worker) - 1
+        elif lost is not None and not replicated:
+            tolerance = -1
+        self._emitted[server.me.id, worker, batch] = Promise(failures, tolerance)
+
+    def _others(self, membership: Membership, worker: int) -> int:
+        sender = membership.member(Role.WORKER, worker)
+        nodes = {m.failure_domain for m in (*membership.members, *membership.replicas)}
+        nodes -= {sender.failure_domain} if sender is not None else set()
+        return min(self.settings.copies, len(nodes))
+
+    def promised(self, server: Member, worker: int, batch: int) -> None:
+        """A worker was told so."""
+        new = self._emitted[server.id, worker, batch]
+        for b in range(1, batch + 1):
+            if (worker, b) in self.reported or new.tolerance < 0:
+                continue
+            old = self.promises.setdefault((worker, b), replace(new))
+            if self.left(new) > self.left(old) >= 0:
+                self.promises[worker, b] = replace(new)
+
+    def renew(self, tolerance: int) -> None:
+        """All is on as many nodes as it should be."""
+        for promise in self.promises.values():
+            if self.left(promise) >= 0:
+                promise.failures, promise.tolerance = self.failures, tolerance
+
+    # What is looked at
+
+    def record(self, server: SimulatedServer) -> None:
+        """A slot of one version is the same wherever it is."""
+        plane = server.plane
+        if plane is None or len(plane.shard.tables) < TABLES:
+            return
+        slots, tables = plane.slots, plane.shard.tables
+        arrays: list[np.ndarray[Any, Any]] = []
+        for table in tables:
+            arrays += [table.data, *table.state, table.steps]
+        given = slots.ready & plane.given
+        parts = (given, slots.lineage, slots.position, slots.last, slots.window)
+        arrays += [a[IDS] for a in parts]
+        now = b"".join(a.tobytes() for a in arrays)
+        if self._last.get(server.me.id) == now:
+            return
+        self._last[server.me.id] = now
+        for k in IDS:  # one server: slots are their own indices
+            if given[k]:
+                self._compare(plane, k)
+
+    def _compare(self, plane: DataPlane, k: int) -> None:
+        slots = plane.slots
+        version = int(slots.lineage[k]), int(slots.position[k])
+        key = (k, len(plane.shard.tables), *version)
+        content = [slots.last[k].tobytes(), slots.window[k].tobytes()]
+        for table in plane.shard.tables:
+            rows = slice(*table.layout.slot_rows[k : k + 2].tolist())
+            blocks = slice(*table.layout.slot_blocks[k : k + 2].tolist())
+            content += [a[rows].tobytes() for a in (table.data, *table.state)]
+            content.append(table.steps[blocks].tobytes())
+        known = self.versions.setdefault(key, content)
+        if known != content:
+            raise AssertionError(f"two states of slot {key}: {known} {content}")
+
+    def marks(self, server: SimulatedServer) -> np.ndarray[Any, Any]:
+        """How often each slot's blocks have each batch; shape (rows, workers, batches)."""
+        plane = server.plane
+        if plane is None or not plane.shard.tables:
+            return np.zeros((0, WORKERS, BATCHES))
+        return plane.shard.tables[0].data.reshape(-1, WORKERS, BATCHES)
+
+    @property
+    def may_add_table(self) -> bool:
+        workers = self.live_workers
+        idle = len(workers) == WORKERS and all(w.idle for w in workers)
+        return idle and len(self.specs) == TABLES
+
+    def add_table(self) -> None:
+        """Programs declare a third table, which begins with values."""
+        self.specs.append(self._spec(TABLES, 3, SGD(momentum=self.momentum)))
+        for worker in self.live_workers:
+            worker.add_tables()
+
+    # Running
+
+    def move(self, chosen: Callable[[Wire], bool], up: int, down: int) -> int:
+        """Connect, and let messages arrive."""
+        moved = 0
+        for wire in list(self.wires):
+            if not chosen(wire):
+                continue
+            there = wire.peer.id in self.servers and self.reaches(wire.own, wire.peer.id)
+            if not wire.connected and not wire.closed and there and self.alive(wire.own):
+                wire.connect()
+                moved += 1
+            moved += wire.carry(up, down)
+        return moved
+
+    def spin(self, member: str, messages: int = serve.BATCH) -> None:
+        if member in self.servers:
+            node = self.servers[member]
+            node.spin(messages)
+        else:
+            self.workers[member].spin()
+        if self.alive(member) and (self.servers.get(member) or self.workers[member]).ended:
+            self.kill(member)
+
+    def round(self) -> int:
+        """Everybody gets everything that is under way, and has a turn."""
+        moved = self.move(lambda _: True, serve.BATCH, serve.BATCH)
+        for member in self.members():
+            self.spin(member)
+        return moved
+
+    def operate(self, chosen: Callable[[Member], bool] = lambda _: True) -> None:
+        """The operator looks at some, decides, and tells everybody it reaches."""
+        self.operator.look(chosen)
+        self.operator.act(hurry=False)
+        for member in self.operator.everybody:
+            self.operator.tell(member)
+
+    def until(self, done: Callable[[], bool], rounds: int, dt: float = 0.03) -> bool:
+        """Let everything go its way until something is so."""
+        for _ in range(rounds):
+            if done():
+                return True
+            self.now += dt
+            self.round()
+            self.operate()
+        return done()
+
+
+def quiet(job: SimulatedJob) -> bool:
+    """Whether nothing is under way and everybody is where they should be."""
+    status = job.operator
+    everybody: Collection[Member] = status.everybody
+    return (
+        status.initialised
+        and status.recovery is None
+        and len(status.replicas) == job.settings.replicas - 1
+        and all(job.alive(m.id) and status.told.get(m.id) == status.epoch for m in everybody)
+        and job.replicated
+        and not any(w.came or (w.connected and (w.up or w.down)) for w in job.wires)
+        and all(w.idle or w.batch >= BATCHES for w in job.live_workers)
+    )

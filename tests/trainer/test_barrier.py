@@ -1,0 +1,69 @@
+"""Steps of `Sync`: what makes one, and in which order."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from daruma_trainer.layout import Ints, TableSpec
+from daruma_trainer.rules import SGD, rule_to_json
+from daruma_trainer.server.barrier import Barrier, Made
+from daruma_trainer.server.shard import Shard
+from daruma_trainer.server.slots import Slots, SlotState
+from daruma_trainer.wire import Push, TablePush, mask_of
+
+IDS = np.arange(1024)
+ROWS = 4
+
+
+class Server:
+    """One shard of two workers."""
+
+    def __init__(self) -> None:
+        self.slots = Slots(IDS, 2, SlotState.READY)
+        self.shard = Shard("uid", IDS)
+        self.shard.create(TableSpec(0, "t", (ROWS, 1), 1, rule_to_json(SGD())))
+        self.barrier = Barrier(self.shard, self.slots)
+        self.steps: list[int] = []
+
+    def push(self, worker: int, batch: int, gradient: float) -> None:
+        values = np.full((ROWS, 1), gradient, np.float32)
+        part = TablePush(0, 1.0, values)
+        push = Push(worker, batch, batch, 1, 0, mask_of(IDS), (part,))
+        self.barrier.contribute(push, IDS, IDS)
+        self.barrier.reduce([0, 1], self._stepped)
+
+    def _stepped(self, step: int, workers: Sequence[int], k: Ints, made: Made | None) -> None:
+        self.steps.append(step)
+
+    @property
+    def values(self) -> set[float]:
+        return set(self.shard.tables[0].data.ravel().tolist())
+
+
+def test_a_promoted_replica_makes_all_the_steps_that_it_lacks() -> None:
+    """Workers keep pushes until they are covered: it gets several of one before the other's."""
+    server = Server()
+    for batch in (1, 2, 3):
+        server.push(0, batch, 2.0 * batch)
+    assert server.steps == []
+    server.push(0, 2, 4.0)  # sent again
+    server.push(1, 1, 4.0)
+    assert server.steps == [1]
+    assert server.values == {-3.0}
+    server.push(1, 2, 0.0)
+    server.push(1, 3, 0.0)
+    assert server.steps == [1, 2, 3]
+    assert server.values == {-8.0}
+    assert (server.slots.last == 3).all()
+
+
+def test_what_waits_for_its_turn_is_dropped_with_a_rollback() -> None:
+    server = Server()
+    for batch in (1, 2):
+        server.push(0, batch, 2.0)
+    server.barrier.drop()
+    server.push(0, 1, 6.0)
+    server.push(1, 1, 6.0)
+    assert server.steps == [1]
+    server.push(1, 2, 6.0)
+    assert server.steps == [1]

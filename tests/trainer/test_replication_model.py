@@ -1,0 +1,361 @@
+"""Replicas and copies, model-checked: the real servers and workers over a simulated network.
+
+Connections break with what was on its way, members are parted, killed, or taken for lost while
+they go on; the operator looks and tells late. Each batch leaves a mark of its own in the shard, so
+what a slot holds can be seen. Whatever happens: no push that a worker was told is covered is lost
+by as many failures as were promised, none is applied twice, slots of one version are one wherever
+they are, what is lost is counted exactly, and it ends: once the network is whole again, all
+pushes are covered and all replicas have joined.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from operator import is_
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from daruma_trainer.contract import Settings, WorkersMeanwhile
+from daruma_trainer.wire import Header, Kind
+from simulated_job import SimulatedJob, quiet
+from simulated_operator import WORKERS
+from soak import counted
+
+CHAIN = Settings(replicas=2, chain=True, ack="Next", meanwhile=WorkersMeanwhile.WAIT)
+COPIES = Settings(replicas=2, copies=2)
+MODES = {
+    "next": (CHAIN, 0.0),
+    "tail": (replace(CHAIN, ack="Tail"), 0.5),
+    "next of 3": (replace(CHAIN, replicas=3), 0.5),
+    "tail of 3": (replace(CHAIN, replicas=3, ack="Tail"), 0.0),
+    "none": (replace(CHAIN, ack="None"), 0.0),
+    "every 3": (replace(CHAIN, ack="None", every_updates=3), 0.5),
+    "every 3, of 3": (replace(CHAIN, replicas=3, ack="None", every_updates=3), 0.0),
+    "copies": (COPIES, 0.0),
+    "copies, momentum": (COPIES, 0.5),
+    "3 copies, momentum": (replace(COPIES, replicas=3, copies=3), 0.5),
+}
+MANY = 64
+ROUNDS = 400
+LIMITS = (64, 0, 1, 3)
+some = st.integers(0, 5)
+bits = st.integers(0, (1 << 40) - 1)
+
+
+class Bits:
+    """Small numbers out of a large one; zeros once it is used up."""
+
+    def __init__(self, choice: int) -> None:
+        self._choice = choice
+
+    def take(self, count: int) -> int:
+        found = self._choice & ((1 << count) - 1)
+        self._choice >>= count
+        return found
+
+
+class Replication(RuleBasedStateMachine):
+    job: SimulatedJob
+
+    @initialize(mode=st.sampled_from(sorted(MODES)), sync=st.booleans(), shared=st.booleans())
+    def begin(self, mode: str, sync: bool, shared: bool) -> None:
+        config, momentum = MODES[mode]
+        config = replace(config, consistency="Sync" if sync else "Async")
+        self.job = SimulatedJob(config, momentum, shared=shared)
+        assert self.job.until(lambda: quiet(self.job), ROUNDS)
+
+    # What happens
+
+    @rule(choice=bits)
+    def go(self, choice: int) -> None:
+        """Workers make a step, messages arrive, members have a turn: some of each."""
+        job, draw = self.job, Bits(choice)
+        for worker in job.live_workers:
+            if draw.take(1) and worker.idle:
+                worker.step()
+        job.now += 0.005 * draw.take(2)
+        limits = [(LIMITS[draw.take(2)], LIMITS[draw.take(2)]) for _ in range(6)]
+        for i, wire in enumerate(list(job.wires)):
+            job.move(partial(is_, wire), *limits[i % 6])
+        for member in job.members():
+            if draw.take(1):
+                job.spin(member, LIMITS[draw.take(2)])
+
+    @rule(worker=st.integers(0, WORKERS))
+    def run(self, worker: int) -> None:
+        """Workers (or one) go on for a while, as far as they get."""
+        for _ in range(6):
+            for found in self.job.live_workers:
+                if found.idle and worker in (WORKERS, found.me.index):
+                    found.step()
+            self.job.now += 0.01
+            self.job.round()
+
+    @rule(seconds=st.sampled_from([0.02, 0.06, 0.2, 1.2]))
+    def wait(self, seconds: float) -> None:
+        self.job.now += seconds
+
+    @rule(wire=some, lost=st.integers(0, 5), kept=st.integers(0, 3))
+    def cut(self, wire: int, lost: int, kept: int) -> None:
+        """A connection breaks; it may come back at once."""
+        if self.job.wires:
+            self.job.wires[wire % len(self.job.wires)].cut(lost, kept)
+
+    @rule(wire=some, full=st.booleans())
+    def jam(self, wire: int, full: bool) -> None:
+        """A peer's queue is full, or empty again."""
+        if self.job.wires:
+            self.job.wires[wire % len(self.job.wires)].full = full
+
+    @rule(a=some, b=some)
+    def part(self, a: int, b: int) -> None:
+        """Two members, or one and the operator, do not reach each other."""
+        members = ["operator", *self.job.members()]
+        pair = frozenset((members[a % len(members)], members[b % len(members)]))
+        if len(pair) == 2:
+            self.job.parted.add(pair)
+            for wire in self.job.wires:
+                if frozenset((wire.own, wire.peer.id)) == pair:
+                    wire.cut(MANY, 0)
+
+    @rule()
+    def join(self) -> None:
+        self.job.parted.clear()
+
+    @rule(worker=st.integers(0, WORKERS - 1))
+    def again(self, worker: int) -> None:
+        """A worker begins anew with its server: what it holds is sent twice."""
+        for found in self.job.live_workers:
+            if found.me.index == worker and found.resumed:
+                found._live.begin_all()
+                found.spin()
+
+    @rule(member=some)
+    def crash(self, member: int) -> None:
+        members = [m for m in self.job.operator.everybody if self.job.alive(m.id)]
+        if len(members) > 2:
+            self.job.crash(members[member % len(members)].id)
+
+    @rule()
+    def crash_head(self) -> None:
+        if self.job.head is not None:
+            self.job.crash(self.job.head.me.id)
+
+    @rule(member=some)
+    def suspect(self, member: int) -> None:
+        """The operator takes a member for lost that goes on."""
+        members = self.job.operator.everybody
+        self.job.suspect(members[member % len(members)])
+
+    @rule(choice=bits, hurry=st.booleans())
+    def decide(self, choice: int, hurry: bool) -> None:
+        """The operator decides, by what it knows and what it sees of some now; it tells some."""
+        operator, draw = self.job.operator, Bits(choice)
+        operator.look(lambda _: bool(draw.take(1)))
+        operator.act(hurry=hurry)
+        for member in operator.everybody:
+            if draw.take(1):
+                operator.tell(member)
+
+    @rule()
+    def operate(self) -> None:
+        self.job.operate()
+
+    @precondition(lambda self: self.job.may_add_table)
+    @rule()
+    def add_table(self) -> None:
+        """Programs declare one more table."""
+        self.job.add_table()
+
+    @rule()
+    def calm(self) -> None:
+        """All is well for long enough: it comes to an end, and nothing is missing."""
+        job = self.job
+        job.parted.clear()
+        for wire in job.wires:
+            wire.full = False
+        assert job.until(lambda: self.flushed() and quiet(job), ROUNDS), "pushes stay uncovered"
+        for worker in job.live_workers:
+            worker.refresh()
+        assert job.until(lambda: self.flushed() and quiet(job), ROUNDS), "no pull"
+        self.nothing_is_missing()
+        job.renew(1)
+
+    def flushed(self) -> bool:
+        if self.job.settings.consistency == "Sync":
+            # A step is made of everybody's part.
+            workers = self.job.live_workers
+            for worker in workers:
+                if worker.idle and worker.batch < max(w.batch for w in workers):
+                    worker.step()
+        return all(
+            w.pushes is not None and w.pushes.acked >= w.batch for w in self.job.live_workers
+        )
+
+    def nothing_is_missing(self) -> None:
+        job = self.job
+        head = job.head
+        assert head is not None
+        has = job.marks(head).min(axis=0) == 1
+        for worker in job.live_workers:
+            assert worker.pushes is not None
+            job.reported |= {(worker.me.index, b) for b in worker.pushes.lost}
+        missing = {
+            (w.me.index, b)
+            for w in job.live_workers
+            for b in range(1, w.batch + 1)
+            if not has[w.me.index, b - 1]
+        }
+        broken = {p for p in missing if p in job.promises and job.left(job.promises[p]) >= 0}
+        assert not broken, ("covered and lost", sorted(broken))
+        assert missing == {p for p in job.reported if self.current(p)}, "lost and not counted"
+        self.replicas_equal()
+
+    def current(self, push: tuple[int, int]) -> bool:
+        return any(w.me.index == push[0] and push[1] <= w.batch for w in self.job.live_workers)
+
+    def replicas_equal(self) -> None:
+        """Replicas have what their head has, but for the last updates where they are told late."""
+        job = self.job
+        if job.stateless:
+            return
+        assert job.head is not None
+        assert job.head.plane is not None
+        slots, marks = job.head.plane.slots, job.marks(job.head)
+        late = job.settings.every_updates - 1
+        for member in job.operator.replicas:
+            plane = job.servers[member.id].plane
+            assert plane is not None
+            lacks = (marks != job.marks(job.servers[member.id])).any(axis=0)
+            if job.settings.consistency == "Sync":
+                lacks = lacks.any(axis=0)  # a step of all is one update
+            assert lacks.sum() <= late, "more than was to be waited for"
+            if not late:
+                assert (plane.slots.lineage == slots.lineage).all()
+                assert (plane.slots.position == slots.position).all()
+
+    # What must hold all the time
+
+    @invariant()
+    def nothing_is_applied_twice(self) -> None:
+        for server in self.job.servers.values():
+            marks = self.job.marks(server)
+            assert ((marks == 0) | (marks == 1)).all(), "applied twice"
+
+    @invariant()
+    def what_has_joined_counts(self) -> None:
+        job = self.job
+        if job.replicated and not job.stateless and job.operator.recovery is None:
+            job.renew(1)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "job"):
+            return
+        try:
+            if sys.exc_info()[0] is None:
+                self.calm()
+        finally:
+            self.job.close()
+
+
+STORIES, COUNTED = counted("stories of 30 steps: replicas, copies, promotions", 60, 5_000)
+Replication.TestCase.settings = settings(
+    max_examples=STORIES,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestReplication = COUNTED(Replication.TestCase)
+
+
+# Stories that found something, in short
+
+
+@pytest.fixture
+def story() -> Iterator[Replication]:
+    machine = Replication()
+    yield machine
+    machine.teardown()
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("mode", ["next", "copies", "copies, momentum"])
+def test_a_worker_that_did_not_hear_it_is_told_again(
+    story: Replication, mode: str, sync: bool
+) -> None:
+    """What is covered was said once; a worker may not have as many more uncovered as it wants."""
+    story.begin(mode, sync, shared=False)
+    job = story.job
+    for worker in job.live_workers:
+        worker.step()
+    lost = 0
+    for _ in range(60):
+        job.now += 0.01
+        job.round()
+        for wire in job.wires:
+            if any(Header.decode(message).kind is Kind.COVERED for message in wire.down):
+                wire.cut(0, 0)
+                lost += 1
+    assert lost
+    story.calm()
+
+
+def test_a_push_is_covered_though_its_worker_shares_a_node_with_the_head(
+    story: Replication,
+) -> None:
+    """The other worker's copy would do; but that worker does not pull."""
+    story.begin("copies", sync=False, shared=True)
+    story.run(0)
+    story.calm()
+
+
+def test_a_table_comes_with_its_values(story: Replication) -> None:
+    """They come later than the table, and replicas may have been sent its zeros."""
+    story.begin("next", sync=False, shared=False)
+    job = story.job
+    story.add_table()
+    for turn in range(60):
+        job.now += 0.03
+        for wire in list(job.wires):
+            kinds = [Header.decode(message).kind for message in wire.up]
+            waits = turn < 30 and Kind.INIT in kinds
+            job.move(partial(is_, wire), kinds.index(Kind.INIT) if waits else MANY, MANY)
+        for member in job.members():
+            job.spin(member)
+    story.calm()
+
+
+def test_a_lazy_replica_has_a_new_table_at_once(story: Replication) -> None:
+    story.begin("every 3, of 3", sync=False, shared=False)
+    story.add_table()
+    story.crash_head()
+    story.calm()
+
+
+def test_a_step_that_all_others_are_past_is_acknowledged(story: Replication) -> None:
+    """Of a push to a promoted replica, whose sender has pulled that step long ago."""
+    story.begin("copies", sync=True, shared=False)
+    story.run(WORKERS)
+    story.add_table()
+    story.crash_head()
+    story.calm()
+
+
+def test_a_replay_is_let_go_whose_acknowledgement_was_lost(story: Replication) -> None:
+    story.begin("3 copies, momentum", sync=False, shared=False)
+    job = story.job
+    (wire,) = [w for w in job.wires if w.own == job.live_workers[0].me.id]
+    wire.cut(0, 0)
+    pair = frozenset((wire.own, wire.peer.id))
+    job.parted.add(pair)
+    story.run(0)
+    story.join()
+    for _ in range(60):
+        job.now += 0.01
+        job.round()
+        story.again(0)  # what is answered now says nothing
+    story.calm()
