@@ -256,6 +256,9 @@ class Link:
     def suspect(self, seconds: float) -> Suspect | None:
         return None
 
+    def forget(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -515,6 +518,9 @@ def test_what_waited_for_a_tail_that_is_dropped_is_answered() -> None:
     tail = replace(CHAIN, replicas=3, ack="Tail")
     replica = Replica(THIRD, settings=tail)
     replica.follow()
+    following = replica.replicator._next
+    assert following is not None
+    following.joined = True  # one that has yet to join is not waited for
     assert replica.take(Kind.WHOLE, *whole(1, plane_of(HEAD))) is None
     replica.replicator.turn(())
     assert replica.around.answered == []

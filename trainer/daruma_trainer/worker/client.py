@@ -452,8 +452,9 @@ class Client:
         if self._sessions is None:
             self._sessions = Sessions(self, new, self._context, self._poller)
         self._sessions.membership = new
-        if not new.settings.covers:
+        if old is not None and old.settings.covers and not new.settings.covers:
             self._sessions.pushes.cover_nothing()
+            self._sessions.begin_all()  # replays that were applied are sent again, and let go
         if new.rollback.generation > self.generation:
             self._roll_back(new.rollback.generation)
         self.wake()

@@ -210,9 +210,6 @@ class Pushes:
         """The job does not ask for copies any more: what is applied need not be kept."""
         for held in self.held.values():
             held.uncovered.clear()
-        for server in list(self.sealed):
-            for done in [a for a in self.sealed[server] if a.applied]:
-                self.drop_sealed(server, done.last)
         self.settle()
 
     def uncovered(self, server: int) -> int:
