@@ -207,26 +207,28 @@ class SimulatedJob:
 
     # Failures
 
-    def kill(self, member: str) -> None:
-        """A process ends; what it sent may still arrive."""
+    def kill(self, member: str, arrive: int = 0) -> None:
+        """A process ends; of what it sent last, so many messages may still arrive."""
         node = self._take(member)
         self.network.inboxes.pop(member, None)
         for wire in list(self.wires):
             if wire.peer.id == member:
                 wire.cut(len(wire.up), 0)
+            elif wire.own == member:
+                wire.end(arrive)
         node.end()
 
     def _take(self, member: str) -> SimulatedServer | SimulatedWorker:
         return self.servers.pop(member, None) or self.workers.pop(member)
 
-    def crash(self, member: str) -> None:
+    def crash(self, member: str, arrive: int = 0) -> None:
         """A process is killed, or its machine, where it shares that."""
         found = {m.id: m for m in self.operator.everybody}
         node = found[member].node if member in found else None
         for other in [i for i, m in found.items() if m.node == node] or [member]:
             if self.alive(other):
                 self.note_loss(other)
-                self.kill(other)
+                self.kill(other, arrive)
         self.fail(int(member in found and self._counts(found[member])))
 
     def suspect(self, member: Member) -> None:
@@ -392,7 +394,14 @@ class SimulatedJob:
             self.now += dt
             self.round()
             self.operate()
+            self._sweep()
         return done()
+
+    def _sweep(self) -> None:
+        """The operator has deleted the pods of those that it took for lost."""
+        for member in self.operator.suspected & set(self.members()):
+            if member not in {m.id for m in self.operator.everybody}:
+                self.kill(member)
 
 
 def quiet(job: SimulatedJob) -> bool:

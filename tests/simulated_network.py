@@ -114,6 +114,11 @@ class Wire:
         self.came.extend(list(self.down)[:kept])
         self.down.clear()
 
+    def end(self, arrive: int) -> None:
+        """Its owner is killed: no more than so many of its messages still arrive."""
+        while len(self.up) > arrive:
+            self.up.pop()
+
     def carry(self, up: int, down: int) -> int:
         """Let so many messages arrive; returns how many did."""
         moved = 0

@@ -43,7 +43,7 @@ MANY = 64
 ROUNDS = 400
 LIMITS = (64, 0, 1, 3)
 some = st.integers(0, 5)
-bits = st.integers(0, (1 << 40) - 1)
+bits = st.integers(0, (1 << 48) - 1)
 
 
 class Bits:
@@ -74,16 +74,19 @@ class Replication(RuleBasedStateMachine):
     def go(self, choice: int) -> None:
         """Workers make a step, messages arrive, members have a turn: some of each."""
         job, draw = self.job, Bits(choice)
-        for worker in job.live_workers:
-            if draw.take(1) and worker.idle:
-                worker.step()
-        job.now += 0.005 * draw.take(2)
+        rounds = 1 + draw.take(2)
         limits = [(LIMITS[draw.take(2)], LIMITS[draw.take(2)]) for _ in range(6)]
-        for i, wire in enumerate(list(job.wires)):
-            job.move(partial(is_, wire), *limits[i % 6])
-        for member in job.members():
-            if draw.take(1):
-                job.spin(member, LIMITS[draw.take(2)])
+        turns = [LIMITS[draw.take(2)] for _ in range(5)]
+        works = draw.take(2)
+        for _ in range(rounds):
+            for worker in job.live_workers:
+                if works >> worker.me.index & 1 and worker.idle:
+                    worker.step()
+            job.now += 0.005 * draw.take(2)
+            for i, wire in enumerate(list(job.wires)):
+                job.move(partial(is_, wire), *limits[i % len(limits)])
+            for i, member in enumerate(job.members()):
+                job.spin(member, turns[i % len(turns)])
 
     @rule(worker=st.integers(0, WORKERS))
     def run(self, worker: int) -> None:
@@ -134,16 +137,16 @@ class Replication(RuleBasedStateMachine):
                 found._live.begin_all()
                 found.spin()
 
-    @rule(member=some)
-    def crash(self, member: int) -> None:
+    @rule(member=some, arrive=st.integers(0, 3))
+    def crash(self, member: int, arrive: int) -> None:
         members = [m for m in self.job.operator.everybody if self.job.alive(m.id)]
         if len(members) > 2:
-            self.job.crash(members[member % len(members)].id)
+            self.job.crash(members[member % len(members)].id, arrive)
 
-    @rule()
-    def crash_head(self) -> None:
+    @rule(arrive=st.integers(0, 3))
+    def crash_head(self, arrive: int) -> None:
         if self.job.head is not None:
-            self.job.crash(self.job.head.me.id)
+            self.job.crash(self.job.head.me.id, arrive)
 
     @rule(member=some)
     def suspect(self, member: int) -> None:
@@ -332,7 +335,7 @@ def test_a_table_comes_with_its_values(story: Replication) -> None:
 def test_a_lazy_replica_has_a_new_table_at_once(story: Replication) -> None:
     story.begin("every 3, of 3", sync=False, shared=False)
     story.add_table()
-    story.crash_head()
+    story.crash_head(MANY)
     story.calm()
 
 
@@ -341,7 +344,7 @@ def test_a_step_that_all_others_are_past_is_acknowledged(story: Replication) -> 
     story.begin("copies", sync=True, shared=False)
     story.run(WORKERS)
     story.add_table()
-    story.crash_head()
+    story.crash_head(MANY)
     story.calm()
 
 
