@@ -34,7 +34,7 @@ spec:
     image: none
     command: [python, PROGRAM, "STEPS", digits, "0.5", "THINK"]
   servers: {replicas: 3}
-  workers: {replicas: 2}
+  workers: {replicas: 2, minReplicas: 2}
   checkpoint: {store: "file:///saves", every: 32, fraction: 0.25}
   consistency: {mode: MODE}
   recovery: {placement: PLACEMENT, strategy: STRATEGY}
