@@ -32,7 +32,7 @@ from daruma_trainer.bench.arena import START_SECONDS, BenchError
 from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.local import LocalRun
 from daruma_trainer.bench.members import Process
-from daruma_trainer.contract import Role, View, agent_address
+from daruma_trainer.contract import Role, agent_address
 
 COLS = 256
 SERVERS = WORKERS = 2
@@ -169,14 +169,11 @@ def _until_whole(servers: Sequence[Process], *, chained: bool) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         views = [p.view()[1] for p in servers]
-        if all(not chained or _followed(v) for v in views):
+        followed = {told.follows for v in views for _, told in v.others.values()}
+        if not chained or followed.issuperset(p.id for p in servers):
             return
         time.sleep(0.1)
     raise BenchError(f"the replicas were not up to date within {START_SECONDS:.0f} s")
-
-
-def _followed(view: View) -> bool:
-    return any(told.follows == view.own.id for _, told in view.others.values())
 
 
 def _sample(

@@ -80,7 +80,7 @@ class Siblings:
         wanted = {
             m.id: m
             for m in membership.of(Role.SERVER)
-            if m.index != self._me.index and m.address is not None
+            if m.id != self._me.id and m.address is not None
         }
         for gone in [i for i in self._links if i not in wanted]:
             self._links.pop(gone).close()
