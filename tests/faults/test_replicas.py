@@ -184,7 +184,7 @@ def test_what_a_lazy_replica_lacks_is_counted(tmp_path: Path) -> None:
         cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 3, "3 steps")
         made = add_replica(cluster, 0, host=1)
         joined(cluster, made)
-        lose_at(cluster, made, 25)
+        lose_at(cluster, made, cluster.report(Role.WORKER, 0).step + 12)
         lost = sum(lost_by(cluster))
         cluster.finish()
         seen = cluster.result(tmp_path / "store")["seen"].ravel()
