@@ -22,7 +22,7 @@ _NUMBERS = itertools.count(1)
 
 collect_ignore = [] if SOAK else ["trainer/test_replication_model.py"]
 """It needs a process of its own: after tests with real sockets its contexts are refused (EINVAL),
-for a reason not found yet. `make soak` tells its stories."""
+for a reason not found yet: DARUMA_SOAK=1 pytest tests/trainer/test_replication_model.py."""
 
 
 @pytest.fixture(scope="session")
