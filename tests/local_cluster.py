@@ -334,18 +334,28 @@ def freshest(cluster: LocalCluster, index: int) -> list[Source]:
     ]
 
 
-def lose_and_replace(cluster: LocalCluster, index: int) -> Member:
-    """Kill a server, fence it, wait for the copies, and restore its successor from the freshest."""
+def fence(cluster: LocalCluster, index: int) -> None:
+    """Kill a server, and tell everybody; nothing replaces it yet."""
     gone = cluster.membership.member(Role.SERVER, index)
     assert gone is not None
     cluster.kill(gone.id)
     members = tuple(m for m in cluster.membership.members if m is not gone)
     epoch = cluster.membership.epoch + 1
     cluster.tell(raise_epoch=True, members=members, initialised=True, recovery=epoch)
+
+
+def lose(cluster: LocalCluster, index: int) -> None:
+    """Kill a server, fence it, and wait for the workers to offer their copies."""
+    fence(cluster, index)
     workers = cluster.membership.of(Role.WORKER)
     cluster.until(
         lambda: all(cluster.report(Role.WORKER, w.index).copies for w in workers), "copies"
     )
+
+
+def lose_and_replace(cluster: LocalCluster, index: int) -> Member:
+    """Kill a server, fence it, wait for the copies, and restore its successor from the freshest."""
+    lose(cluster, index)
     return cluster.replace_server(index, freshest(cluster, index))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from daruma_trainer.contract import Role, Rollback, Settings
 from elastic_cluster import PROGRAMS, check_marks, last_words, wait_for
-from local_cluster import LocalCluster, freshest, local_cluster
+from local_cluster import fence, freshest, local_cluster
 
 pytestmark = pytest.mark.faults
 
@@ -28,16 +28,6 @@ def test_the_fast_one_gets_as_far_ahead_as_it_may(tmp_path: Path, staleness: int
         assert check_marks(cluster, tmp_path / "store", 40) == 0
 
 
-def lose_server(cluster: LocalCluster, index: int) -> None:
-    """Kill a server, and tell everybody; nothing replaces it yet."""
-    gone = cluster.membership.member(Role.SERVER, index)
-    assert gone is not None
-    cluster.kill(gone.id)
-    members = tuple(m for m in cluster.membership.members if m is not gone)
-    epoch = cluster.membership.epoch + 1
-    cluster.tell(raise_epoch=True, members=members, initialised=True, recovery=epoch)
-
-
 def test_while_a_server_is_away_workers_go_on_until_so_many_steps_are_pending(
     tmp_path: Path,
 ) -> None:
@@ -45,7 +35,7 @@ def test_while_a_server_is_away_workers_go_on_until_so_many_steps_are_pending(
     program = (PROGRAMS, "marks", "60", "4")
     with local_cluster(tmp_path, settings=config, program=program) as cluster:
         wait_for(cluster, 1, 10)
-        lose_server(cluster, 1)
+        fence(cluster, 1)
         workers = cluster.membership.of(Role.WORKER)
 
         def pending() -> list[int]:

@@ -9,25 +9,11 @@ from pathlib import Path
 import pytest
 
 from daruma_trainer.contract import Outage, Replay, Role, Settings
-from local_cluster import LocalCluster, freshest, local_cluster
+from local_cluster import LocalCluster, freshest, local_cluster, lose
 
 pytestmark = pytest.mark.faults
 PROGRAMS = str(Path(__file__).with_name("worker_programs.py"))
 OUTAGE_SECONDS = 5.0
-
-
-def lose(cluster: LocalCluster, index: int) -> None:
-    """Kill a server and fence it; nobody takes its place yet."""
-    gone = cluster.membership.member(Role.SERVER, index)
-    assert gone is not None
-    cluster.kill(gone.id)
-    members = tuple(m for m in cluster.membership.members if m is not gone)
-    epoch = cluster.membership.epoch + 1
-    cluster.tell(raise_epoch=True, members=members, initialised=True, recovery=epoch)
-    workers = cluster.membership.of(Role.WORKER)
-    cluster.until(
-        lambda: all(cluster.report(Role.WORKER, w.index).copies for w in workers), "copies"
-    )
 
 
 def both(cluster: LocalCluster) -> list[int]:
