@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from worker_programs import stand
 
 import daruma_trainer as daruma
 from daruma_trainer.programs.data import classification
 from daruma_trainer.rules import Rule
 from daruma_trainer.worker.job import Job
 from daruma_trainer.worker.pushes import Held
+from daruma_trainer.worker.sessions import Session, Sessions, Stage
 
-SECONDS = 60.0
 RULES: dict[str, Rule] = {
     "sgd": daruma.SGD(),
     "momentum": daruma.SGD(momentum=0.9),
@@ -25,15 +26,6 @@ RULES: dict[str, Rule] = {
     "add": daruma.Add(),
 }
 FIRST_LIFE = os.environ.get("DARUMA_INCARNATION") == "1"
-
-
-def stand(gate: Path) -> None:
-    """Wait until there is a file."""
-    deadline = time.monotonic() + SECONDS
-    while not gate.exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"nobody made {gate}")
-        time.sleep(0.01)
 
 
 def check_staleness(job: Job) -> None:
@@ -75,21 +67,54 @@ def marks(steps: str, think_ms: str = "5", gate: str = "") -> None:
             table.push(None, mark)
 
 
+def withhold(job: Job, batch: int, lacks: int) -> None:
+    """In its first life the last of two workers gives one batch to all servers but one."""
+    if FIRST_LIFE and job.index == min(1, job.workers - 1):
+        sessions = job._client._live
+        send = sessions.send_held
+
+        def send_some(server: int, held: Held) -> None:
+            if (held.batch, server) != (batch, lacks):
+                send(server, held)
+
+        sessions.send_held = send_some  # type: ignore[method-assign]
+
+
+def apart(batch: str, lacks: str, steps: str) -> None:
+    """Marks. In its second life, worker 1 goes on before any server can take what it pushes."""
+    total = int(steps)
+    with daruma.join() as job:
+        table = job.table("marks", (64, job.workers * total))
+        withhold(job, int(batch), int(lacks))
+        if not FIRST_LIFE:
+            hold_back(job._client._live, lambda: job.batch >= int(batch) + 2)
+        for _ in job.batches((np.arange(8),), 1, steps=total):
+            time.sleep(0.005)
+            mark = np.zeros((64, job.workers * total), np.float32)
+            mark[:, job.index * total + job.batch] = 1.0
+            table.push(None, mark)
+
+
+def hold_back(sessions: Sessions, until: Callable[[], bool]) -> None:
+    """Begin no session anew, once there was a first pull, before something is true."""
+    advance = sessions._advance
+
+    def later(server: int, session: Session) -> None:
+        if sessions._worker.resumed and session.stage is Stage.TABLES and not until():
+            session.retry_at = time.monotonic() + 0.01
+        else:
+            advance(server, session)
+
+    sessions._advance = later  # type: ignore[method-assign]
+
+
 def withheld(rule: str, batch: str, lacks: str, steps: str = "30") -> None:
     """Regression. Worker 1 in its first life gives one batch to all servers but one."""
     (x, y), _ = classification("digits", 0)
     with daruma.join() as job:
         table = job.table("weight", (10, x.shape[1]), rule=RULES[rule])
         weight = table.pull()
-        if FIRST_LIFE and job.index == min(1, job.workers - 1):
-            sessions = job._client._live
-            send = sessions.send_held
-
-            def send_some(server: int, held: Held) -> None:
-                if (held.batch, server) != (int(batch), int(lacks)):
-                    send(server, held)
-
-            sessions.send_held = send_some  # type: ignore[method-assign]
+        withhold(job, int(batch), int(lacks))
         for inputs, labels in job.batches((x, y), 32, steps=int(steps)):
             scores = np.exp(inputs @ weight.T)
             chances = scores / scores.sum(axis=1, keepdims=True)
@@ -99,7 +124,7 @@ def withheld(rule: str, batch: str, lacks: str, steps: str = "30") -> None:
             weight = job.values(table.spec.id)
 
 
-PROGRAMS: dict[str, Callable[..., None]] = {f.__name__: f for f in (marks, withheld)}
+PROGRAMS: dict[str, Callable[..., None]] = {f.__name__: f for f in (marks, apart, withheld)}
 
 if __name__ == "__main__":
     PROGRAMS[sys.argv[1]](*sys.argv[2:])

@@ -149,6 +149,16 @@ def test_where_all_are_needed_the_others_wait(tmp_path: Path, mode: str) -> None
         assert check_marks(cluster, tmp_path / "store", 60) == 0
 
 
+def test_what_reached_some_servers_is_not_made_one_with_what_reached_none(tmp_path: Path) -> None:
+    program = (PROGRAMS, "apart", "12", "0", "60")
+    with local_cluster(tmp_path, settings=settings(tmp_path, "Async"), program=program) as cluster:
+        wait_for(cluster, 1, 20)
+        fence(cluster, 1)
+        take_seat(cluster, 1)
+        cluster.finish()
+        assert check_marks(cluster, tmp_path / "store", 60) == 0
+
+
 @COUNTED
 @pytest.mark.parametrize("mode", list(MODES))
 def test_every_batch_is_applied_once_or_counted(tmp_path: Path, mode: str) -> None:

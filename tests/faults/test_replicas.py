@@ -110,9 +110,17 @@ def test_sync_with_a_promoted_replica_ends_bit_for_bit_like_without(
 
 
 def counting(folder: Path, config: Settings) -> Any:
-    """A job whose samples each add one to their row: what was done twice or not at all is seen."""
+    """A job whose samples each add one to their row: what was done twice or not at all is seen.
+
+    It makes 5 steps, and the other 55 after `go_on`.
+    """
     config = replace(config, store=f"file://{folder}/store")
-    return local_cluster(folder, servers=3, settings=config, program=(PROGRAMS, "count", "60"))
+    program = (PROGRAMS, "gated_count", str(folder / "gate"))
+    return local_cluster(folder, servers=3, settings=config, program=program)
+
+
+def go_on(cluster: LocalCluster) -> None:
+    (cluster.folder / "gate").touch()
 
 
 def lost_by(cluster: LocalCluster) -> list[int]:
@@ -171,6 +179,7 @@ def test_no_covered_push_is_lost_and_none_applied_twice(
         made = [add_replica(cluster, 0, host=1 + n) for n in range(config.replicas - 1)]
         if config.chain:
             joined(cluster, made[-1])
+        go_on(cluster)
         lose_at(cluster, made[0], step)
         assert lost_by(cluster) == [0, 0]
         cluster.finish()
@@ -184,7 +193,8 @@ def test_what_a_lazy_replica_lacks_is_counted(tmp_path: Path) -> None:
         cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 3, "3 steps")
         made = add_replica(cluster, 0, host=1)
         joined(cluster, made)
-        lose_at(cluster, made, cluster.report(Role.WORKER, 0).step + 12)
+        go_on(cluster)
+        lose_at(cluster, made, 17)
         lost = sum(lost_by(cluster))
         cluster.finish()
         seen = cluster.result(tmp_path / "store")["seen"].ravel()
@@ -210,6 +220,7 @@ def test_a_replica_that_hangs_holds_the_workers_until_it_is_dropped(tmp_path: Pa
         made = add_replica(cluster, 0, host=1)
         joined(cluster, made)
         os.kill(pid_of(made), signal.SIGSTOP)
+        go_on(cluster)
 
         def doubted() -> int | None:
             found = cluster.report(Role.SERVER, 0).suspects
@@ -234,6 +245,7 @@ def test_the_last_of_three_takes_over_when_the_middle_goes_while_it_is_promoted(
         first = add_replica(cluster, 0, host=1)
         last = add_replica(cluster, 0, host=2)
         joined(cluster, last)
+        go_on(cluster)
         cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 15, "15 steps")
         promote(cluster, first)
         os.kill(pid_of(first), signal.SIGKILL)

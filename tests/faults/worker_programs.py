@@ -62,13 +62,29 @@ def optimizer(_: str) -> None:
         job.report(apart=max((a - b).abs().max().item() for a, b in pairs))
 
 
-def count(steps: str, lag: float = 0.0) -> None:
+def count(steps: str, lag: float = 0.0, gate: Path | None = None) -> None:
     """Each sample of a data set adds one to its row: what was done twice or not is seen."""
     with daruma.join() as job:
         table = job.table("seen", (60,))
         for (rows,) in job.batches((np.arange(60),), 5, steps=int(steps)):
+            if gate is not None and job.batch == 5:
+                stand(gate)
             table.push(rows, np.ones(len(rows)))
             time.sleep(0.02 + lag * job.index)
+
+
+def stand(gate: Path) -> None:
+    """Wait until there is a file."""
+    deadline = time.monotonic() + 60
+    while not gate.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"nobody made {gate}")
+        time.sleep(0.01)
+
+
+def gated_count(gate: str) -> None:
+    """The same in 60 batches, most of them only once there is a file."""
+    count("60", gate=Path(gate))
 
 
 def lag(steps: str) -> None:
@@ -87,11 +103,8 @@ def gated(gate: str) -> None:
             found = table.values()
             if (found < phase).any() or (found > phase + 1).any():
                 raise RuntimeError(f"phase {phase} begins with {found}")
-            deadline = time.monotonic() + 60
-            while job.index == 1 and phase == 5 and not Path(gate).exists():
-                if time.monotonic() > deadline:
-                    raise RuntimeError("nobody opened the gate")
-                time.sleep(0.01)
+            if job.index == 1 and phase == 5:
+                stand(Path(gate))
             table.push([job.index], [phase + 1])
 
 
@@ -135,11 +148,8 @@ def sums(gate: str) -> None:
 
         table.on_restored(part)
         for phase in job.phases(10):
-            deadline = time.monotonic() + 60
-            while job.index == 1 and phase == 5 and not Path(gate).exists():
-                if time.monotonic() > deadline:
-                    raise RuntimeError("nobody opened the gate")
-                time.sleep(0.01)
+            if job.index == 1 and phase == 5:
+                stand(Path(gate))
             job.push(state.change([job.index], [phase + 1]), table.change(None, np.ones((64, 2))))
 
 
@@ -197,6 +207,7 @@ PROGRAMS: dict[str, Callable[[str], None]] = {
         tables,
         optimizer,
         count,
+        gated_count,
         lag,
         gated,
         two_tables,

@@ -146,6 +146,15 @@ class Sessions:
         """Return the servers that take no pushes now."""
         return [s for s in range(self.membership.servers) if not self.synced(s)]
 
+    def lacks(self, server: int, batch: int, now: float) -> bool:
+        """Whether this worker's batch may be made one with others that a server lacks.
+
+        Where its predecessor's push of that batch reached some slots, it goes out by itself.
+        """
+        slots = self.copy.slots_of(server)
+        new = (self.copy.last[slots, self._worker.me.index] < batch).all()
+        return bool(new) and self.pushes.may_accumulate(server, now)
+
     @property
     def unsettled(self) -> bool:
         """Whether a server is to be asked again when it is time."""

@@ -59,7 +59,10 @@ class Tracer:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with torch.no_grad():
             flat = torch.cat([p.reshape(-1) for p in parameters])
-        flat.numpy().tofile(self._folder / SNAPSHOT.format(now))
+        file = self._folder / SNAPSHOT.format(now)
+        # The run may be killed while it is written.
+        flat.numpy().tofile(file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
 
 
 def main(arguments: Sequence[str]) -> int:
