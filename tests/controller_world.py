@@ -104,8 +104,10 @@ class World:
     """Steps after which workers leave."""
     cut: SavedState | None = None
     dead_sources: bool = False
-    damaged: tuple[str, ...] = ()
     """Restores find none of their sources."""
+    dead_peers: bool = False
+    """Workers do not give what they offered."""
+    damaged: tuple[str, ...] = ()
     bad_cuts: dict[str, SavedState | None] = field(default_factory=dict)
     """Cuts that no server can load, and the one that there is before each."""
     away: str | None = None
@@ -344,7 +346,8 @@ class World:
         if self.dead_sources:
             sim.restore = RestoreReport(restore.recovery, missing=len(mine), damaged=self.damaged)
             return
-        kind = restore.sources[0].kind.value
+        there = [s.kind.value for s in restore.sources]
+        kind = next(k for k in there if not (self.dead_peers and k == PEER))
         sim.restore = RestoreReport(
             restore.recovery, {kind: len(mine)}, 100, 0.01, moments=self.moments,
             damaged=self.damaged, done=True

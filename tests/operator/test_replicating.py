@@ -175,6 +175,21 @@ def test_with_copies_a_replica_takes_what_is_fresher_from_the_workers() -> None:
     ], "the workers' copies are newer than its own"
 
 
+def test_what_no_worker_gave_is_not_said_to_come_from_them() -> None:
+    world = copied()
+    world.dead_peers = True
+    world.kill("server-1")
+    recovered(world)
+    assert list(sources_of(world)) == [REPLICA]
+    assert world.status.recoveries[-1].reason == "ReplicaPromoted"
+    plain = World(total=FOREVER, dead_peers=True).running()
+    plain.kill("server-1")
+    recovered(plain)
+    assert list(sources_of(plain)) == [RUNNING]
+    record = plain.status.recoveries[-1]
+    assert (record.reason, record.delta_norm.kind) == ("PeerCopiesFailed", "Unknown")
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_an_operator_that_dies_changes_nothing(seed: int) -> None:
     world = chained(4, replicas=3)

@@ -358,14 +358,17 @@ def _correct(d: Draft, sources: dict[str, int]) -> None:
     """Where slots came from other sources than those that stood first, say what is true."""
     hoped = {"PeerCopiesFound": SourceKind.PEER, "HandedOver": SourceKind.PREDECESSOR}
     planned = hoped.get(d.record.reason)
-    exact = {SourceKind.PREDECESSOR.value, SourceKind.REPLICA.value}
-    if planned is None or not sources.keys() - {planned.value, *exact}:
+    if planned is None:
         return
-    # How stale each block of the running checkpoint was, only the reading server could have told.
-    _forget_delta(d)
-    if not sources.get(planned.value):
+    others = sources.keys() - {planned.value}
+    exact = others <= {SourceKind.PREDECESSOR.value, SourceKind.REPLICA.value}
+    if not exact:
+        # How stale each block of the running checkpoint was, only its reader could have told.
+        _forget_delta(d)
+    if others and not sources.get(planned.value):
         failed = "PeerCopiesFailed" if planned is SourceKind.PEER else "HandOverFailed"
-        d.set_record(reason=failed)
+        promoted = others == {SourceKind.REPLICA.value}
+        d.set_record(reason="ReplicaPromoted" if promoted else failed)
 
 
 def _forget_delta(d: Draft) -> None:
