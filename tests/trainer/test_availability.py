@@ -343,18 +343,25 @@ def test_what_cannot_be_asked_for_is_said(
 def test_a_run_that_was_done_is_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[tuple[str, str, int]] = []
+    done: list[tuple[str, str, int, float]] = []
 
-    def run_job(arm: Any, scenario: Any, seed: int, _size: Any, _score: Any) -> dict[str, Any]:
-        done.append((arm.name, scenario.name, seed))
+    def run_job(arm: Any, scenario: Any, seed: int, size: Any, _score: Any) -> dict[str, Any]:
+        done.append((arm.name, scenario.name, seed, size.seconds))
         return a_run(arm.name, scenario.name, seed, 0.5)
 
     monkeypatch.setattr(command, "run_job", run_job)
     file = tmp_path / "found.json"
     asked = ["--quick", "--json", str(file), "--arms", "stateless,freshest"]
     assert command.main([*asked, "--scenarios", "none"]) == ExitCode.OK
-    assert done == [("stateless", "none", 0), ("freshest", "none", 0)]
+    assert done == [("stateless", "none", 0, 4.5), ("freshest", "none", 0, 4.5)]
     assert command.main([*asked, "--resume"]) == ExitCode.OK
-    assert done[2:] == [("stateless", "server", 0), ("freshest", "server", 0)]
+    assert [d[:2] for d in done[2:]] == [("stateless", "server"), ("freshest", "server")]
     assert len(json.loads(file.read_text())["runs"]) == 4
+    assert command.main([*asked, "--resume", "--scenarios", "outage-5,outage-20"]) == ExitCode.OK
+    assert [(what, seconds) for _, what, _, seconds in done[4:]] == [
+        ("outage-5", 20.0), ("outage-5", 20.0), ("outage-20", 35.0), ("outage-20", 35.0),
+    ]  # fmt: skip
+    asked[-1] = "async chain"
+    assert command.main([*asked, "--resume", "--scenarios", "outage-5,outage-20"]) == ExitCode.OK
+    assert [what for _, what, _, _ in done[8:]] == ["outage-20"], "the other is not for chains"
     assert command.main([*asked, "--resume", "--seconds", "3"]) == ExitCode.USAGE

@@ -107,6 +107,10 @@ class Scenario:
     name: str
     title: str
     faults: tuple[Fault, ...] = field(default=())
+    seconds: float | None = None
+    """How long its runs train; None: as long as all others."""
+    arms: tuple[str, ...] = ()
+    """Those that it is for; (): all."""
 
     @property
     def bucket(self) -> bool:
@@ -119,6 +123,21 @@ FIRST, SECOND = (0.25, 0.42), (0.67, 0.83)
 _SERVERS = Fault(Role.SERVER, *FIRST, 1), Fault(Role.SERVER, *SECOND, 0)
 _WORKERS = Fault(Role.WORKER, *FIRST, 1), Fault(Role.WORKER, *SECOND, 1)
 _STORES = Fault(STORE, *FIRST), Fault(STORE, *SECOND)
+THROUGH = ("stateless", "freshest")
+"""Arms whose workers train through an outage. With 2 copies or a chain there is hardly one."""
+AROUND = (6.0, 9.0)
+"""Seconds before and after an outage of a given length."""
+
+
+def outage(seconds: float, *arms: str) -> Scenario:
+    """A server is killed, and its replacement is held away for so many seconds."""
+    before, after = AROUND
+    whole = before + seconds + after
+    fault = Fault(Role.SERVER, before / whole, (before + seconds) / whole, 1)
+    title = f"one server is killed, and held away for {seconds:g} s"
+    return Scenario(f"outage-{seconds:g}", title, (fault,), whole, arms)
+
+
 SCENARIOS = (
     Scenario("none", "nothing fails"),
     Scenario("server", "one server is killed, and held away", _SERVERS[:1]),
@@ -137,4 +156,7 @@ SCENARIOS = (
         "the store hangs, and meanwhile a server is killed that is replaced as fast as it goes",
         (Fault(STORE, *FIRST), Fault(Role.SERVER, 0.29, None, 1)),
     ),
+    outage(5, *THROUGH),
+    outage(20),
+    outage(60, *THROUGH),
 )

@@ -71,7 +71,9 @@ def run(options: argparse.Namespace) -> Result:
     for seed in range(options.seeds):
         for scenario in scenarios:
             for arm in chosen:
-                if arm.name not in refused and not _done(result, arm, scenario, seed):
+                if arm.name in refused or arm.name not in (scenario.arms or (arm.name,)):
+                    continue
+                if not _done(result, arm, scenario, seed):
                     score = judge(size.data, seed).scores
                     _measure(result, (arm, scenario, seed), size, score)
                     if options.json:
@@ -88,7 +90,8 @@ def _measure(result: Result, what: tuple[Arm, Scenario, int], size: Size, score:
     name = f"{arm.name}, {scenario.name}, seed {seed}"
     began = time.monotonic()
     try:
-        found = run_job(arm, scenario, seed, size, score)
+        length = replace(size, seconds=scenario.seconds or size.seconds)
+        found = run_job(arm, scenario, seed, length, score)
     except BenchError as error:
         failed = {"arm": arm.name, "scenario": scenario.name, "seed": seed, "why": str(error)}
         result["failed"].append(failed)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from daruma_trainer.bench.availability.arms import SCENARIOS, SERVERS, WORKERS
+from daruma_trainer.bench.availability.arms import AROUND, SCENARIOS, SERVERS, WORKERS
 from daruma_trainer.bench.availability.stats import (
     Interval,
     Run,
@@ -18,6 +18,8 @@ from daruma_trainer.bench.availability.stats import (
 PHASES = ("detect", "replace", "restore", "resume")
 REFERENCES = ("stateless", "freshest", "freshest 2 copies")
 """Arms that train through an outage: each is set against every other."""
+FAIR = {s.name for s in SCENARIOS if s.faults and s.seconds is None}
+"""Scenarios whose runs are as long as those in which nothing fails."""
 HOW = f"""
 {SERVERS} servers and {WORKERS} workers under `daruma run`, all processes on this one machine; the
 same worker program for all arms (`daruma_trainer.programs.fashion`, with torch's hooks around
@@ -34,7 +36,8 @@ These save an eighth of the blocks every eighth of that interval. Sync and async
 **Faults** scale with the run as in Cao et al. (arXiv 2406.05546), whose server was killed at 25 %
 and 67 % of it and back at 42 % and 83 %. *Held away*: SIGKILL, and no room for a replacement until
 then, as on a full cluster. *As fast as it goes*: SIGKILL alone. Servers: first server 1, then
-server 0. Workers: worker 1 each time; worker 0 is the one whose parameters are scored. *The store
+server 0. Workers: worker 1 each time; worker 0 is the one whose parameters are scored. An *outage*
+of a given length has {AROUND[0]:g} s before it and {AROUND[1]:g} s after it. *The store
 hangs*: these runs save to an S3 server (moto), whose process is stopped (SIGSTOP) and goes on
 later; all others save to a directory.
 
@@ -140,7 +143,7 @@ def _scenario(result: Mapping[str, Any], name: str, plot: str | None) -> list[st
     lines += [*_accuracy(result, name, runs), ""]
     if name == "none":
         return [*lines, *_differences(runs)]
-    lines += [*_during(runs), ""]
+    lines += [*_during(runs, 4 * result["parameters"]), ""]
     if phases := _phases(runs):
         lines += [*phases, ""]
     return [*lines, *_differences(runs)]
@@ -150,7 +153,7 @@ def _accuracy(result: Mapping[str, Any], name: str, runs: Sequence[Run]) -> list
     equal = equal_gradients(runs)
     head = ["arm", "accuracy at the end", "average", "loss at the end",
             f"at {equal} gradients", "gradients applied"]  # fmt: skip
-    if name != "none":
+    if name in FAIR:
         head.append("average, less its own without faults")
     body = []
     for arm in _arms(runs):
@@ -161,14 +164,15 @@ def _accuracy(result: Mapping[str, Any], name: str, runs: Sequence[Run]) -> list
               for m in ("end", "average", "loss", "gradients")),
             _number(interval(float(r["applied"]) for r in own), ".0f"),
         ]  # fmt: skip
-        if name != "none":
+        if name in FAIR:
             row.append(_number(paired(own, select(result["runs"], "none", arm), "average"), "+.3f"))
         body.append(row)
     return _table(head, body)
 
 
-def _during(runs: Sequence[Run]) -> list[str]:
-    head = ["arm", "utilisation", "before", "during", "pushes lost", "replayed", "added memory"]
+def _during(runs: Sequence[Run], model: float) -> list[str]:
+    head = ["arm", "utilisation", "before", "during", "pushes lost", "replayed", "added memory",
+            "of the model"]  # fmt: skip
     body = []
     for arm in _arms(runs):
         own = [r for r in runs if r["arm"] == arm]
@@ -180,6 +184,8 @@ def _during(runs: Sequence[Run]) -> list[str]:
                 *(_number(interval(float(r["pushes"][key]) for r in own), ".1f")
                   for key in ("lost", "replayed")),
                 _megabytes(interval(r["memory"]["added"] for r in own)),
+                _percent(interval(None if (b := r["memory"]["added"]) is None else b / model
+                                  for r in own)),
             ]
         )  # fmt: skip
     return _table(head, body)
