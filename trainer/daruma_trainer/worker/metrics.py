@@ -21,6 +21,12 @@ def exposition(client: "Client") -> bytes:
         acked = 0 if pushes is None else pushes.acked
         pending = 0 if pushes is None else pushes.pending
         gap = 0.0 if pushes is None else pushes.view_gap
+        batches = {
+            "lost": 0 if pushes is None else len(pushes.lost),
+            "replayed": 0 if pushes is None else pushes.replayed,
+            "skipped": client.position.skipped,
+            "mixed": len(client.position.mixed),
+        }
 
     class Collector:
         def collect(self) -> "Iterator[Metric]":
@@ -46,6 +52,15 @@ def exposition(client: "Client") -> bytes:
                 labels=[*labels, "cause"],
             )
             counter.add_metric([*values, "step"], blocked)
+            yield counter
+            counter = CounterMetricFamily(
+                "daruma_batches",
+                "Batches that a failure touched: lost or skipped (not applied), replayed, or made "
+                "of values of two steps (mixed).",
+                labels=[*labels, "outcome"],
+            )
+            for outcome, count in batches.items():
+                counter.add_metric([*values, outcome], count)
             yield counter
 
     registry = CollectorRegistry(auto_describe=False)
