@@ -90,10 +90,12 @@ bench: $(STAMP) machine ## times and costs, written to docs/benchmarks/; hours
 	@$(BIN)/daruma bench replication --write docs/benchmarks/replication.md
 	@$(BIN)/daruma bench recovery --write docs/benchmarks/recovery.md
 	@$(BIN)/daruma bench recovery --placement Adopt --write docs/benchmarks/recovery-adopt.md
+	@$(BIN)/daruma bench recovery --placement Chain --write docs/benchmarks/recovery-chain.md
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/s3_server.py bench \
 		$(BIN)/daruma bench checkpoint --store directory --store s3://bench --write docs/benchmarks/checkpoint.md
 	@$(BIN)/python tests/cluster/harness/bench.py --write docs/benchmarks/recovery-cluster.md
 	@$(BIN)/python tests/cluster/harness/bench.py --placement Adopt --write docs/benchmarks/recovery-cluster-adopt.md
+	@$(BIN)/python tests/cluster/harness/bench.py --placement Chain --write docs/benchmarks/recovery-cluster-chain.md
 
 .PHONY: manifests
 manifests: $(STAMP) machine ## write what is made from the types and the chart: CRD, guide, install.yaml

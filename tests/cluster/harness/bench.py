@@ -8,13 +8,15 @@ import yaml
 from testcluster import cluster, install
 from testjobs import job_namespace, mlr
 
+from daruma_trainer.bench.local import RECOVERY
+
 BIN = Path(sys.executable).parent
 
 
 def main() -> int:
     """Measure; returns the benchmark's exit code."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--placement", default="Replace")
+    parser.add_argument("--placement", choices=tuple(RECOVERY), default="Replace")
     own, others = parser.parse_known_args()
     with cluster() as made:
         install(made)
@@ -25,7 +27,7 @@ def main() -> int:
                 workers=2,
                 program=mlr(1_000_000),
                 runPolicy={"backoffLimit": 100},
-                recovery={"placement": own.placement},
+                recovery=dict(RECOVERY[own.placement]),
             )
             file = jobs.scratch / "job.yaml"
             file.write_text(yaml.safe_dump(manifest))

@@ -22,7 +22,7 @@ class Arena(Protocol):
     where: str
     """What is killed, as the page says it."""
     placement: str
-    """spec.recovery.placement of the job."""
+    """What brings lost slots back: one of `--placement`."""
 
     def running(self) -> AbstractContextManager[None]:
         """Start the job and wait until it trains; end it. BenchError: it does not."""

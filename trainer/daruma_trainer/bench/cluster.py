@@ -12,7 +12,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class ClusterArena:
             self._name = str(made["metadata"]["name"])
             self._namespace = str(made["metadata"].get("namespace", "default"))
             self._workers = int(made["spec"]["workers"]["replicas"])
-            self.placement = str(made["spec"].get("recovery", {}).get("placement", "Replace"))
+            self.placement = _placement(made["spec"].get("recovery", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise BenchError(f"{manifest} is not one TrainingJob: {error!r}") from error
         self._records: dict[int, dict[str, Any]] = {}
@@ -112,3 +112,11 @@ class ClusterArena:
         if done.returncode:
             raise BenchError(f"kubectl {arguments[0]}: {done.stderr.strip()}")
         return done.stdout
+
+
+def _placement(recovery: Mapping[str, Any]) -> str:
+    """Name what brings lost slots back, as `--placement` does."""
+    if recovery.get("strategy") == "Chain":
+        return "Chain"
+    copied = int(recovery.get("copies", 1)) > 1
+    return "Copies" if copied else str(recovery.get("placement", "Replace"))

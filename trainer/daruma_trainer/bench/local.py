@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ spec:
 """
 
 
-RECOVERY = {
-    "Replace": "{strategy: Freshest}",
-    "Adopt": "{strategy: Freshest, placement: Adopt}",
-    "Copies": "{strategy: Freshest, copies: 2}",
-    "Chain": "{strategy: Chain, chain: {replicas: 3, ack: Next}}",
+RECOVERY: Mapping[str, Mapping[str, Any]] = {
+    "Replace": {"strategy": "Freshest"},
+    "Adopt": {"strategy": "Freshest", "placement": "Adopt"},
+    "Copies": {"strategy": "Freshest", "copies": 2},
+    "Chain": {"strategy": "Chain", "chain": {"replicas": 3, "ack": "Next"}},
 }
 """By the name of a way to recover, spec.recovery."""
 
@@ -114,5 +114,5 @@ class LocalArena(LocalRun):
     where = "a server's process under `daruma run`"
 
     def __init__(self, placement: str) -> None:
-        super().__init__(MANIFEST % RECOVERY[placement], WORKERS, STEPS)
+        super().__init__(MANIFEST % json.dumps(RECOVERY[placement]), WORKERS, STEPS)
         self.placement = placement
