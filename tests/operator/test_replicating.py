@@ -160,6 +160,27 @@ def test_a_lost_replica_is_no_loss_and_is_made_again() -> None:
     assert [m.index for m in world.status.replicas].count(0) == 1
 
 
+def test_replicas_lost_with_their_hosts_are_made_again_at_once() -> None:
+    world = chained(4, replicas=3)
+    for n in range(4):
+        world.kill(f"server-{n}")
+        recovered(world, 2 * n + 2)
+        ticks = len(world.decisions)
+        whole(world)
+        assert (len(world.decisions) - ticks) * 0.1 < 2, "or the next two kills take a whole chain"
+    assert {r.outcome for r in world.status.recoveries} == {"Succeeded"}
+
+
+def test_a_promoted_replica_gets_its_own_pod_before_replicas() -> None:
+    world = chained(4, replicas=3)
+    chosen = min((m for m in world.status.replicas if m.index == 1), key=lambda m: m.incarnation)
+    world.kill("server-1")
+    recovered(world, 2)
+    seen = {m for d in world.decisions for m in d.status.replicas if m.index == 1}
+    between = [m for m in seen if m.incarnation > chosen.incarnation + 1]
+    assert all(m.incarnation > head(world, 1).incarnation for m in between)
+
+
 def test_with_copies_a_replica_takes_what_is_fresher_from_the_workers() -> None:
     world = copied()
     world.kill("server-1")

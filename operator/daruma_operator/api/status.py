@@ -267,8 +267,8 @@ class TrainingJobStatus(StatusModel):
     """Servers that hand their slots over, until their successors have them."""
     replicas: tuple[MemberStatus, ...] = ()
     """Servers' replicas, in other servers' pods (Chain, copies)."""
-    replicated_at: datetime | None = None
-    """When replicas were made last."""
+    replica_ended_at: datetime | None = None
+    """When a replica ended last whose host goes on: others are made a while later."""
     servers: Ready = Field(default_factory=Ready)
     workers: WorkersReady = Field(default_factory=WorkersReady)
     restarts: Restarts = Field(default_factory=Restarts)

@@ -18,7 +18,8 @@ from daruma_trainer.contract import Role
 PROMOTE = "Promote"
 """status.recoveries[].placement where every lost server lives on in its replica."""
 AGAIN_SECONDS = 5.0
-"""Between two attempts to make replicas: one that cannot start ends at once."""
+"""After a replica ended by itself: one that cannot start does so at once. And so long a promoted
+one's pod of its own is waited for before it gets replicas itself."""
 
 
 def chain_of(d: Draft, index: int) -> list[MemberStatus]:
@@ -33,7 +34,10 @@ def keep_up(d: Draft) -> None:
     kept, detect = d.status.replicas, d.spec.recovery.timeouts.detect_seconds
     if not kept:
         return
-    gone = {name_of(v.member) for v in losses(d.seen, kept, detect, frozenset())}
+    lost = [v.member for v in losses(d.seen, kept, detect, frozenset())]
+    gone = {name_of(m) for m in lost}
+    if any(runs(d.seen.pod(m.pod)) for m in lost):
+        d.set(replica_ended_at=d.now)
     heads = {m.index: m.incarnation for m in d.members(Role.SERVER)}
     kept = tuple(
         m for m in kept if name_of(m) not in gone and m.incarnation > heads.get(m.index, 0)
@@ -93,19 +97,19 @@ def _node(d: Draft, name: str) -> str | None:
 
 def replicate(d: Draft) -> None:
     """Announce the replicas that are missing."""
-    wanted = d.spec.replicas
-    short = [m.index for m in d.members(Role.SERVER) if len(chain_of(d, m.index)) < wanted]
-    tried = d.status.replicated_at
-    if wanted < 2 or not short or (tried is not None and d.left(tried, AGAIN_SECONDS) > 0):
+    wanted, ended = d.spec.replicas, d.status.replica_ended_at
+    short = [m for m in d.members(Role.SERVER) if len(chain_of(d, m.index)) < wanted]
+    if wanted < 2 or not short or (ended is not None and d.left(ended, AGAIN_SECONDS) > 0):
         return
-    made = False
+    moving = any(m.guest for m in short) and d.left(d.status.phase_since, AGAIN_SECONDS) > 0
+    seats = [m.index for m in short if not (moving and m.guest)]
     # Two of one seat must not have one incarnation: an epoch for each place in the chain.
     for _ in range(1, wanted):
-        places = [(i, host) for i in short if (host := _host(d, i)) is not None]
+        places = [(i, host) for i in seats if (host := _host(d, i)) is not None]
         places = [(i, host) for i, host in places if len(chain_of(d, i)) < wanted]
         if not places:
-            break
-        epoch, made = d.raise_epoch(), True
+            return
+        epoch = d.raise_epoch()
         d.set(
             replicas=(
                 *d.status.replicas,
@@ -115,8 +119,6 @@ def replicate(d: Draft) -> None:
                 ),
             )
         )
-    if made:
-        d.set(replicated_at=d.now)
 
 
 def _host(d: Draft, index: int) -> str | None:

@@ -23,6 +23,10 @@ class Arena(Protocol):
     """What is killed, as the page says it."""
     placement: str
     """What brings lost slots back: one of `--placement`."""
+    replicas: int
+    """Of each shard, its server not counted."""
+    chained: bool
+    """Whether they take all, and are up to date only then."""
 
     def running(self) -> AbstractContextManager[None]:
         """Start the job and wait until it trains; end it. BenchError: it does not."""

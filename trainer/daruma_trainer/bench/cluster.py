@@ -37,7 +37,11 @@ class ClusterArena:
             self._name = str(made["metadata"]["name"])
             self._namespace = str(made["metadata"].get("namespace", "default"))
             self._workers = int(made["spec"]["workers"]["replicas"])
-            self.placement = _placement(made["spec"].get("recovery", {}))
+            recovery = made["spec"].get("recovery", {})
+            self.placement = _placement(recovery)
+            self.chained = recovery.get("strategy") == "Chain"
+            held = recovery.get("chain", {}).get("replicas", 2) if self.chained else 0
+            self.replicas = max(int(held), int(recovery.get("copies", 1))) - 1
         except (KeyError, TypeError, ValueError) as error:
             raise BenchError(f"{manifest} is not one TrainingJob: {error!r}") from error
         self._records: dict[int, dict[str, Any]] = {}

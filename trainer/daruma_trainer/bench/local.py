@@ -116,3 +116,5 @@ class LocalArena(LocalRun):
     def __init__(self, placement: str) -> None:
         super().__init__(MANIFEST % json.dumps(RECOVERY[placement]), WORKERS, STEPS)
         self.placement = placement
+        self.chained = placement == "Chain"
+        self.replicas = {"Chain": 2, "Copies": 1}.get(placement, 0)

@@ -187,13 +187,17 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _until_whole(arena: Arena, servers: int) -> None:
-    """Wait until each server holds its slots in a pod of its own, and pushes flow again."""
+    """Wait until each server holds its slots in a pod of its own and has all its replicas.
+
+    And some more, until pushes flow again.
+    """
     deadline = time.monotonic() + RECOVERY_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, http.client.HTTPException):
             views = [p.view()[1] for p in arena.members() if p.role is Role.SERVER]
-            chained = arena.placement == "Chain"
-            if len(views) == servers and all(_whole(v, chained=chained) for v in views):
+            guests = sum(len(v.own.guests) for v in views)
+            there = (len(views), guests) == (servers, servers * arena.replicas)
+            if there and all(_whole(v, chained=arena.chained) for v in views):
                 time.sleep(SETTLE_SECONDS)
                 return
         time.sleep(0.1)
