@@ -17,7 +17,6 @@ from daruma_trainer.server.data import DataPlane, Reply
 from daruma_trainer.wire import (
     ENTER,
     PULL,
-    WAS_VACANT,
     Frame,
     Header,
     Kind,
@@ -157,7 +156,7 @@ class Planes:
     def _take(self, seat: Seat, server: int, reply: Reply) -> None:
         assert reply.kind is Kind.STATE, reply
         if not seat.resumed:
-            seat.position.was_vacant |= bool(reply.flags & WAS_VACANT)
+            seat.position.hear(server, reply.flags)
         seat.copy.take(decode_state([b"", *self._wire(list(reply.body))]))
         seat.missing.discard(server)
 

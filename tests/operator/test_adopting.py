@@ -1,5 +1,6 @@
 """Adoption, as decisions: who takes lost slots in, and how they return to a pod of their own."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from controller_world import PEER, World, sources_of, spec_of
 from daruma_operator.api.status import Phase
 from daruma_operator.controller.acts import CreatePod
+from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import Role, SavedState, SourceKind
 
 FOREVER = 10**9
@@ -112,6 +114,20 @@ def test_a_guest_that_its_host_does_not_start_is_named_with_the_host() -> None:
     assert world.status.message == (
         f"no replacement ran within 5 s: {guest}, in the pod j-server-0-1, was not heard of"
     )
+
+
+def test_a_pod_that_ends_before_it_took_its_slots_back_is_tried_again_soon() -> None:
+    world = adopting(3)
+    world.kill("server-2")
+    world.until(lambda w: bool(w.status.returning) and w.status.returning[0].pod in w.pods)
+    (first,) = world.status.returning
+    pod = world.pods[first.pod]
+    world.pods[first.pod] = replace(
+        pod, state=PodState.TERMINATED, exit_code=137, created_at=world.now
+    )
+    # replaceSeconds, 120, are for one that does not run.
+    world.until(lambda w: len(w.status.recoveries) == 2, ticks=100)
+    assert world.status.recoveries[-1].cause == "HandBack"
 
 
 def test_with_nobody_left_servers_are_replaced() -> None:

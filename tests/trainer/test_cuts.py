@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from daruma_trainer.checkpoint.manifest import Cut, newest_cut
-from daruma_trainer.contract import SLOTS, Rollback
+from daruma_trainer.contract import SLOTS, Member, Role, Rollback
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import Add, rule_to_json
 from daruma_trainer.server import cuts
 from daruma_trainer.server.background import attempt
+from daruma_trainer.server.seats import Seats
 from daruma_trainer.wire import Push, TablePush, mask_of
 from saving_world import Full, World
 
@@ -180,6 +181,24 @@ def test_no_cut_is_taken_of_sums_that_lack_parts(tmp_path: Path) -> None:
     found = newest_cut(world.store, PREFIX)
     assert found is not None
     assert found[1].number == number(4)
+
+
+def test_a_cut_does_not_wait_for_a_worker_that_was_lost(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    plane = world.plane
+    worker = Member(Role.WORKER, 0, 1, "w0", "a:1")
+    plane.seats = Seats(replace(world.membership, members=(*world.membership.members, worker)))
+    world.train(4)
+    world.cuts.receive({"op": "begin", "number": number(4), "batches": [7]}, 0)
+    assert plane.hold == (7,)
+    lost = replace(worker, incarnation=2, address=None)
+    plane.follow(replace(world.membership, members=(*world.membership.members, lost)))
+    world.cuts.tick()
+    assert plane.hold is None, "or the others' pushes would wait for it"
+    world.background.run()
+    found = newest_cut(world.store, PREFIX)
+    assert found is not None
+    assert found[1].batches == (4,)
 
 
 def test_a_result_that_could_not_be_saved_is_saved_again_without_being_asked_for(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from daruma_trainer.contract import Settings
+from daruma_trainer.contract import Role, Settings
 from daruma_trainer.rules import SGD
 from daruma_trainer.server.seats import Seats
 from daruma_trainer.wire import Push, TablePush, mask_of
@@ -54,6 +54,32 @@ def test_a_part_that_reached_one_server_and_not_the_other_counts_where_it_is() -
     for seat in planes.seats[:2]:
         planes.step(seat)
     assert at(planes) == pytest.approx([79.5, 48])
+
+
+def test_nobody_makes_again_what_others_counted_lost() -> None:
+    """A server and a worker are lost at once, but the worker is fenced an epoch later."""
+    planes = sync(least=2, workers=2)
+    for _ in range(4):
+        for seat in planes.seats:
+            planes.step(seat)
+    restored = planes.planes[1]
+    restored.slots.last[:], restored.slots.window[:] = 1, 1
+    restored.unheard = {0, 1}
+    assert planes.resync(planes.seats[0], 1) == [2, 3, 4, 5]
+    planes.membership = replace(
+        planes.membership,
+        epoch=2,
+        members=tuple(
+            replace(m, incarnation=2) if (m.role, m.index) == (Role.SERVER, 1) else m
+            for m in planes.membership.members
+        ),
+    )
+    planes.lose(1)
+    successor = planes.seats[1]
+    planes.enter(successor)
+    assert successor.batch == 5, "a step of its batch alone would be made in the restored slots"
+    assert planes.resync(successor, 1) == [2, 3, 4, 5]
+    assert not restored.unheard
 
 
 @pytest.mark.parametrize("knows_first", [0, 1])

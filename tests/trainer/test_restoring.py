@@ -120,6 +120,17 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+def test_a_new_plan_overtakes_a_read_that_is_under_way(tmp_path: Path) -> None:
+    world = saved_world(tmp_path)
+    new = Newcomer(world)
+    source = Source(SourceKind.RUNNING_CHECKPOINT, slots_to_hex(new.lost))
+    for epoch in (2, 3):
+        new.restorer.begin(Restore(1, epoch, ME.id, (source,)))
+    new.background.run()
+    assert new.back
+    np.testing.assert_array_equal(new.plane.slots.last, world.newest().slots.last)
+
+
 @pytest.mark.parametrize("chunk", [8 << 20, 256])
 def test_all_comes_back_as_it_was_saved(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch

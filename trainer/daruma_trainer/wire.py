@@ -257,6 +257,9 @@ ENTER = 2
 """A pull's flag: the worker has no position yet; from now on steps wait for it again."""
 WAS_VACANT = 1
 """In the header's `flags` of the answer to such a pull: steps were made without it."""
+UNHEARD = 2
+"""The same: the server was restored, and no life of this worker has told it since what it can give
+again."""
 
 
 ORIGIN = struct.Struct("<Iq")

@@ -27,6 +27,9 @@ from daruma_operator.recovery.strategies import PRESETS
 from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import Guest, Role
 
+AGAIN_SECONDS = 5.0
+"""After a pod that was to take slots back, or a replica, ended by itself: others are made then."""
+
 
 def successor(d: Draft, role: Role, index: int, epoch: int) -> MemberStatus:
     """Return the next incarnation of a seat, in a pod of its own."""
@@ -114,7 +117,8 @@ def _spent(d: Draft, member: MemberStatus) -> bool:
         return False
     ended = pod.state is PodState.TERMINATED or pod.deleting
     mute = runs(pod) and d.seen.report(name_of(member)) is None
-    return (ended or mute) and d.left(pod.created_at, d.spec.recovery.timeouts.replace_seconds) <= 0
+    limit = AGAIN_SECONDS if ended else d.spec.recovery.timeouts.replace_seconds
+    return (ended or mute) and d.left(pod.created_at, limit) <= 0
 
 
 def _begin(d: Draft, ready: list[MemberStatus], guests: list[MemberStatus]) -> None:

@@ -8,7 +8,7 @@ that was made anew gets new replicas.
 from collections.abc import Collection
 
 from daruma_operator.api.status import MemberStatus
-from daruma_operator.controller.adopting import guest_report, successor
+from daruma_operator.controller.adopting import AGAIN_SECONDS, guest_report, successor
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.verdicts import losses, name_of
@@ -17,9 +17,6 @@ from daruma_trainer.contract import Role
 
 PROMOTE = "Promote"
 """status.recoveries[].placement where every lost server lives on in its replica."""
-AGAIN_SECONDS = 5.0
-"""After a replica ended by itself: one that cannot start does so at once. And so long a promoted
-one's pod of its own is waited for before it gets replicas itself."""
 
 
 def chain_of(d: Draft, index: int) -> list[MemberStatus]:
@@ -101,6 +98,7 @@ def replicate(d: Draft) -> None:
     short = [m for m in d.members(Role.SERVER) if len(chain_of(d, m.index)) < wanted]
     if wanted < 2 or not short or (ended is not None and d.left(ended, AGAIN_SECONDS) > 0):
         return
+    # One that was promoted gets replicas in its own pod, if that comes soon.
     moving = any(m.guest for m in short) and d.left(d.status.phase_since, AGAIN_SECONDS) > 0
     seats = [m.index for m in short if not (moving and m.guest)]
     # Two of one seat must not have one incarnation: an epoch for each place in the chain.

@@ -214,8 +214,8 @@ class Cuts:
         hold = self.plane.hold
         if hold is None:
             return
-        # A vacant seat's last batch may be in some slots and not in others: nobody adds to it now.
-        waited = [w for w in range(self.plane.workers) if w not in self.plane.seats.vacant]
+        # A lost worker's last batch may be in some slots and not in others: nobody adds to it now.
+        waited = [w for w in range(self.plane.workers) if w not in self.plane.seats.away]
         done = self.plane.complete()
         there = all(done[w] >= hold[w] for w in waited)
         if there and not self.plane.sums.lacking(self.plane.workers):

@@ -24,6 +24,7 @@ from daruma_trainer.wire import (
     BITMAP,
     ENTER,
     PULL,
+    UNHEARD,
     WAS_VACANT,
     Frame,
     Header,
@@ -121,6 +122,8 @@ class DataPlane:
         """By worker: its last batch. It counts in no later step."""
         self.ended: dict[int, int] = {}
         """By worker: its last batch, also of those that only a rollback can bring back."""
+        self.unheard: set[int] = set()
+        """Workers that did not say since the slots were restored what they can give again."""
         self.counts = Counts()
         self.updates = 0
         """How many updates were made to this shard, by this process."""
@@ -310,9 +313,10 @@ class DataPlane:
         if len(meta) != PULL.size + BITMAP:
             raise MalformedError(f"a pull's meta of {len(meta)} bytes")
         min_step, tables, flags = PULL.unpack_from(meta)
-        was_vacant = 0
+        told = 0
         if flags & ENTER:
-            was_vacant = WAS_VACANT * self.seats.take(worker_of(identity.decode()))
+            worker = worker_of(identity.decode())
+            told = WAS_VACANT * self.seats.take(worker) | UNHEARD * (worker in self.unheard)
         k = self._owned(from_bitmap(meta[PULL.size :]))
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
@@ -329,7 +333,7 @@ class DataPlane:
             return None
         body = encode_state(self.state(k, tables))
         self.counts.pulled_bytes += sum(len(f) for f in body)
-        return Reply(Kind.STATE, body, was_vacant)
+        return Reply(Kind.STATE, body, told)
 
     def state(self, k: Ints, tables: int) -> State:
         """Return whole slots, with all that belongs to them but the optimizer's state."""
@@ -384,6 +388,7 @@ class DataPlane:
                 self.observer.touched(k)
             self.observer.resynced(worker)
         self.seats.entering.discard(worker)
+        self.unheard.discard(worker)
         self.refresh_step()
         self.advance()
         self.sums.register(worker, rebuilds)

@@ -325,6 +325,8 @@ class Lifecycle:
             # After an exact hand-over too: the predecessor's sums may have lacked parts of
             # workers, and which those were does not come along.
             plane.sums.inexact = True
+            if self.restorer is None or not self.restorer.handed_over:
+                plane.unheard = set(range(plane.workers))
             plane.restored(lost)
             self.initialised = True
             self._around.tell_workers(Kind.READY, {})

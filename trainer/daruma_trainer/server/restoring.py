@@ -44,9 +44,9 @@ AGAIN_SECONDS = 1.0
 """Before a store that could not be asked is asked again. The operator's deadline ends it."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Ask:
-    """One source that was asked, and for which slots (indices)."""
+    """One source that was asked, and for which slots (indices). Each is itself alone."""
 
     source: int
     k: Ints
@@ -222,6 +222,11 @@ class Restorer:
             done(result.cut)
 
         self.background.submit(lambda: try_cut(store, self.prefix, name, index), loaded)
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether all came from a predecessor that was frozen: exact."""
+        return self.report is not None and set(self.report.sources) == {SourceKind.PREDECESSOR}
 
     @property
     def _where(self) -> tuple[str, int, int]:

@@ -19,27 +19,31 @@ class Seats:
         self._replicas = membership.workers
         self._least = membership.settings.min_replicas
         self._incarnations: dict[int, int] = {}
-        self.vacant: set[int] = set()
+        self.away: set[int] = set()
+        """Whose workers were lost and whose replacements did not pull yet, elastic or not."""
         self.entering: set[int] = set()
         """Taken again; which batch comes next is not known before the resync."""
         self.follow(membership)
 
     def follow(self, new: Membership) -> None:
         """Note whose worker was replaced."""
-        if not self._elastic:
-            return
         for member in new.of(Role.WORKER):
             known = self._incarnations.get(member.index)
             lost = member.address is None if known is None else known != member.incarnation
             if lost:
-                self.vacant.add(member.index)
+                self.away.add(member.index)
             self._incarnations[member.index] = member.incarnation
+
+    @property
+    def vacant(self) -> set[int]:
+        """Seats without which steps are made."""
+        return self.away if self._elastic else set()
 
     def take(self, worker: int) -> bool:
         """Take a seat, with the worker's first pull; True: it was vacant."""
         if worker in self.vacant:
-            self.vacant.discard(worker)
             self.entering.add(worker)
+        self.away.discard(worker)
         return worker in self.entering
 
     def too_few(self, working: Collection[int], ended: int) -> bool:

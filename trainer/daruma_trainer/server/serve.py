@@ -481,8 +481,9 @@ class Server:
 
     def _close(self) -> None:
         self.guests.close()
-        # One that was replaced has nothing to save that counts.
-        self.life.close(0.0 if self._exit == ExitCode.STALE else SAVE_SECONDS)
+        # One that was replaced has nothing to save that counts; and one that broke is to be
+        # replaced now: its agent answers until it is gone.
+        self.life.close(0.0 if self._exit in (ExitCode.STALE, None) else SAVE_SECONDS)
         self._agent.close()
         self._siblings.close()
         self.replicator.close()

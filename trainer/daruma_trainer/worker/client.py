@@ -470,7 +470,7 @@ class Client:
         self._live.pushes.drop_all(0)
         # A copy of before it must not outrank what the servers have now.
         self._live.copy.forget()
-        self.position.was_vacant = False
+        self.position.forget()
         if self.wanted is not None:
             # What was pulled before is of a lineage that is no more.
             self.wanted.missing[:] = True

@@ -5,6 +5,7 @@ import numpy as np
 from daruma_trainer.applied import complete_until
 from daruma_trainer.contract import Membership, Role
 from daruma_trainer.identity import Identity
+from daruma_trainer.wire import UNHEARD, WAS_VACANT
 from daruma_trainer.worker.copies import HostCopy
 
 
@@ -18,19 +19,39 @@ class Position:
         """Whether steps were made before this worker took its seat."""
         self.mixed: set[int] = set()
         """Batches made of values of two steps, as nobody had those of one (`Sync`)."""
+        self._unheard: set[int] = set()
+        """Servers that were restored when no life of this worker could tell them what it had."""
         self._skipped: list[tuple[int, int]] = []
         """Batches that nobody made: first and last of each stretch, ascending."""
+
+    def hear(self, server: int, flags: int) -> None:
+        """Take what a server's answer to a pull says, before there is a position."""
+        self.was_vacant |= bool(flags & WAS_VACANT)
+        if flags & UNHEARD:
+            self._unheard.add(server)
+        else:
+            self._unheard.discard(server)
+
+    def forget(self) -> None:
+        """A rollback: what was heard is of a lineage that is no more."""
+        self.was_vacant = False
+        self._unheard.clear()
 
     def choose(self, copy: HostCopy, membership: Membership, me: Identity) -> int:
         """After a complete pull: return the batch to go on after.
 
         That is the last one before the first that some slot lacks. Slots of servers that are
-        younger than this worker were lost with its predecessor, or after it: what they lack nobody
-        can compute again (the floor), but for the step that everybody is at (`Sync`). Where the
+        younger than this worker, or were not told since what its lives had, were lost with its
+        predecessor, or after it: what they lack nobody computes again (the floor), but for the
+        step that everybody is at (`Sync`). Where the
         others have gone on without this worker, further than the consistency allows, it joins them
         where they are.
         """
-        older = [m.index for m in membership.of(Role.SERVER) if m.incarnation < me.incarnation]
+        older = [
+            m.index
+            for m in membership.of(Role.SERVER)
+            if m.incarnation < me.incarnation and m.index not in self._unheard
+        ]
         known = np.isin(copy.owner, older)
         entries = zip(
             copy.last[:, me.index].tolist(), copy.window[:, me.index].tolist(), strict=True

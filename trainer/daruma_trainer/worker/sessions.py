@@ -31,7 +31,6 @@ from daruma_trainer.wire import (
     ALL_WORKERS,
     ENTER,
     PULL,
-    WAS_VACANT,
     Frame,
     Header,
     Kind,
@@ -450,7 +449,7 @@ class Sessions:
         self, wanted: Wanted, session: Session, header: Header, frames: Sequence[Frame]
     ) -> None:
         if not self._worker.resumed:
-            self._worker.position.was_vacant |= bool(header.flags & WAS_VACANT)
+            self._worker.position.hear(session.link.peer.index, header.flags)
         state = decode_state(frames)
         taken = self.copy.take(state)
         settings = self.membership.settings
