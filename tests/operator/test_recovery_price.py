@@ -5,8 +5,16 @@ from math import sqrt
 import pytest
 
 from daruma_operator.api.status import Pushes
-from daruma_operator.recovery.price import EXACT, UNKNOWN, DeltaKind, LostShard, bound, counters
-from daruma_trainer.contract import Report
+from daruma_operator.recovery.price import (
+    EXACT,
+    UNKNOWN,
+    DeltaKind,
+    LostShard,
+    bound,
+    counters,
+    remember,
+)
+from daruma_trainer.contract import Report, index_text
 
 
 def test_nothing_acknowledged_since_is_exact() -> None:
@@ -51,6 +59,31 @@ def test_a_push_is_lost_once() -> None:
     nothing = Pushes()
     assert counters(reports, live, nothing) == Pushes(lost=4, replayed=7, skipped=6, mixed=1)
     assert counters(reports, ["worker-0-1", "worker-7-7"], nothing) == Pushes(lost=3, replayed=2)
+
+
+def test_a_push_that_two_servers_lost_in_two_lives_of_its_worker_is_lost_once() -> None:
+    first = Report("worker-1-1", 1, "Training", lost=4, lost_batches="1-4", replayed=1)
+    gone, text = remember(first, "")
+    second = Report("worker-1-5", 1, "Training", lost=5, lost_batches="3-6,9")
+    assert counters({"worker-1-5": second}, ["worker-1-5"], gone, {"1": text}) == Pushes(
+        lost=7, replayed=1
+    )
+    more, text = remember(second, text)
+    assert counters({}, [], gone.plus(more), {"1": text}) == Pushes(lost=7, replayed=1)
+    assert text == "1-6,9"
+
+
+@pytest.mark.parametrize("text", ["1-99999999999", "4-1", "x", "1-2-3", "-5"])
+def test_what_cannot_be_is_not_taken_up(text: str) -> None:
+    report = Report("worker-0-1", 1, "Training", lost=3, lost_batches=text)
+    assert counters({"worker-0-1": report}, ["worker-0-1"], Pushes(), {"0": "1-9"}).lost == 12
+
+
+def test_of_too_many_the_number_alone_is_remembered() -> None:
+    lost = index_text(range(1, 1001, 2))
+    gone, text = remember(Report("w-0-1", 1, "Training", lost=507, lost_batches=lost), "")
+    assert text.count(",") < 200
+    assert counters({}, [], gone, {"0": text}).lost == 507
 
 
 def test_what_a_lost_worker_had_counted_still_counts() -> None:

@@ -359,6 +359,27 @@ def token_for(operator_key: bytes, job_uid: str) -> str:
     return hmac.new(operator_key, job_uid.encode(), hashlib.sha256).hexdigest()
 
 
+def indexes(text: str) -> frozenset[int]:
+    """Read what `index_text` wrote: `0,2-4`."""
+    found: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return frozenset(found)
+
+
+def index_text(numbers: Iterable[int], most: int | None = None) -> str:
+    """Write a set of numbers as stretches, ascending; `most`: only so many, the last ones."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    kept = runs if most is None else runs[-most:]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in kept)
+
+
 def slots_to_hex(slots: Sequence[int]) -> str:
     """Write a set of slots as a bitmap of 256 hexadecimal digits; bit s is slot s."""
     bits = 0

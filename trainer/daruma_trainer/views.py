@@ -146,6 +146,8 @@ class Report:
     lost: int = 0
     replayed: int = 0
     """Pushes; counted by batches."""
+    lost_batches: str = ""
+    """Workers: which were lost, `1-4,9`; of very many stretches the newest."""
     skipped: int = 0
     """Workers: batches that nobody made while the seat was vacant and the others went on."""
     mixed: int = 0

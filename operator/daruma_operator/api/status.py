@@ -279,6 +279,9 @@ class TrainingJobStatus(StatusModel):
     """Of the whole job so far."""
     gone: Pushes = Field(default_factory=Pushes)
     """Of those, what workers had counted that were lost since."""
+    gone_lost: dict[str, str] = Field(default_factory=dict)
+    """By worker index, which batches those lives had counted as lost: another server may lose them
+    once more, and the life that follows then counts them, too."""
     last_failure: Failure | None = None
     recovery: RecoveryRecord | None = None
     recoveries: tuple[RecoveryRecord, ...] = ()

@@ -11,7 +11,7 @@ from daruma_operator.api.status import MemberStatus, Phase, TrainingJobStatus
 from daruma_operator.controller.acting import FINAL, acts_of
 from daruma_operator.controller.acts import Act
 from daruma_operator.controller.adopting import hand_back, successor
-from daruma_operator.controller.draft import Draft, Policy, indexes
+from daruma_operator.controller.draft import Draft, Policy
 from daruma_operator.controller.ending import all_left, deadline, end, result_saved, wants_result
 from daruma_operator.controller.failures import explain, hasty
 from daruma_operator.controller.losing import lose
@@ -22,7 +22,7 @@ from daruma_operator.controller.replicating import keep_up, replicate, show_repl
 from daruma_operator.controller.starting import addresses, pending, starting
 from daruma_operator.controller.verdicts import UNRESPONSIVE, Verdict, losses, name_of
 from daruma_operator.substrate.protocol import Event
-from daruma_trainer.contract import Role
+from daruma_trainer.contract import Role, indexes
 
 # The one source of truth; tests/operator/test_decide.py proves that `decide` keeps to it. None is
 # a job without status: a new one, or one whose status was lost.

@@ -161,23 +161,3 @@ class Draft:
     def is_true(self, kind: str) -> bool:
         """Whether a condition is true."""
         return any(c.type == kind and c.status == "True" for c in self.status.conditions)
-
-
-def indexes(text: str) -> frozenset[int]:
-    """Read status.workers.succeededIndexes: `0,2-4`."""
-    found: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return frozenset(found)
-
-
-def index_text(numbers: Iterable[int]) -> str:
-    """Write what `indexes` reads."""
-    runs: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if runs and runs[-1][1] == n - 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

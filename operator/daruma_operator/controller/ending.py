@@ -1,9 +1,9 @@
 """How a job ends: its result is made durable, or it fails with a reason. Both are final. Pure."""
 
 from daruma_operator.api.status import Phase, Result
-from daruma_operator.controller.draft import Draft, indexes
+from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.verdicts import name_of
-from daruma_trainer.contract import Role
+from daruma_trainer.contract import Role, indexes
 
 
 def fail(d: Draft, reason: str, message: str) -> None:

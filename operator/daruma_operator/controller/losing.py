@@ -27,7 +27,7 @@ from daruma_operator.controller.telling import CUT_NOT_LOADED, HAND_BACK, lost, 
 from daruma_operator.controller.verdicts import PROCESS_ENDED, Verdict, name_of
 from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
-from daruma_operator.recovery.price import counted
+from daruma_operator.recovery.price import remember
 from daruma_operator.recovery.strategies import PRESETS, preset_of
 from daruma_trainer.contract import SLOTS, Role, SavedState, SourceKind
 
@@ -118,7 +118,11 @@ def _remember(d: Draft, lost: Sequence[MemberStatus]) -> None:
     for member in lost:
         report = d.seen.report(name_of(member))
         if member.role is Role.WORKER and report is not None:
-            d.set(gone=d.status.gone.plus(counted(report)))
+            gone, lost = remember(report, d.status.gone_lost.get(str(member.index), ""))
+            d.set(
+                gone=d.status.gone.plus(gone),
+                gone_lost=d.status.gone_lost | {str(member.index): lost},
+            )
 
 
 def _join(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:

@@ -5,10 +5,10 @@ from math import isfinite
 
 from daruma_operator.api.spec import ConsistencyMode
 from daruma_operator.api.status import CheckpointStatus, Phase, Progress, Pushes
-from daruma_operator.controller.draft import Draft, index_text, indexes
+from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.verdicts import finished, name_of, unreachable
 from daruma_operator.recovery.price import counters
-from daruma_trainer.contract import TRAINS, Report, Role
+from daruma_trainer.contract import TRAINS, Report, Role, index_text, indexes
 
 
 def worker_reports(d: Draft) -> dict[int, Report]:
@@ -59,7 +59,8 @@ def goes_on(d: Draft) -> bool:
 def pushes_of(d: Draft) -> Pushes:
     """Return what became of the job's pushes so far."""
     reports = {i: heard.report for i, heard in d.seen.heard.items()}
-    return counters(reports, [name_of(m) for m in d.status.members], d.status.gone)
+    live = [name_of(m) for m in d.status.members]
+    return counters(reports, live, d.status.gone, d.status.gone_lost)
 
 
 def fold(d: Draft) -> None:

@@ -16,7 +16,7 @@ from daruma_operator.api.status import (
 )
 from daruma_operator.controller.adopting import adopt_instead
 from daruma_operator.controller.damage import STORE_AWAY, store_away, tell_damage, unread_cut
-from daruma_operator.controller.draft import Draft, indexes
+from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.losing import ROLLED_FURTHER, climb, roll_further
 from daruma_operator.controller.observe import runs
@@ -42,6 +42,7 @@ from daruma_trainer.contract import (
     TRAINS,
     Role,
     SourceKind,
+    indexes,
 )
 
 

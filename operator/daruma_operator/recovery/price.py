@@ -6,7 +6,7 @@ from enum import StrEnum
 from math import isfinite, sqrt
 
 from daruma_operator.api.status import Pushes
-from daruma_trainer.contract import Report
+from daruma_trainer.contract import Report, index_text, indexes
 
 
 class DeltaKind(StrEnum):
@@ -58,14 +58,29 @@ def bound(shards: Iterable[LostShard]) -> Delta:
     return EXACT if exact else Delta(sqrt(total), DeltaKind.UPPER_BOUND)
 
 
-def counters(reports: Mapping[str, Report], live: Iterable[str], gone: Pushes) -> Pushes:
+MAX_NAMED = 1_000_000
+"""Lost batches that a report may name; what comes from the network is not expanded beyond that."""
+MAX_STRETCHES = 200
+"""Of batches of one worker's past lives that are remembered one by one; of older ones the number
+is."""
+
+
+def counters(
+    reports: Mapping[str, Report],
+    live: Iterable[str],
+    gone: Pushes,
+    gone_lost: Mapping[str, str] | None = None,
+) -> Pushes:
     """Return what became of pushes, as the members that live count them and those did that died.
 
     A push is lost once if any slot lost it. Servers tell a worker which of its batches they lost,
     and it counts each once; what a worker did not come to say is in the servers' counts alone, of
-    which the largest is taken.
+    which the largest is taken. `gone_lost`: by worker index which batches its past lives counted
+    as lost; `gone` does not have them.
     """
     servers, found = 0, gone
+    before = {index: indexes(text) for index, text in (gone_lost or {}).items()}
+    found = found.plus(Pushes(lost=sum(map(len, before.values()))))
     for member in live:
         report = reports.get(member)
         if report is None:
@@ -74,7 +89,29 @@ def counters(reports: Mapping[str, Report], live: Iterable[str], gone: Pushes) -
             servers = max(servers, report.lost)
         else:
             found = found.plus(counted(report))
+            twice = before.get(member.split("-")[1], frozenset()) & _named(report)
+            found = found.model_copy(update={"lost": found.lost - len(twice)})
     return found.model_copy(update={"lost": max(servers, found.lost)})
+
+
+def _named(report: Report) -> frozenset[int]:
+    """Return the lost batches that a report names; none where it names what cannot be."""
+    stretches = [part.partition("-") for part in report.lost_batches.split(",") if part]
+    try:
+        sizes = [int(last or first) - int(first) + 1 for first, _, last in stretches]
+    except ValueError:
+        return frozenset()
+    believed = min(sizes, default=1) > 0 and sum(sizes) <= min(report.lost, MAX_NAMED)
+    return indexes(report.lost_batches) if believed else frozenset()
+
+
+def remember(report: Report, before: str) -> tuple[Pushes, str]:
+    """Return what a lost worker's count adds to `gone`, and to `gone_lost`, which was `before`."""
+    mine, known = _named(report), indexes(before)
+    text = index_text(mine | known, MAX_STRETCHES)
+    # What it could not name, and what has no place any more, are numbers from now on.
+    rest = report.lost - len(mine) + len(mine | known) - len(indexes(text))
+    return counted(report).model_copy(update={"lost": rest}), text
 
 
 def counted(report: Report) -> Pushes:

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from daruma_trainer.contract import SLOTS, Report
+from daruma_trainer.contract import SLOTS, Report, index_text
 from daruma_trainer.wire import Slots
 from daruma_trainer.worker.sessions import Sessions
 
 if TYPE_CHECKING:
     from daruma_trainer.worker.client import Client
+
+MAX_STRETCHES = 200
+"""Of lost batches that a report names."""
 
 
 class Reporter:
@@ -20,6 +23,7 @@ class Reporter:
     def __init__(self) -> None:
         self._acked_epoch, self._acked_at = 0, 0.0
         self._shown: tuple[object, ...] = ()
+        self._lost = 0, ""
 
     def report(self, client: "Client", sessions: Sessions | None) -> Report:
         """Say what this worker is at; `sessions` is None before the first membership."""
@@ -47,9 +51,15 @@ class Reporter:
             outage=client.outages.report(client.blocked_seconds, client.epoch, pushes.widest),
             replayed=pushes.replayed,
             lost=len(pushes.lost),
+            lost_batches=self._lost_batches(pushes.lost),
             skipped=client.position.skipped,
             mixed=len(client.position.mixed),
         )
+
+    def _lost_batches(self, lost: set[int]) -> str:
+        if len(lost) != self._lost[0]:  # none is ever taken back
+            self._lost = len(lost), index_text(lost, MAX_STRETCHES)
+        return self._lost[1]
 
     def is_news(self, own: Report) -> bool:
         """Whether a report says something that servers should hear before the next heartbeat."""
