@@ -118,10 +118,11 @@ def _remember(d: Draft, lost: Sequence[MemberStatus]) -> None:
     for member in lost:
         report = d.seen.report(name_of(member))
         if member.role is Role.WORKER and report is not None:
-            gone, lost = remember(report, d.status.gone_lost.get(str(member.index), ""))
+            index = str(member.index)
+            gone, batches = remember(report, d.status.gone_lost.get(index, ""))
             d.set(
                 gone=d.status.gone.plus(gone),
-                gone_lost=d.status.gone_lost | {str(member.index): lost},
+                gone_lost=d.status.gone_lost | {index: batches},
             )
 
 
