@@ -110,7 +110,10 @@ def measure(arena: Arena, kills: int) -> list[Sample]:
         _until_whole(arena, servers)
     records = [r for r in arena.records() if r["cause"] != HAND_BACK]
     if len(records) != kills:
-        raise BenchError(f"{kills} servers were killed, but {len(records)} recoveries recorded")
+        told = "\n".join(f"{r['cause']} {r['reason']}: {r['losses']}" for r in records)
+        raise BenchError(
+            f"{kills} servers were killed, but {len(records)} recoveries recorded:\n{told}"
+        )
     return [
         Sample(index, seconds, {p: float(record["phases"].get(p) or 0.0) for p in PHASES})
         for index, seconds, record in zip(victims, times, records, strict=True)
