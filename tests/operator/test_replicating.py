@@ -246,6 +246,38 @@ def test_a_promotion_that_is_told_late_is_no_loss() -> None:
     assert (record.strategy, record.reason, record.rung) == ("Chain", "ReplicaPromoted", 0)
 
 
+def failing_hand_back() -> World:
+    """A chained job whose frozen server was asked for its slots in vain."""
+    world = chained()
+    world.kill("server-1")
+    recovered(world)
+    world.dead_sources = True
+    world.until(lambda w: bool(w.status.handing))
+    world.tick()
+    return world
+
+
+def test_a_server_that_has_all_and_does_not_hand_it_over_is_asked_again() -> None:
+    world = failing_hand_back()
+    for _ in range(20):
+        world.tick()
+    world.dead_sources = False
+    recovered(world, 2)
+    assert (world.status.recoveries[-1].cause, world.status.recoveries[-1].strategy) == (
+        "HandBack", "Chain",
+    )  # fmt: skip
+
+
+def test_not_for_ever_and_not_once_it_is_gone() -> None:
+    world = failing_hand_back()
+    world.until_phase(Phase.FAILED, seconds=5.0)
+    assert world.status.reason == "StateLost"
+    world = failing_hand_back()
+    (frozen,) = world.status.handing
+    world.end_guest(f"server-1-{frozen.incarnation}", code=-9)
+    world.until_phase(Phase.FAILED, ticks=10)
+
+
 def test_a_pod_that_is_lost_in_the_hand_back_loses_nothing() -> None:
     world = chained()
     world.kill("server-1")

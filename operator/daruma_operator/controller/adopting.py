@@ -87,6 +87,19 @@ def guest_report(d: Draft, member: MemberStatus) -> Guest | None:
     return None
 
 
+def hands_over(d: Draft) -> bool:
+    """Whether servers that are frozen, and live, have all slots that the recovery brings back."""
+    live = {
+        m.index
+        for m in d.status.handing
+        if d.seen.reported(name_of(m), "Frozen")
+        and (guest := guest_report(d, m)) is not None
+        and guest.exit_code is None
+    }
+    seats = {x.index for x in d.record.losses if x.role is Role.SERVER}
+    return bool(seats) and seats <= live
+
+
 def hand_back(d: Draft) -> None:
     """Make a pod for each adopted server; when it is there, let it take its slots back."""
     guests = {m.index: m for m in d.members(Role.SERVER) if m.guest}

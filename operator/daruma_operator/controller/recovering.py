@@ -14,7 +14,7 @@ from daruma_operator.api.status import (
     Phase,
     RollbackStatus,
 )
-from daruma_operator.controller.adopting import adopt_instead
+from daruma_operator.controller.adopting import adopt_instead, hands_over
 from daruma_operator.controller.damage import STORE_AWAY, store_away, tell_damage, unread_cut
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import all_left, fail
@@ -190,8 +190,14 @@ def _planned(d: Draft) -> bool:
     return True
 
 
-def _next_rung(d: Draft, why: str) -> None:
+def _next_rung(d: Draft, why: str, *, expired: bool = False) -> None:
     """What was planned cannot work. A hand-back that failed is an ordinary loss from now on."""
+    if d.spec.chained and hands_over(d) and not expired:
+        # Nobody else has what is frozen there: it is asked again, until the deadline.
+        d.raise_epoch()
+        d.set_record(planned_epoch=0)
+        _message(d, f"{why}; it is asked again")
+        return
     if d.record.cause != HAND_BACK:
         climb(d, d.record.rung + 1, why)
         return
@@ -228,7 +234,7 @@ def _stage_expired(d: Draft) -> bool:
     away = store_away(d)
     why = f"the lost slots were not Ready within {limit:g} s{'' if away is None else f'; {away}'}"
     if d.record.cause == HAND_BACK:
-        _next_rung(d, f"the slots were not handed back within {limit:g} s")
+        _next_rung(d, f"the slots were not handed back within {limit:g} s", expired=True)
     elif d.record.rung < len(d.spec.recovery.fallback):
         climb(d, d.record.rung + 1, why)
     else:
