@@ -77,7 +77,7 @@ class Storm:
         except (OSError, http.client.HTTPException):
             return False
         states = [v.own.state for v in views]
-        guests = [v.others.get(g.id) for v in views for g in v.own.guests]
+        guests = [v.others.get(g.id) for v in views for g in v.own.guests if g.exit_code is None]
         return (
             sorted(states) == ["Ready"] * self.servers + ["Training"] * self.workers
             and len(guests) == self.servers * self.replicas
@@ -144,14 +144,21 @@ class Storm:
 
     def _kill_replica(self) -> None:
         found = {
-            name: (pid, host.pid)
+            name: pid
             for host in self.seats(Role.SERVER)
             for name, pid in guests_of(host.pid).items()
         }
         name = self.dice.choice(sorted(found))
-        pid, host = found[name]
-        os.kill(pid, signal.SIGKILL)
-        self.until("its host lets it go", lambda: name not in guests_of(host))
+        os.kill(found[name], signal.SIGKILL)
+        self.until("another is made", lambda: self._lets_go(name))
+
+    def _lets_go(self, guest: str) -> bool:
+        """Whether the operator told its host to forget it."""
+        try:
+            views = [p.view()[1] for p in self.seats(Role.SERVER)]
+        except (OSError, http.client.HTTPException):
+            return False
+        return guest not in {g.id for v in views for g in v.own.guests}
 
     def calm(self, file: Path) -> int:
         """End the storm: all workers go on to the batch that is returned."""
