@@ -24,7 +24,6 @@ from soak import counted
 from storm import DEADLINE, Storm, Used, storm
 
 SERVERS, WORKERS = 3, 2
-THINK_MS = 25
 MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
 kind: TrainingJob
@@ -36,7 +35,7 @@ spec:
   servers: {{replicas: 3}}
   workers: {{replicas: 2, minReplicas: {least}}}
   consistency: {{mode: {mode}}}
-  checkpoint: {{store: "file:///saves", every: 16, fraction: 0.25}}
+  checkpoint: {{store: "file:///saves", every: 8, fraction: 0.25}}
   recovery: {{{recovery}}}
   runPolicy: {{backoffLimit: 100}}
 """
@@ -74,8 +73,9 @@ CELLS = (
 )
 COUNT, STORM = counted("recoveries in storms of kills, all strategies in turn", 50, 500)
 BLOWS = math.ceil(COUNT / len(CELLS))
-STEPS = 100 * BLOWS
-"""Of each worker at most: more than it makes while the storm lasts."""
+STEPS, THINK_MS = 500, 5 * BLOWS
+"""Of each worker at most, and how long a step takes in the beginning: longer and longer, so that
+none comes to its end while the storm lasts."""
 MORE_DESCRIPTORS, MORE_KIB = 16, 48 * 1024
 """What a process may hold at the end of a storm that it did not hold at its beginning."""
 
