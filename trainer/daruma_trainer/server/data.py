@@ -97,6 +97,9 @@ class Observer(Protocol):
     def touched(self, k: Ints) -> None:
         """The slots `k` changed otherwise."""
 
+    def pulled(self, worker: int, k: Ints) -> None:
+        """The slots `k` were sent to a worker, with all tables."""
+
     def resynced(self, worker: int) -> None:
         """A worker began anew: what it was told on its last connection may not have come."""
 
@@ -333,6 +336,8 @@ class DataPlane:
             return None
         body = encode_state(self.state(k, tables))
         self.counts.pulled_bytes += sum(len(f) for f in body)
+        if self.observer is not None and tables == len(self.shard.tables):
+            self.observer.pulled(worker_of(identity.decode()), k)
         return Reply(Kind.STATE, body, told)
 
     def state(self, k: Ints, tables: int) -> State:

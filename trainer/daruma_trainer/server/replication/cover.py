@@ -6,6 +6,7 @@ A node is what is lost together (Member.failure_domain).
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 
 Holder = tuple[str, int, bool]
 """A node; up to which update it has everything; whether as a shard, not as a worker's copy."""
@@ -39,12 +40,16 @@ class Cover:
         self.told.pop(worker, None)
         self._pending.append((update, worker, 1))
 
-    def waiting(self, worker: int) -> int:
-        """How many of a worker's batches are not covered yet."""
-        return len({batch for _, w, batch in self._pending if w == worker})
+    def waiting(self, limits: Mapping[int, float] = MappingProxyType({})) -> dict[int, set[int]]:
+        """By worker: its batches that are not covered yet, of updates above its limit if any."""
+        found: dict[int, set[int]] = {}
+        for update, worker, batch in self._pending:
+            if update > limits.get(worker, -inf):
+                found.setdefault(worker, set()).add(batch)
+        return found
 
-    def settle(self, nodes: Mapping[int, str], holders: Iterable[Holder]) -> dict[int, float]:
-        """Return of workers with pushes that are covered now up to which batch all are.
+    def limits(self, nodes: Mapping[int, str], holders: Iterable[Holder]) -> dict[int, float]:
+        """Return, by worker that has pushes here, up to which update these are covered.
 
         `nodes`: by worker, its node. Where there are fewer nodes than asked for, as many as there
         are have to do. Shards on so many nodes are enough, the sender's among them: they are sent
@@ -62,6 +67,14 @@ class Cover:
             others = sorted((u for n, u in best.items() if n != nodes.get(worker)), reverse=True)
             enough = min(self.copies, len(others))
             limits[worker] = max([others[enough - 1] if enough else inf, *held])
+        return limits
+
+    def settle(self, nodes: Mapping[int, str], holders: Iterable[Holder]) -> dict[int, float]:
+        """Return of workers with pushes that are covered now up to which batch all are.
+
+        See `limits`.
+        """
+        limits = self.limits(nodes, holders)
         covered = {w for update, w, _ in self._pending if update <= limits[w]}
         self._pending = [p for p in self._pending if p[0] > limits[p[1]]]
         return {

@@ -1,6 +1,7 @@
 """Covered pushes of one shard: who holds what, and telling workers what they may forget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 import numpy as np
 
@@ -8,11 +9,14 @@ from daruma_trainer.contract import Membership, Role
 from daruma_trainer.layout import Ints
 from daruma_trainer.server.data import DataPlane, worker_of
 from daruma_trainer.server.replication.cover import Cover, Holder
+from daruma_trainer.server.replication.demand import Demand
 from daruma_trainer.server.replication.stream import Send, Stream, policy_of
 from daruma_trainer.wire import Frame, Kind, MalformedError, encode_json, from_bitmap
 
-DEMAND_SECONDS = 0.1
-"""So long a push may wait for others to pull it. Then it is sent to a replica: nobody may come."""
+ALONE_SECONDS = 0.1
+"""So long what is due waits for a replica that has yet to join. Then there is none."""
+COMING_SECONDS = 2.0
+"""So long an answer to a pull may be on its way: what it brings need not be sent elsewhere."""
 Tell = Callable[[str, Kind, Sequence[Frame]], bool]
 
 
@@ -24,20 +28,44 @@ class Covering:
     ) -> None:
         self._plane, self._clock = plane, clock
         self._membership = membership
-        self.cover = Cover(membership.settings.copies)
+        self._cover = Cover(membership.settings.copies)
+        self._demand = Demand()
         self._have: Ints = np.zeros((plane.workers, len(plane.slots.ids)), np.int64)
         """(workers, slots): up to which update each worker's copy of a slot has everything."""
-        self._told_at = clock()
-        """When there was last nothing that waited to be covered, or some of it was."""
+        self._given = self._have.copy()
+        self._given_at = [-inf] * plane.workers
+        """The same with what the last answers to its pulls bring; and when they went out."""
+        self._due_since: float | None = None
+        """Since when what waits is due to go to a replica; None: it is not."""
 
     def follow(self, new: Membership) -> None:
         """Take a newer membership: what a lost worker had is gone with it."""
         for worker in self._membership.of(Role.WORKER):
             if new.member(Role.WORKER, worker.index) != worker:
-                self._have[worker.index] = 0
+                self._have[worker.index] = self._given[worker.index] = 0
         if new.rollback.generation != self._membership.rollback.generation:
-            self.cover.forget()
+            self._cover.forget()
         self._membership = new
+
+    @property
+    def any(self) -> bool:
+        """Whether a push is not covered yet."""
+        return self._cover.any
+
+    def pushed(self, worker: int, batch: int) -> None:
+        """A worker's push, of this batch or from it on, is in the shard as of its last update."""
+        self._cover.pushed(self._plane.updates, worker, batch)
+        self._demand.pushed(worker, batch, self._clock())
+
+    def again(self, worker: int) -> None:
+        """A worker is to hear once more what is covered."""
+        self._cover.again(self._plane.updates, worker)
+        self._demand.pushed(worker, 1, self._clock())
+
+    def pulled(self, worker: int, k: Ints) -> None:
+        """The slots `k` are on their way to a worker, as of the last update."""
+        self._given[worker, k] = self._plane.updates
+        self._given_at[worker] = self._clock()
 
     def has(self, member: str, frames: Sequence[Frame]) -> None:
         """HAVE: a worker's copy of some slots has everything up to an update."""
@@ -52,33 +80,49 @@ class Covering:
         row[k] = np.maximum(row[k], update)
 
     @property
-    def _waited(self) -> bool:
-        """Whether pushes wait for long, and nobody's were covered meanwhile."""
-        return self.cover.any and self._clock() - self._told_at > DEMAND_SECONDS
-
-    @property
     def demanded(self) -> bool:
-        """Whether a worker has as many uncovered pushes as it may have, or one for long."""
-        if self._waited:
-            return True
-        limit = self._membership.settings.max_uncovered
-        return any(self.cover.waiting(w) >= limit for w in range(self._plane.workers))
+        """Whether what waits is due to go to a replica."""
+        return self._due_since is not None
 
     def settle(self, chain: Sequence[str], stream: Stream | None, tell: Tell) -> None:
         """Tell workers what is covered now. `chain`: the nodes of the head and its replicas."""
         plane, membership = self._plane, self._membership
-        if not self.cover.any:
-            self._told_at = self._clock()
+        if not self._cover.any:
+            self._due_since = None
             return
         nodes = {m.index: m.failure_domain for m in membership.of(Role.WORKER)}
+        holders = self._holders(chain, stream)
         everything = np.arange(len(plane.slots.ids))
-        for worker, limit in self.cover.settle(nodes, self._holders(chain, stream)).items():
-            self._told_at = self._clock()
+        for worker, limit in self._cover.settle(nodes, holders).items():
             # A batch may come in parts, of which some are still under way.
             batch = int(min(limit, plane.slots.complete_until(everything, worker)))
             member = membership.member(Role.WORKER, worker)
-            if member is not None and self.cover.tell(worker, batch):
+            if member is not None and self._cover.tell(worker, batch):
                 tell(member.id, Kind.COVERED, [encode_json({"batch": batch})])
+        if policy_of(membership.settings, plane) is not Send.DEMAND:
+            return  # everything goes to replicas by itself
+        now = self._clock()
+        if not self._due(nodes, holders, now):
+            self._due_since = None
+        elif self._due_since is None:
+            self._due_since = now
+
+    def _due(self, nodes: Mapping[int, str], holders: Sequence[Holder], now: float) -> bool:
+        """Whether some of what waits has to go to a replica now."""
+        cover, demand, limit = self._cover, self._demand, self._membership.settings.max_uncovered
+        fresh = [w for w in nodes if now - self._given_at[w] < COMING_SECONDS]
+        coming = [(nodes[w], int(self._given[w].min()), False) for w in fresh]
+        for worker, batches in cover.waiting(cover.limits(nodes, [*holders, *coming])).items():
+            if len(batches) > limit or demand.rests(worker, now):
+                return True
+            if len(batches) == limit:
+                # Its next push would make it wait: who pulls before that?
+                gone = self._plane.left.keys() | self._plane.ended.keys()
+                soon = (demand.in_time(worker, limit, now) - gone) & nodes.keys()
+                hoped = [(nodes[w], self._plane.updates, False) for w in soon]
+                if worker in cover.waiting(cover.limits(nodes, [*holders, *hoped])):
+                    return True
+        return False
 
     def _holders(self, chain: Sequence[str], stream: Stream | None) -> list[Holder]:
         """Who has everything up to which update, by node."""
@@ -92,7 +136,8 @@ class Covering:
         found += [(node, reached, True) for node in chain[1:] if joined]
         if policy_of(settings, plane) is not Send.DEMAND:
             return found
-        if not joined and self._waited:
+        due = self._due_since
+        if not joined and due is not None and self._clock() - due > ALONE_SECONDS:
             return found  # there is no replica to send it to: as many as there are have to do
         gone = plane.left | plane.ended
         for m in self._membership.of(Role.WORKER):

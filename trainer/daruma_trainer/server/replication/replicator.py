@@ -111,7 +111,7 @@ class Replicator:
     @property
     def busy(self) -> bool:
         """Whether something is to be done soon, though nobody sends anything."""
-        uncovered = self._covering is not None and self._covering.cover.any
+        uncovered = self._covering is not None and self._covering.any
         return uncovered or (self._next is not None and self._next.busy)
 
     @property
@@ -183,7 +183,7 @@ class Replicator:
         if plane is None:
             return
         if self._covering is not None:
-            self._covering.cover.pushed(plane.updates, push.worker, push.first)
+            self._covering.pushed(push.worker, push.first)
         if self._next is None:
             return
         if plane.sums.active:
@@ -198,7 +198,7 @@ class Replicator:
             return
         if self._covering is not None:
             for worker in workers:
-                self._covering.cover.pushed(plane.updates, worker, step)
+                self._covering.pushed(worker, step)
         if self._next is None:
             return
         if made is None:
@@ -220,10 +220,15 @@ class Replicator:
             if self._next is not None:
                 self._next.touched(k)
 
+    def pulled(self, worker: int, k: Ints) -> None:
+        """See Observer."""
+        if self._covering is not None:
+            self._covering.pulled(worker, k)
+
     def resynced(self, worker: int) -> None:
         """See Observer."""
-        if self._covering is not None and self._plane is not None:
-            self._covering.cover.again(self._plane.updates, worker)
+        if self._covering is not None:
+            self._covering.again(worker)
 
     # From the one before
 

@@ -1,0 +1,220 @@
+"""When a head sends to a replica what no other worker's copy covers: as little as it can.
+
+A real shard and the real covering; time, workers and the replica are simulated. A worker makes a
+step every so many seconds: its push arrives, its pull is answered, later its copy has that.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from daruma_trainer.contract import Member, Membership, Role, Settings
+from daruma_trainer.layout import TableSpec
+from daruma_trainer.rules import SGD, rule_to_json
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.replication.covering import COMING_SECONDS, Covering
+from daruma_trainer.wire import Frame, Kind, bitmap, decode_json, mask_of
+
+SENT_SECONDS = 0.05
+"""Until a replica has what it is sent."""
+STEPS = 60
+
+
+@dataclass
+class World:
+    """One head with a replica, and workers on nodes of their own."""
+
+    nodes: Sequence[str]
+    """Of the workers."""
+    limit: int = 2
+    now: float = 100.0
+    sent: int = 0
+    """How often all slots went to the replica."""
+    reached: int = 0
+    """Up to which update the replica has everything."""
+    told: dict[int, int] = field(default_factory=dict)
+    _number: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        members = (Member(Role.SERVER, 0, 1, "s0", "s:0", "head"),)
+        members += tuple(
+            Member(Role.WORKER, i, 1, f"w{i}", f"w:{i}", node) for i, node in enumerate(self.nodes)
+        )
+        settings = Settings(copies=2, replicas=2, max_uncovered=self.limit)
+        new = Membership("uid", "n", "j", 1, 1, len(self.nodes), members, settings)
+        self.plane = DataPlane(new, 0, 1)
+        assert self.plane.add_table(TableSpec(0, "t", (64, 2), 1, rule_to_json(SGD()))) is None
+        self.k = np.arange(len(self.plane.slots.ids))
+        self.plane.restored(self.k)
+        self.covering = Covering(self.plane, new, lambda: self.now)
+        self._todo: list[tuple[float, int, Callable[[], None]]] = []
+
+    def at(self, seconds: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._todo, (self.now + seconds, next(self._number), what))
+
+    def push(self, worker: int, batch: int) -> None:
+        self.plane.updates += 1
+        self.plane.slots.advance(self.k, worker, batch, batch)
+        self.covering.pushed(worker, batch)
+
+    def pull(self, worker: int, seconds: float) -> None:
+        """Answer a pull, which is there after so many seconds."""
+        self.covering.pulled(worker, self.k)
+        have: list[Frame] = [
+            b"",
+            self.plane.updates.to_bytes(8, "little") + bitmap(mask_of(self.plane.slots.ids)),
+        ]
+        self.at(seconds, lambda: self.covering.has(f"worker-{worker}-1", have))
+
+    def run(self, seconds: float, dt: float = 0.01) -> None:
+        """Let time pass; the loop turns whenever something comes, and now and then."""
+        end = self.now + seconds
+        while self.now < end:
+            due = self._todo[0][0] if self._todo else end
+            self.now = min(due, self.now + dt, end)
+            while self._todo and self._todo[0][0] <= self.now:
+                heapq.heappop(self._todo)[2]()
+            self.turn()
+
+    def turn(self) -> None:
+        stream: Any = SimpleNamespace(joined=True, covered=self.reached)
+        self.covering.settle(["head", "other"], stream, self._tell)
+        if self.covering.demanded and self._sending != self.plane.updates:
+            self._sending = self.plane.updates
+            self.sent += 1
+            self.at(SENT_SECONDS, self._arrived(self._sending))
+
+    _sending = 0
+
+    def _arrived(self, update: int) -> Callable[[], None]:
+        def arrived() -> None:
+            self.reached = max(self.reached, update)
+
+        return arrived
+
+    def _tell(self, member: str, kind: Kind, body: Sequence[Frame]) -> bool:
+        assert kind is Kind.COVERED
+        self.told[int(member.split("-")[1])] = decode_json(body[0])["batch"]
+        return True
+
+
+def trains(
+    world: World,
+    worker: int,
+    gaps: Callable[[int], float],
+    pull: float,
+    *,
+    steps: int = STEPS,
+    waited: list[float] | None = None,
+) -> None:
+    """Let a worker make steps as `Job.exchange` does: it waits for its pull and for its pushes."""
+    made = itertools.count(1)
+
+    def step() -> None:
+        batch = next(made)
+        if batch > steps:
+            return
+        world.push(worker, batch)
+        world.pull(worker, pull)
+        world.at(pull, lambda: think(batch, world.now))
+
+    def think(batch: int, since: float) -> None:
+        if batch - world.told.get(worker, 0) > world.limit:
+            world.at(0.005, lambda: think(batch, since))
+            return
+        if waited is not None:
+            waited.append(world.now - since)
+        world.at(max(0.0, gaps(batch) - pull), step)
+
+    step()
+
+
+@pytest.mark.parametrize("pull", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("phase", [0.0, 0.6, 0.99])
+@pytest.mark.parametrize("second", [0.02, 1.0, 20.0])
+def test_workers_of_one_pace_cover_each_others_pushes(
+    second: float, phase: float, pull: float
+) -> None:
+    """However long their steps are, and how much of one a pull takes: hardly anything is sent."""
+    world, waited = World(["a", "b"]), list[float]()
+    trains(world, 0, lambda _: second, second * pull, waited=waited)
+    world.at(phase * second, lambda: trains(world, 1, lambda _: second, second * pull))
+    world.run(second * (STEPS - 2), second / 50)
+    assert world.sent <= 2, "but the first pushes, of workers whose pace nobody knows"
+    assert max(waited) <= 0.02 * second, "nobody waited"
+    assert min(world.told.values()) >= STEPS - 5
+
+
+def test_unsteady_workers_send_little() -> None:
+    """Steps take from half to twice as long as others, by chance."""
+    draw = np.random.default_rng(0)
+    world = World(["a", "b"])
+    for worker in range(2):
+        trains(world, worker, lambda _: float(draw.uniform(0.1, 0.4)), 0.08, steps=10_000)
+    world.run(100.0)
+    pushes = sum(world.told.values())
+    assert pushes > 700
+    assert world.sent / pushes < 0.05
+
+
+def test_a_worker_that_is_much_faster_does_not_wait_for_the_others() -> None:
+    """They pull too seldom for it: what it pushed goes to the replica before it has to wait."""
+    world, waited = World(["a", "b"]), list[float]()
+    trains(world, 0, lambda _: 0.2, 0.05, steps=200, waited=waited)
+    trains(world, 1, lambda _: 2.0, 0.05)
+    world.run(30.0)
+    assert world.sent > 40
+    assert sum(waited[10:]) < 0.02, "but at first, while nobody knows their paces"
+
+
+@pytest.mark.parametrize("nodes", [["a"], ["a", "a"], ["a", "head"]])
+def test_what_no_other_node_pulls_is_sent_once_a_worker_has_as_much_as_it_may(
+    nodes: list[str],
+) -> None:
+    world, waited = World(nodes, limit=4), list[float]()
+    trains(world, 0, lambda _: 0.2, 0.05, waited=waited)
+    world.run(0.2 * (STEPS - 1))
+    assert world.told[0] >= STEPS - 5
+    assert world.sent == pytest.approx(STEPS / 4, abs=2), "one whole state for four pushes"
+    assert max(waited) < 0.01
+
+
+def test_what_a_pull_is_bringing_is_not_sent_too() -> None:
+    """Though a worker waits for it. But not for ever: a copy may never come."""
+    world = World(["a", "b"])
+    for batch in (1, 2, 3):
+        world.push(0, batch)
+    world.pull(1, 60.0)
+    world.run(COMING_SECONDS - 0.1)
+    assert world.sent == 0
+    world.run(0.3)
+    assert world.sent == 1
+    assert world.told == {0: 3}
+
+
+def test_a_last_push_is_sent_when_nobody_comes_for_it() -> None:
+    world = World(["a", "b"])
+    trains(world, 0, lambda _: 1.0, 0.1, steps=10)
+    trains(world, 1, lambda _: 1.0, 0.1, steps=5)
+    world.run(30.0)
+    assert world.told[0] == 10
+
+
+def test_a_lost_workers_pulls_bring_nothing() -> None:
+    world = World(["a", "b"])
+    for batch in (1, 2, 3):
+        world.push(0, batch)
+    world.pull(1, 60.0)
+    members = world.covering._membership
+
+    successor = Member(Role.WORKER, 1, 2, "w1", "w:1", "b")
+    found = tuple(successor if m.id == "worker-1-1" else m for m in members.members)
+    world.covering.follow(replace(members, epoch=2, members=found))
+    world.run(0.1)
+    assert world.sent == 1
