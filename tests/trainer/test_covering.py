@@ -42,7 +42,7 @@ class World:
     _number: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        members = (Member(Role.SERVER, 0, 1, "s0", "s:0", "head"),)
+        members: tuple[Member, ...] = (Member(Role.SERVER, 0, 1, "s0", "s:0", "head"),)
         members += tuple(
             Member(Role.WORKER, i, 1, f"w{i}", f"w:{i}", node) for i, node in enumerate(self.nodes)
         )
