@@ -130,6 +130,19 @@ BAD: list[Case] = [
         {"program": PROGRAM, "consistency": {"mode": "Bounded", "maxStaleness": -1}},
         "greater than or equal to 0",
     ),
+    *(
+        (
+            f"copies with {strategy}",
+            {
+                "program": PROGRAM,
+                "servers": {"replicas": 2},
+                "checkpoint": STORE,
+                "recovery": {"strategy": strategy, "copies": 2},
+            },
+            "copies goes together with Freshest or Stateless",
+        )
+        for strategy in ("Chain", "Partial", "FullCheckpoint")
+    ),
     (
         "fallback to itself",
         {"program": PROGRAM, "recovery": {"strategy": "Freshest", "fallback": ["Freshest"]}},

@@ -211,6 +211,15 @@ def test_what_no_worker_gave_is_not_said_to_come_from_them() -> None:
     assert (record.reason, record.delta_norm.kind) == ("PeerCopiesFailed", "Unknown")
 
 
+def test_without_workers_at_hand_a_covered_push_is_with_the_replica() -> None:
+    """`Stateless` takes what workers have; with `copies` a push may be on the replica alone."""
+    world = copied(strategy="Stateless")
+    world.kill("server-1")
+    recovered(world)
+    (sources,) = [p.restore.sources for p in world.planned.values()]
+    assert [s.kind.value for s in sources] == [PEER, PEER, REPLICA, RUNNING]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_an_operator_that_dies_changes_nothing(seed: int) -> None:
     world = chained(4, replicas=3)

@@ -295,7 +295,7 @@ class Recovery(SpecModel):
         description="k: a worker keeps a push, and gives it again to a server that was restored, "
         "until its effect is on k nodes, the worker's own not counted; k - 1 nodes may then fail. "
         "What workers pull counts; what they do not hold is sent to replicas in other servers' "
-        "pods. Not together with Chain.",
+        "pods. With Freshest or Stateless.",
     )
     copies_bytes_per_second: int | None = Field(
         default=None,
@@ -333,6 +333,8 @@ _USES_SAVES = (
     "(has(self.recovery.fallback) && self.recovery.fallback.exists(f, "
     "f in ['Partial', 'FullCheckpoint']))))"
 )
+COPYING = frozenset({StrategyName.FRESHEST, StrategyName.STATELESS})
+"""Strategies that take what copies hold: whatever `copies` covered is there after a loss."""
 _CHAINED = "self.recovery.strategy == 'Chain'"
 NEEDS_STORE = (
     "recovery by Partial or FullCheckpoint needs spec.checkpoint.store: name one, or choose "
@@ -358,7 +360,10 @@ TOO_FEW_SERVERS = (
     "spec.recovery.chain.replicas and copies live in the pods of different servers: they may not "
     "be more than spec.servers.replicas"
 )
-NO_COPIES = "spec.recovery.copies does not go together with Chain, whose replicas have everything"
+NO_COPIES = (
+    "spec.recovery.copies goes together with Freshest or Stateless: Chain's replicas have "
+    "everything, and Partial and FullCheckpoint go back to what was saved, whatever was covered"
+)
 EVERY_NEEDS_NONE = "spec.recovery.chain.every above 1 needs ack: None"
 TOO_MANY = (
     "spec.workers.minReplicas must be at most spec.workers.replicas: the job could never begin"
@@ -415,7 +420,8 @@ class TrainingJobSpec(SpecModel):
                 TOO_FEW_SERVERS,
             ),
             rule(
-                f"!has(self.recovery) || !({_CHAINED}) || self.recovery.copies == 1",
+                "!has(self.recovery) || self.recovery.copies == 1 || "
+                "self.recovery.strategy in ['Freshest', 'Stateless']",
                 NO_COPIES,
             ),
             rule(
@@ -503,7 +509,7 @@ class TrainingJobSpec(SpecModel):
             (point.every > 0 and point.every * point.fraction < 1, TOO_OFTEN),
             (len(set(ladder)) != len(ladder), NO_TWICE),
             (self.replicas > self.servers.replicas, TOO_FEW_SERVERS),
-            (self.chained and self.recovery.copies > 1, NO_COPIES),
+            (self.recovery.copies > 1 and ladder[0] not in COPYING, NO_COPIES),
             (chain.every > 1 and chain.ack is not Ack.NONE, EVERY_NEEDS_NONE),
             (self.workers.min_replicas > self.workers.replicas, TOO_MANY),
             (

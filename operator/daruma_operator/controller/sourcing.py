@@ -13,7 +13,7 @@ from daruma_operator.recovery.plan import Plan, plan_slots
 from daruma_operator.recovery.price import UNKNOWN, Delta, LostShard, bound
 from daruma_operator.recovery.rework import estimate, fit
 from daruma_operator.recovery.strategies import preset_of
-from daruma_trainer.contract import SLOTS, Copies, Restore, Role, member_id, place
+from daruma_trainer.contract import SLOTS, Copies, Restore, Role, SourceKind, member_id, place
 
 
 def lost_seats(record: RecoveryRecord, role: Role) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str
     return {
         name_of(m): plan_slots(
             [s for s in range(SLOTS) if owners[s] == m.index],
-            frozenset() if back else preset_of(record.strategy).sources,
+            frozenset() if back else _kinds(seen, record),
             copies,
             stored=stored and not back,
             predecessor=_predecessor(seen, status, m),
@@ -69,6 +69,13 @@ def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str
         for m in restoring(status)
         if not serves(seen, record, m)
     }
+
+
+def _kinds(seen: Seen, record: RecoveryRecord) -> frozenset[SourceKind]:
+    """Return which sources there are: with `copies` also what a promoted replica has itself."""
+    kinds = preset_of(record.strategy).sources
+    covers = seen.job.spec.recovery.copies > 1 and SourceKind.PEER in kinds
+    return kinds | {SourceKind.REPLICA} if covers else kinds
 
 
 def serves(seen: Seen, record: RecoveryRecord, member: MemberStatus) -> bool:
