@@ -62,11 +62,15 @@ class Cover:
             if shard:
                 shards[node] = max(shards.get(node, 0), update)
         held = sorted(shards.values(), reverse=True)[self.copies - 1 : self.copies]
+        # The best nodes; a sender's own is passed over.
+        ranked = sorted(best, key=best.__getitem__, reverse=True)
+        place = {node: i for i, node in enumerate(ranked)}
         limits: dict[int, float] = {}
         for worker in {w for _, w, _ in self._pending}:
-            others = sorted((u for n, u in best.items() if n != nodes.get(worker)), reverse=True)
-            enough = min(self.copies, len(others))
-            limits[worker] = max([others[enough - 1] if enough else inf, *held])
+            own = place.get(nodes.get(worker, ""), len(ranked))
+            enough = min(self.copies, len(ranked) - (own < len(ranked)))
+            last = enough - 1 + (own < enough)
+            limits[worker] = max([best[ranked[last]] if enough else inf, *held])
         return limits
 
     def settle(self, nodes: Mapping[int, str], holders: Iterable[Holder]) -> dict[int, float]:

@@ -111,7 +111,8 @@ class Covering:
         """Whether some of what waits has to go to a replica now."""
         cover, demand, limit = self._cover, self._demand, self._membership.settings.max_uncovered
         fresh = [w for w in nodes if now - self._given_at[w] < COMING_SECONDS]
-        coming = [(nodes[w], int(self._given[w].min()), False) for w in fresh]
+        given = self._given.min(axis=1).tolist()
+        coming = [(nodes[w], given[w], False) for w in fresh]
         for worker, batches in cover.waiting(cover.limits(nodes, [*holders, *coming])).items():
             if len(batches) > limit or demand.rests(worker, now):
                 return True
@@ -140,8 +141,9 @@ class Covering:
         if not joined and due is not None and self._clock() - due > ALONE_SECONDS:
             return found  # there is no replica to send it to: as many as there are have to do
         gone = plane.left | plane.ended
+        have = self._have.min(axis=1).tolist()
         for m in self._membership.of(Role.WORKER):
-            has = int(self._have[m.index].min())
+            has = have[m.index]
             # One that ended pulls no more: it holds all there is, or is not waited for.
             if m.index not in gone or has >= plane.updates:
                 found.append((m.failure_domain, has, False))
