@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import copies_program
 import numpy as np
 import pytest
-from copies_program import TABLE, WORKERS
 from safetensors.numpy import load_file
 
+import copies_program
+from copies_program import TABLE, WORKERS
 from daruma_trainer.bench.members import processes
 from daruma_trainer.contract import Role
 from left_behind import left_by
