@@ -56,6 +56,32 @@ def test_a_part_that_reached_one_server_and_not_the_other_counts_where_it_is() -
     assert at(planes) == pytest.approx([79.5, 48])
 
 
+def test_what_one_server_lacks_of_before_the_skipped_is_lost() -> None:
+    """A worker dies after a step that one server, lost with it, had made without its part."""
+    planes = sync(workers=2)
+    for seat in planes.seats:
+        planes.step(seat)
+    younger = planes.planes[1]
+    younger.slots.last[:, 1], younger.slots.window[:, 1] = 1, 1
+    planes.lose(1)
+    planes.tell(0)
+    planes.tell(1)
+    for _ in range(3):
+        planes.step(planes.seats[0])
+    planes.membership = replace(
+        planes.membership,
+        members=tuple(
+            replace(m, incarnation=9) if (m.role, m.index) == (Role.SERVER, 1) else m
+            for m in planes.membership.members
+        ),
+    )
+    successor = planes.seats[1]
+    planes.enter(successor)
+    assert (successor.batch, successor.position.skipped) == (5, 3)
+    assert planes.resync(successor, 0) == []
+    assert planes.resync(successor, 1) == [2], "skipped were 3, 4 and 5"
+
+
 def test_nobody_makes_again_what_others_counted_lost() -> None:
     """A server and a worker are lost at once, but the worker is fenced an epoch later."""
     planes = sync(least=2, workers=2)

@@ -372,7 +372,7 @@ class DataPlane:
         try:
             worker, done = int(raw["worker"]), int(raw["done"])
             held = [int(b) for b in raw["held"]]
-            entered = int(raw.get("entered", 0))
+            entered, left_off = int(raw.get("entered", 0)), int(raw.get("left_off", 0))
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
             rebuilds = [int(t) for t in raw.get("rebuilds", [])]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -384,9 +384,9 @@ class DataPlane:
         k = k[self.slots.ready[k]]
         if len(k) and done - int(self.slots.last[k, worker].min()) > MAX_GAP:
             raise MalformedError(f"a resync of more than {MAX_GAP} batches")
-        # What is older than where it entered, nobody made: the worker knows how many those are.
+        # From where it left off to where it entered nobody made any: it knows how many those are.
         gaps = self.slots.floor(k, worker, done, held)
-        lost = [b for b in gaps if b > entered]
+        lost = [b for b in gaps if not left_off < b <= entered]
         self.counts.lost += len(lost)
         if self.observer is not None:
             if gaps:

@@ -15,6 +15,8 @@ class Position:
     def __init__(self) -> None:
         self.entered = 0
         """The batch it began after, where the others had gone on without it; else 0."""
+        self.left_off = 0
+        """The last batch before those that were skipped then."""
         self.was_vacant = False
         """Whether steps were made before this worker took its seat."""
         self.mixed: set[int] = set()
@@ -66,7 +68,8 @@ class Position:
         front = int(copy.last.max())
         if membership.elastic and front - batch > self._leeway(membership):
             self._skipped.append((batch + 1, front))
-            batch = self.entered = front
+            self.left_off, self.entered = batch, front
+            batch = front
         return batch
 
     def _leeway(self, membership: Membership) -> int:
