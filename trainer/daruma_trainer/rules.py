@@ -65,20 +65,16 @@ class SGD:
             if self.weight_decay:
                 np.multiply(x, np.float32(self.weight_decay), out=t)
                 t += g
-            else:
-                np.copyto(t, g)
+                g = t
             if self.momentum:
                 m = state[0][a : a + TILE]
                 if step == 1:
-                    np.copyto(m, t)
+                    np.copyto(m, g)
                 else:
                     m *= np.float32(self.momentum)
-                    m += t * np.float32(1 - self.dampening) if self.dampening else t
-                if self.nesterov:
-                    t += m * np.float32(self.momentum)
-                else:
-                    np.copyto(t, m)
-            t *= np.float32(lr)
+                    m += g * np.float32(1 - self.dampening) if self.dampening else g
+                g = np.add(g, m * np.float32(self.momentum), out=t) if self.nesterov else m
+            np.multiply(g, np.float32(lr), out=t)
             x -= t
             change += float(np.dot(t, t))
         return change

@@ -10,6 +10,7 @@ import zmq
 from daruma_trainer.contract import ENV_HOST_PID
 from daruma_trainer.errors import DarumaError
 from daruma_trainer.identity import Identity
+from daruma_trainer.server.memory import keep_freed
 
 
 def main() -> int:
@@ -26,6 +27,7 @@ def main() -> int:
             return 1
     from daruma_trainer.server.serve import Server
 
+    keep_freed()
     try:
         identity = Identity.from_environment(os.environ)
         server = Server(identity)
