@@ -25,6 +25,7 @@ from daruma_trainer.server.fencing import Fence
 from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.reporting import report_of
 from daruma_trainer.worker import client as worker_client
+from daruma_trainer.worker import reading as worker_reading
 from daruma_trainer.worker import reporting as worker_reporting
 from daruma_trainer.worker import sessions as worker_sessions
 from daruma_trainer.worker.pushes import Update
@@ -87,8 +88,8 @@ class SimulatedJob:
     def _patch(self) -> None:
         clock = SimpleNamespace(monotonic=lambda: self.now)
 
-        def wire(_context: Any, own: str, _token: str, peer: Member, _poller: Any) -> Wire:
-            return Wire(self.network, own, peer)
+        def wire(_: Any, own: str, _token: str, peer: Member, _poller: Any, first: int = 0) -> Wire:
+            return Wire(self.network, own, peer, first)
 
         def idle(*_args: Any) -> SimpleNamespace:
             nothing: Callable[..., None] = lambda *_: None  # noqa: E731
@@ -111,8 +112,8 @@ class SimulatedJob:
             (lifecycle, "Background", lambda _post: ByHand()),
         ]
         timed = (
-            worker_sessions, worker_client, worker_reporting, serve, lifecycle, restoring,
-            server_reporting,
+            worker_sessions, worker_client, worker_reading, worker_reporting, serve, lifecycle,
+            restoring, server_reporting,
         )  # fmt: skip
         patches += [(module, "time", clock) for module in timed]
         for module, name, value in patches:

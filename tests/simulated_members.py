@@ -156,6 +156,9 @@ class SimulatedWorker(Client):
         away = self.away(self.batch if sync else 0)
         missing = self.pulling.missing & ~(away & (not self.patient))
         if not missing.any() and (self.patient or not self.crowded):
+            if self.copy is not None:
+                own = self.copy.last[~self.pulling.missing, self.me.index]
+                assert (own >= self.batch).all(), "a pull without an own push"
             self.pulling, self.patient = None, False
 
     def _unasked(self, link: Any, header: Header, frames: Sequence[Frame]) -> None:

@@ -35,7 +35,7 @@ class Everything:
 class Wire:
     """A connection from a member to a server: what `links.Link` is."""
 
-    def __init__(self, network: Network, own: str, peer: Member) -> None:
+    def __init__(self, network: Network, own: str, peer: Member, first: int = 0) -> None:
         self.network, self.own, self.peer = network, own, peer
         self.connected = self.closed = self.full = False
         self.up: deque[Message] = deque()
@@ -43,7 +43,7 @@ class Wire:
         self.came: deque[Message] = deque()
         self._events: list[str] = []
         self._pending: dict[int, Answer] = {}
-        self._request = 0
+        self._request = first
         network.wires.append(self)
 
     # What a Link does

@@ -32,6 +32,8 @@ MODES = {
     "tail": (replace(CHAIN, ack="Tail"), 0.5),
     "next of 3": (replace(CHAIN, replicas=3), 0.5),
     "tail of 3": (replace(CHAIN, replicas=3, ack="Tail"), 0.0),
+    "tail, all read": (replace(CHAIN, ack="Tail", pulls_from_replicas=True), 0.5),
+    "next of 3, all read": (replace(CHAIN, replicas=3, pulls_from_replicas=True), 0.0),
     "none": (replace(CHAIN, ack="None"), 0.0),
     "every 3": (replace(CHAIN, ack="None", every_updates=3), 0.5),
     "every 3, of 3": (replace(CHAIN, replicas=3, ack="None", every_updates=3), 0.0),

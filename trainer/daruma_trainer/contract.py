@@ -192,6 +192,8 @@ class Settings:
     """Chain: None | Next | Tail: how far a push has to have come before its worker forgets it."""
     every_updates: int = 1
     """Chain: replicas get the newest state after so many updates (ack None)."""
+    pulls_from_replicas: bool = False
+    """Chain: workers pull from replicas, too."""
     copies: int = 1
     """k: a worker keeps a push until it is on so many nodes, its own not counted."""
     max_uncovered: int = 2

@@ -62,7 +62,10 @@ class Link:
         token: str,
         peer: Member,
         poller: zmq.Poller,
+        first: int = 0,
     ) -> None:
+        """`first`: its requests are numbered from here on, so that no other link to the same
+        process, before or after it, takes an answer to one of them for its own."""
         if peer.address is None:
             raise ValueError(f"{peer.id} has no address yet")
         self.peer = peer
@@ -75,7 +78,7 @@ class Link:
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(events)
         self._socket.connect(f"tcp://{peer.address}")
         self._pending: dict[int, _Pending] = {}
-        self._request = 0
+        self._request = first
         self.connected = False
         self._broken_at: float | None = None
         self._opened_at = time.monotonic()

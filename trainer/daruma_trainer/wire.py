@@ -255,6 +255,8 @@ ALL_WORKERS = 1
 """A pull's flag: `min_step` is a batch that every worker that goes on must have reached."""
 ENTER = 2
 """A pull's flag: the worker has no position yet; from now on steps wait for it again."""
+OWN = 4
+"""A pull's flag: `min_step` is the worker's own batch that all of the slots have to have."""
 WAS_VACANT = 1
 """In the header's `flags` of the answer to such a pull: steps were made without it."""
 UNHEARD = 2

@@ -228,6 +228,13 @@ class Ack(StrEnum):
     TAIL = "Tail"
 
 
+class Pulls(StrEnum):
+    """Whom workers pull from."""
+
+    HEAD = "Head"
+    ANY = "Any"
+
+
 class Chain(SpecModel):
     """Chain replication, for the strategy Chain."""
 
@@ -248,6 +255,11 @@ class Chain(SpecModel):
         le=1_000_000,
         description="Send the newest state after so many updates instead of each (with ack None). "
         "So many may be lost.",
+    )
+    pulls: Pulls = Field(
+        default=Pulls.HEAD,
+        description="Head: workers pull from servers. Any: each from one of a server's chain, once "
+        "that has the worker's own pushes (Async and Sync, with every 1).",
     )
 
 
@@ -491,6 +503,12 @@ class TrainingJobSpec(SpecModel):
     def replicas(self) -> int:
         """Processes that hold each shard: its server and its replicas."""
         return self.recovery.chain.replicas if self.chained else self.recovery.copies
+
+    @property
+    def pulls_from_replicas(self) -> bool:
+        """Whether workers pull from replicas. How stale those of `Bounded` are, the head knows."""
+        chain, bounded = self.recovery.chain, self.consistency.mode is ConsistencyMode.BOUNDED
+        return self.chained and chain.pulls is Pulls.ANY and chain.every == 1 and not bounded
 
     def problems(self, *, local: bool) -> list[str]:
         """Say what the CEL rules would say; `local`: `daruma run` needs no claim, has a store."""

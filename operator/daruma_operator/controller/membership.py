@@ -69,6 +69,7 @@ def settings_of(spec: TrainingJobSpec, store: str | None) -> Settings:
         chain=spec.chained,
         ack=str(spec.recovery.chain.ack) if spec.chained else "None",
         every_updates=spec.recovery.chain.every,
+        pulls_from_replicas=spec.pulls_from_replicas,
         copies=spec.recovery.copies,
         max_uncovered=spec.recovery.max_uncovered,
         copies_bytes_per_second=spec.recovery.copies_bytes_per_second,

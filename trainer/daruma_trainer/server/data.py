@@ -23,6 +23,7 @@ from daruma_trainer.wire import (
     ALL_WORKERS,
     BITMAP,
     ENTER,
+    OWN,
     PULL,
     UNHEARD,
     WAS_VACANT,
@@ -45,6 +46,8 @@ from daruma_trainer.wire import (
     Slots as SlotMask,
 )
 
+MAX_READS = 256
+"""Pulls that wait for a worker's own batch; more are refused, and go to the head."""
 MAX_GAP = 1_000_000
 """Batches that one resync may mark as lost: the loop stands still while it counts them."""
 
@@ -323,12 +326,19 @@ class DataPlane:
         k = self._owned(from_bitmap(meta[PULL.size :]))
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
+        worker, asked = worker_of(identity.decode()), len(k)
         k = k[self.slots.ready[k]]
         known = tables <= len(self.shard.tables)
         if not len(k) or not known or not all(self._given[t][k].all() for t in range(tables)):
             return refuse(Refusal.RESTORING, "no slot of these is Ready")
         ends = self.sync or flags & ALL_WORKERS
-        late = (self.clocked or ends) and int(self.slot_steps(k).min()) < min_step
+        if flags & OWN:
+            # Of a worker at its end, or one that was lost, a replica knows nothing.
+            late = int(self.slots.last[k, worker].min()) < min_step
+            if len(k) < asked or len(self.pulls) >= MAX_READS:
+                return refuse(Refusal.UNSURE, "not all slots are here, or too many pulls wait")
+        else:
+            late = (self.clocked or ends) and int(self.slot_steps(k).min()) < min_step
         # Under Sync no step is made with too few; where pushes count at once, pulls have to wait.
         few = self.clocked and not self.sync and min_step and self._too_few(self.active())
         if late or few or (ends and self.sums.lacks(k)):

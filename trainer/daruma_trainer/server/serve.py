@@ -282,12 +282,18 @@ class Server:
             return refuse(Refusal.STALE_INCARNATION, f"worker {index} was replaced")
         if header.generation != life.generation or life.rolling:
             return refuse(Refusal.WRONG_GENERATION, f"this is generation {life.generation}")
-        if life.frozen or life.replica:
+        if life.frozen or (life.replica and not self._reads(header, membership)):
             what = "hands its slots over" if life.frozen else "is a replica"
             return refuse(Refusal.STALE_INCARNATION, f"{self.me.id} {what}")
         if not self._fence.sure():
             return refuse(Refusal.UNSURE, "asking for the newest membership")
         return None
+
+    def _reads(self, header: Header, membership: Membership) -> bool:
+        """Whether a replica answers this: a pull, once the one before counts on it."""
+        return (
+            header.kind is Kind.PULL and membership.settings.pulls_from_replicas and self.counted_on
+        )
 
     def _reply(self, identity: bytes, request: Header, reply: Reply) -> None:
         header = Header(

@@ -103,6 +103,13 @@ class HostCopy:
             self._moved[int(slots[0])] = 0.9 * old + 0.1 * step**0.5
         return state.slots
 
+    def outdates(self, state: State) -> bool:
+        """Whether a slot is newer here than in what somebody sent."""
+        slots = np.flatnonzero(state.slots)
+        lineage, position = self.lineage[slots], self.position[slots]
+        older = (state.lineage == lineage) & (state.position < position)
+        return bool((older | (state.lineage < lineage)).any())
+
     def give(self, mask: Slots) -> State:
         """Return slots for a restoring server.
 

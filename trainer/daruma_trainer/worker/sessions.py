@@ -30,6 +30,7 @@ from daruma_trainer.rules import Rule, rule_from_json
 from daruma_trainer.wire import (
     ALL_WORKERS,
     ENTER,
+    OWN,
     PULL,
     Frame,
     Header,
@@ -48,6 +49,7 @@ from daruma_trainer.wire import (
 from daruma_trainer.worker.accumulating import Accumulation
 from daruma_trainer.worker.copies import Group, HostCopy
 from daruma_trainer.worker.pushes import Held, Pushes, Update
+from daruma_trainer.worker.reading import Readers
 
 if TYPE_CHECKING:
     from daruma_trainer.worker.client import Client
@@ -123,6 +125,7 @@ class Sessions:
         )
         self.pushes = Pushes(replay_of(settings))
         self.by_server: dict[int, Session] = {}
+        self._readers = Readers(worker.me.index, self._link)
         self._rules: list[Rule] = []
 
     def close(self) -> None:
@@ -130,6 +133,7 @@ class Sessions:
         for session in self.by_server.values():
             session.link.close()
         self.by_server.clear()
+        self._readers.close()
 
     def synced(self, server: int) -> bool:
         """Whether a server takes pushes now."""
@@ -177,6 +181,7 @@ class Sessions:
             if session.retry_at is not None and now >= session.retry_at:
                 session.retry_at = None
                 self._advance(server, session)
+        self._readers.turn(ready, unasked)
 
     def report(self, body: Sequence[Frame], answer: Answer) -> None:
         """Send this worker's report to all servers."""
@@ -203,6 +208,7 @@ class Sessions:
 
     def follow(self) -> None:
         """Open and close connections as the membership says."""
+        self._readers.follow(self.membership)  # first: one that is promoted is a server now
         wanted = {m.index: m for m in self.membership.of(Role.SERVER) if m.address is not None}
         for index, session in list(self.by_server.items()):
             if index not in wanted or wanted[index] != session.link.peer:
@@ -213,9 +219,9 @@ class Sessions:
             if index not in self.by_server:
                 self.by_server[index] = Session(self._link(member), retry_at=0.0)
 
-    def _link(self, member: Member) -> Link:
+    def _link(self, member: Member, first: int = 0) -> Link:
         me = self._worker.me
-        return Link(self._context, me.id, me.token, member, self._poller)
+        return Link(self._context, me.id, me.token, member, self._poller, first)
 
     def _begin(self, session: Session) -> None:
         session.token += 1
@@ -414,9 +420,35 @@ class Sessions:
                 flags = ALL_WORKERS * wanted.all_workers | ENTER * (not self._worker.resumed)
                 meta = PULL.pack(wanted.min_step, len(self.copy.specs), flags)
                 meta += bitmap(group.mask & wanted.missing if wanted.before else group.mask)
-                answer = partial(self._on_state, wanted)
                 kind = Kind.BEFORE if wanted.before else Kind.PULL
-                self._ask(session, kind, [meta], answer, patient=True)
+                ask = partial(
+                    self._ask, session, kind, [meta], partial(self._on_state, wanted), patient=True
+                )
+                if not self._read(server, session, group, wanted, ask):
+                    ask()
+
+    def _read(
+        self, server: int, session: Session, group: Group, wanted: Wanted, ask: Callable[[], None]
+    ) -> bool:
+        """Let a replica answer a pull; `ask`: put it to the server. False: no replica can."""
+        worker, token = self._worker, session.token
+        if wanted.before or wanted.all_workers or worker.rebuilds or not worker.resumed:
+            return False
+
+        def take(header: Header, frames: Sequence[Frame]) -> bool:
+            if session.token != token:
+                return True  # all was asked for again
+            if self.copy.outdates(decode_state(frames)):
+                return False
+            self._on_state(wanted, session, header, frames)
+            return True
+
+        def instead() -> None:
+            if session.token == token and wanted.missing[group.mask].any():
+                ask()
+
+        meta = PULL.pack(worker.batch, len(self.copy.specs), OWN) + bitmap(group.mask)
+        return self._readers.ask(server, worker.header(Kind.PULL), [meta], take, instead)
 
     def _on_ack(
         self, batch: int, mask: Slots, session: Session, header: Header, frames: Sequence[Frame]
