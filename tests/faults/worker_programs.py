@@ -87,6 +87,21 @@ def gated_count(gate: str) -> None:
     count("60", gate=Path(gate))
 
 
+def own(gate: str) -> None:
+    """Rows that each worker adds to alone: after each push it has to find all of its own."""
+    with daruma.join() as job:
+        table = job.table("seen", (60,))
+        mine = np.arange(job.index, 60, job.workers)
+        for _ in job.batches((np.arange(6000),), 5, steps=60):
+            if job.batch == 5:
+                stand(Path(gate))
+            table.push(mine, np.ones(len(mine)))
+            found = table.values(mine)
+            if (found != job.batch).any():
+                raise RuntimeError(f"after batch {job.batch}: {found}")
+            time.sleep(0.02)
+
+
 def lag(steps: str) -> None:
     """The same, with a worker 1 that comes late."""
     count(steps, 0.1)
@@ -208,6 +223,7 @@ PROGRAMS: dict[str, Callable[[str], None]] = {
         optimizer,
         count,
         gated_count,
+        own,
         lag,
         gated,
         two_tables,
