@@ -2,27 +2,39 @@
 
     daruma bench replication [--quick] [--json FILE] [--write FILE]
 
-A job of 2 servers and 2 workers under `daruma run`, each server with half of one dense table. A
-worker pushes a gradient of the whole table, pulls it, and sleeps for `think`: it computes nothing,
-so the cores are the servers', their replicas' and the wire's. Replicas live beside the servers on
-this one machine: what they take of the cores is part of what is measured, as it would not be on
-nodes of their own.
+Jobs under `daruma run`, each server with an equal part of one dense table: a *shard* of so many MB.
+A worker pushes a gradient of the whole table, pulls it, and sleeps for `think`: it computes
+nothing, so the cores are the servers', their replicas', the workers' side of the wire and the
+kernel's copies. A step of one worker is a push and a pull of every shard.
 
-Each way to replicate runs for a while, in turn, for some rounds; a round begins when all replicas
-are up to date. The *step rate* is batches a second that are acknowledged and, where the way says
-so, covered, of both workers together; *of none* is its ratio to the rate without replicas of the
-same rule and round. *Bytes* are what servers sent to replicas in that time, per byte that workers
-pushed. *CPU* is the CPU time of servers and replicas per step, from /proc. What is shown is the
-median of the rounds, with the lowest and highest.
+Each way to replicate runs for a while; that begins when all replicas are up to date. *Steps/s* are
+batches a second that are acknowledged and, where the way says so, covered, of all workers together;
+*of none* is its ratio to the rate without replicas, all else equal. *Bytes* are what servers sent
+to their next replicas in that time, per byte that workers pushed (those after the next get as many
+again). *CPU* is the CPU time per step and shard,
+from /proc: of its server, of its replicas, and of the worker for it. *Cores* is how many of the
+machine's cores all of these had in use.
+
+**Why it costs what it costs.** A server sends the frames of an update on as they came, without
+copying them, and a worker waits for nothing but the bound on its uncovered pushes. What is left is
+the update itself, once for each replica: the kernel's copies out of one process and into the next,
+and the arithmetic. On nodes of their own replicas take that from nobody. On this machine they share
+its cores with everybody else: where *cores* is near to what the machine has without replicas
+already, steps are as many as its cores have CPU time for, and *of none* is the ratio of the CPU
+times of a step. Where cores are free without replicas (one worker; time to think), they take the
+replicas' work.
+
+The cells are those that say something: all ways for plain SGD, where an update costs least and so
+replicas weigh most; momentum and Adam where workers' copies cover nothing; a longer chain beside a
+job of as many servers without one; one worker. Every one takes some seconds, once.
 """
 
 import http.client
 import os
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,52 +45,74 @@ from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_o
 from daruma_trainer.bench.local import LocalRun
 from daruma_trainer.bench.members import Process
 from daruma_trainer.contract import Role, agent_address
+from daruma_trainer.rules import SGD, Adam, Rule
 
 COLS = 256
-SERVERS = WORKERS = 2
 STEPS = 3
-MANIFEST = f"""\
+MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
 kind: TrainingJob
-metadata: {{{{name: bench-replication}}}}
+metadata: {{name: bench-replication}}
 spec:
   program:
     image: none
     command: [python, -m, daruma_trainer.bench.replication]
-    args: [--push, "{{rows}}", "{{think}}", "{{rule}}"]
-  servers: {{{{replicas: {SERVERS}}}}}
-  workers: {{{{replicas: {WORKERS}}}}}
-  checkpoint: {{{{every: 0}}}}
-  recovery: {{recovery}}
+    args: [--push, "{rows}", "{think}", "{rule}"]
+  servers: {{replicas: {servers}}}
+  workers: {{replicas: {workers}}}
+  checkpoint: {{every: 0}}
+  recovery: {recovery}
 """
 WAYS = {
     "none": "{strategy: Freshest}",
     "chain, ack None": "{strategy: Chain, chain: {replicas: 2, ack: None}}",
     "chain, ack Next": "{strategy: Chain, chain: {replicas: 2, ack: Next}}",
     "chain, ack Tail": "{strategy: Chain, chain: {replicas: 2, ack: Tail}}",
+    "chain, ack Tail, pulls Any": "{strategy: Chain, chain: {replicas: 2, ack: Tail, pulls: Any}}",
+    "chain of 3, ack Tail": "{strategy: Chain, chain: {replicas: 3, ack: Tail}}",
     "copies 2": "{strategy: Freshest, copies: 2}",
 }
 """By name, spec.recovery."""
+RULES: dict[str, Rule] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is replicated, but for the way."""
+
+    mb: int
+    """Megabytes of a shard."""
+    think: float
+    """Seconds."""
+    rule: str = "sgd"
+    servers: int = 2
+    workers: int = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured."""
+    """What is measured: of each job which ways, and for how long each."""
 
-    sizes: tuple[int, ...]
-    """Megabytes of a shard."""
-    thinks: tuple[float, ...]
-    rules: tuple[str, ...]
-    ways: tuple[str, ...]
-    rounds: int
+    ways: tuple[tuple[Job, tuple[str, ...]], ...]
     seconds: float
 
     @classmethod
     def of(cls, *, quick: bool) -> "Plan":
         """Return the quick one or the whole."""
+        some = ("none", "chain, ack Next", "copies 2")
         if quick:
-            return cls((10,), (0.05,), ("sgd",), ("none", "chain, ack Next", "copies 2"), 1, 4.0)
-        return cls((10, 100), (0.05, 0.0), ("sgd", "momentum"), tuple(WAYS), 3, 10.0)
+            return cls(((Job(10, 0.05), some),), 4.0)
+        all_of_2 = tuple(way for way in WAYS if "of 3" not in way)
+        ways: list[tuple[Job, tuple[str, ...]]] = []
+        for think in (0.05, 0.0):
+            ways += [
+                (Job(100, think, workers=1), ("none", "chain, ack Next")),
+                (Job(100, think), all_of_2),
+                (Job(100, think, servers=3), ("none", "chain of 3, ack Tail")),
+                (Job(100, think, "momentum"), some),
+                (Job(100, think, "adam"), some),
+            ]
+        return cls(tuple(ways), 8.0)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -93,19 +127,15 @@ def main(arguments: Sequence[str]) -> int:
 def measure(plan: Plan) -> Result:
     """Take all measurements. BenchError: a job does not run."""
     rows = [
-        {"mb": mb, "think": think, "rule": rule, "way": way, **_run(mb, think, rule, way, plan)}
-        for mb in plan.sizes
-        for think in plan.thinks
-        for rule in plan.rules
-        for _ in range(plan.rounds)
-        for way in plan.ways
+        {**asdict(job), "way": way, **_run(job, way, plan.seconds)}
+        for job, ways in plan.ways
+        for way in ways
     ]
     return {
         "benchmark": "replication",
         "machine": f"{machine()}, numpy {np.__version__}",
         "date": today(),
         "load": round(os.getloadavg()[0], 1),
-        "rounds": plan.rounds,
         "seconds": plan.seconds,
         "rows": rows,
     }
@@ -118,73 +148,78 @@ def page(result: Result) -> str:
         "",
         "Made by `daruma bench replication --write`; edit the benchmark, not this page.",
         "",
-        f"{result['rounds']} rounds of {result['seconds']:g} s each, {result['date']}, "
-        f"{result['machine']}; load average at the end {result['load']}.",
+        f"{result['seconds']:g} s each, {result['date']}, {result['machine']}; load average at "
+        f"the end {result['load']}.",
         "",
-        "| shard MB | think ms | rule | way | steps/s | of none | bytes | CPU s/step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| shards | MB | workers | think ms | rule | way | steps/s | of none | bytes "
+        "| CPU ms: server | replicas | worker | cores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    rows = result["rows"]
-    for key in dict.fromkeys((r["mb"], r["think"], r["rule"], r["way"]) for r in rows):
-        mb, think, rule, way = key
-        mine = [r for r in rows if (r["mb"], r["think"], r["rule"], r["way"]) == key]
-        base = [r for r in rows if (r["mb"], r["think"], r["rule"], r["way"]) == (*key[:3], "none")]
-        ratios = [a["rate"] / b["rate"] for a, b in zip(mine, base, strict=True) if b["rate"]]
+    names = [field.name for field in fields(Job)]
+    base: dict[str, Any] = {}
+    for row in result["rows"]:
+        base = row if row["way"] == "none" else base
+        alike = base and all(base[name] == row[name] for name in names)
         cells = [
-            f"{mb}", f"{1000 * think:g}", rule, way,
-            _spread([r["rate"] for r in mine], 1), _spread(ratios, 2),
-            _spread([r["bytes"] for r in mine], 3), _spread([r["cpu"] for r in mine], 3),
+            f"{row['servers']}", f"{row['mb']}", f"{row['workers']}", f"{1000 * row['think']:g}",
+            row["rule"], row["way"], f"{row['rate']:.2f}",
+            f"{row['rate'] / base['rate']:.2f}" if alike else "", f"{row['bytes']:.3f}",
+            *(f"{1000 * row[who]:.0f}" for who in ("server", "replicas", "worker")),
+            f"{row['cores']:.2f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "## How it is measured", "", method(__doc__), ""])
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    text = f"{statistics.median(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({low:.{digits}f}–{high:.{digits}f})"
-
-
-def _run(mb: int, think: float, rule: str, way: str, plan: Plan) -> dict[str, float]:
-    rows = mb * SERVERS * 1_000_000 // (4 * COLS)
-    manifest = MANIFEST.format(rows=rows, think=think, rule=rule, recovery=WAYS[way])
-    run = LocalRun(manifest, WORKERS, STEPS)
+def _run(job: Job, way: str, for_seconds: float) -> dict[str, float]:
+    rows = job.mb * job.servers * 1_000_000 // (4 * COLS)
+    manifest = MANIFEST.format(**asdict(job), rows=rows, recovery=WAYS[way])
+    run = LocalRun(manifest, job.workers, STEPS)
     with run.running():
         members = run.members()
         servers = [p for p in members if p.role is Role.SERVER]
-        _until_whole(servers, chained="chain" in way)
-        before, since = _sample(members, servers), time.monotonic()
-        time.sleep(plan.seconds)
-        after, seconds = _sample(members, servers), time.monotonic() - since
-    steps, pushed, sent, cpu = (b - a for a, b in zip(before, after, strict=True))
-    if not steps or not pushed:
+        replicas = job.servers * (3 if "of 3" in way else 2 if "chain" in way else 1) - job.servers
+        _until_whole(servers, replicas)
+        before, since = _sample(members), time.monotonic()
+        time.sleep(for_seconds)
+        after, seconds = _sample(members), time.monotonic() - since
+    took = {name: after[name] - before[name] for name in before}
+    if not took["steps"] or not took["pushed"]:
         raise BenchError(f"{way}: no step in {seconds:.0f} s")
-    return {"rate": steps / seconds, "bytes": sent / pushed, "cpu": cpu / steps}
+    parts = took["steps"] * job.servers
+    cpu = {who: took[who] / parts for who in ("server", "replicas", "worker")}
+    return {
+        "rate": took["steps"] / seconds,
+        "bytes": took["sent"] / took["pushed"],
+        **cpu,
+        "cores": sum(cpu.values()) * parts / seconds,
+    }
 
 
-def _until_whole(servers: Sequence[Process], *, chained: bool) -> None:
-    """Wait until every server that is to have a replica counts on it."""
+def _until_whole(servers: Sequence[Process], replicas: int) -> None:
+    """Wait until so many replicas are counted on by the one before them."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         views = [p.view()[1] for p in servers]
-        followed = {told.follows for v in views for _, told in v.others.values()}
-        if not chained or followed.issuperset(p.id for p in servers):
+        following = {told.id for v in views for _, told in v.others.values() if told.follows}
+        if len(following) >= replicas:
             return
         time.sleep(0.1)
     raise BenchError(f"the replicas were not up to date within {START_SECONDS:.0f} s")
 
 
-def _sample(
-    members: Sequence[Process], servers: Sequence[Process]
-) -> tuple[float, float, float, float]:
-    """Batches covered, bytes pushed, bytes sent to replicas, CPU seconds of the servers."""
+def _sample(members: Sequence[Process]) -> dict[str, float]:
+    """Batches covered, bytes pushed, bytes sent to replicas, CPU seconds by role."""
     workers = [p for p in members if p.role is Role.WORKER]
-    steps = sum(p.view()[1].own.step for p in workers)
-    pushed = sum(_metric(p, "daruma_push_bytes_total") for p in servers)
-    sent = sum(_metric(p, "daruma_replica_bytes") for p in servers)
-    return steps, pushed, sent, sum(_cpu(p.pid) for p in servers)
+    servers = [p for p in members if p.role is Role.SERVER]
+    return {
+        "steps": sum(p.view()[1].own.step for p in workers),
+        "pushed": sum(_metric(p, "daruma_push_bytes_total") for p in servers),
+        "sent": sum(_metric(p, "daruma_replica_bytes") for p in servers),
+        "server": sum(_cpu(p.pid)[0] for p in servers),
+        "replicas": sum(_cpu(p.pid)[1] for p in servers),
+        "worker": sum(_cpu(p.pid)[0] for p in workers),
+    }
 
 
 def _metric(member: Process, name: str) -> float:
@@ -199,17 +234,18 @@ def _metric(member: Process, name: str) -> float:
     return sum(float(value) for value in values)
 
 
-def _cpu(pid: int) -> float:
-    """CPU seconds of a process and of its children: the replicas in a server's pod."""
-    total = 0.0
+def _cpu(pid: int) -> tuple[float, float]:
+    """CPU seconds of a process, and of its children: the replicas in a server's pod."""
+    own = children = 0.0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if pid in (int(folder.name), int(fields[1])):
-            total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
+        used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        own += used * (pid == int(folder.name))
+        children += used * (pid == int(fields[1]))
+    return own, children
 
 
 def _push(rows: str, think: str, rule: str) -> int:
@@ -218,8 +254,7 @@ def _push(rows: str, think: str, rule: str) -> int:
 
     gradient: Any = np.random.default_rng(0).random((int(rows), COLS), np.float32)
     with daruma.join() as job:
-        made = daruma.SGD(momentum=0.9 if rule == "momentum" else 0.0)
-        table = job.table("t", gradient.shape, rule=made)
+        table = job.table("t", gradient.shape, rule=RULES[rule])
         while job.stopped is None:
             table.push(None, gradient, lr=1e-6)
             time.sleep(float(think))
