@@ -176,10 +176,20 @@ class Storm:
 
 
 def use_of(pid: int) -> Used:
+    """What a process holds, but its claims of ports: `daruma run` keeps the last 64."""
     proc = Path(f"/proc/{pid}")
+    claims = {
+        f"socket:[{line.split()[6]}]"
+        for line in Path("/proc/net/unix").read_text().splitlines()
+        if "@daruma-port-" in line
+    }
+    open_now = []
+    for descriptor in (proc / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed since
+            open_now.append(str(descriptor.readlink()))
     resident = re.search(r"VmRSS:\s+(\d+) kB", (proc / "status").read_text())
     assert resident is not None
-    return Used(len(list((proc / "fd").iterdir())), int(resident[1]))
+    return Used(sum(name not in claims for name in open_now), int(resident[1]))
 
 
 def guests_of(pid: int) -> dict[str, int]:
