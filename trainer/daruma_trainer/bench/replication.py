@@ -112,7 +112,7 @@ class Plan:
                 (Job(100, think, "momentum"), some),
                 (Job(100, think, "adam"), some),
             ]
-        return cls(tuple(ways), 8.0)
+        return cls(tuple(ways), 6.0)
 
 
 def main(arguments: Sequence[str]) -> int:
