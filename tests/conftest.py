@@ -8,7 +8,6 @@ import pytest
 from hypothesis import settings
 
 from s3_server import environment, make_bucket, s3_server
-from soak import SOAK
 
 # Before numpy is loaded: the tests share few cores, and threads of linear algebra that wait for
 # each other burn them.
@@ -19,10 +18,6 @@ settings.register_profile("daruma", deadline=None)
 settings.load_profile("daruma")
 
 _NUMBERS = itertools.count(1)
-
-collect_ignore = [] if SOAK else ["trainer/test_replication_model.py"]
-"""It needs a process of its own: after tests with real sockets its contexts are refused (EINVAL),
-for a reason not found yet: DARUMA_SOAK=1 pytest tests/trainer/test_replication_model.py."""
 
 
 @pytest.fixture(scope="session")

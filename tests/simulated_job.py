@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,33 +16,39 @@ from unittest import mock
 import numpy as np
 
 from daruma_trainer.contract import Member, Membership, Report, Role, Settings
-from daruma_trainer.layout import TableSpec, slot_of_blocks
-from daruma_trainer.rules import SGD, Add, rule_to_json
-from daruma_trainer.server import lifecycle, restoring, serve
+from daruma_trainer.layout import slot_of_blocks
+from daruma_trainer.server import lifecycle, restoring, serve, siblings
 from daruma_trainer.server import reporting as server_reporting
 from daruma_trainer.server.background import ByHand
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.fencing import Fence
 from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.reporting import report_of
+from daruma_trainer.wire import State
 from daruma_trainer.worker import client as worker_client
 from daruma_trainer.worker import reading as worker_reading
 from daruma_trainer.worker import reporting as worker_reporting
 from daruma_trainer.worker import sessions as worker_sessions
-from daruma_trainer.worker.pushes import Update
-from simulated_members import BATCHES, SimulatedServer, SimulatedWorker
+from simulated_members import SimulatedServer, SimulatedWorker
 from simulated_network import Door, Network, Wire
-from simulated_operator import UID, WORKERS, Operator
+from simulated_operator import UID, Operator
+from simulated_training import BATCHES, ROWS, TABLES, WORKERS, Training
 
-ROWS = 4
-TABLES = 2
-"""At first."""
-RATE = 0.5
 EMPTY_SLOTS = (0, 1023)
 """Of slots without blocks these two are looked at."""
-IDS = sorted(
-    {*EMPTY_SLOTS, *(int(s) for t in range(TABLES + 1) for s in slot_of_blocks(UID, t, ROWS))}
+IDS = np.unique(
+    [*EMPTY_SLOTS, *(s for t in range(TABLES + 1) for s in slot_of_blocks(UID, t, ROWS))]
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A cut: of each shard all slots, of each worker the last batch, and what was lost by then."""
+
+    shards: list[State]
+    batches: dict[int, int]
+    reported: frozenset[tuple[int, int]]
+    skipped: frozenset[tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -54,26 +61,45 @@ class Promise:
 
 
 class SimulatedJob:
-    """One server with its replicas, two workers, the network between them, and the operator."""
+    """Servers with their replicas, two workers, the network between them, and the operator."""
 
-    def __init__(self, settings: Settings, momentum: float, *, shared: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        momentum: float,
+        *,
+        shared: bool = False,
+        single: bool = False,
+        servers: int = 1,
+    ) -> None:
         self.settings, self.momentum, self.shared = settings, momentum, shared
+        self.count = servers
         self.now = 100.0
         self.network = Network()
         self.servers: dict[str, SimulatedServer] = {}
         self.workers: dict[str, SimulatedWorker] = {}
         self.parted: set[frozenset[str]] = set()
-        self.specs = [self._spec(0, BATCHES * WORKERS, Add()), self._weights()]
+        self.training = Training(momentum, single, settings.consistency == "Sync")
+        self.specs = [self.training.marks(), self.training.weights(1)]
         self.failures = 0
-        self.promises: dict[tuple[int, int], Promise] = {}
+        self.began_again = False
+        """Whether slots came back as zeros: there was no source for them."""
+        self.promises: dict[tuple[int, int, int], Promise] = {}
+        """By (server's index, worker, batch)."""
+        self.cut: Saved | None = None
+        """Where a rollback goes to."""
+        self.skipped: set[tuple[int, int]] = set()
+        """(worker, batch) that nobody made, as the worker said that entered after them."""
         self.reported: set[tuple[int, int]] = set()
         """(worker, batch) that a RESYNC was told are lost."""
         self.versions: dict[tuple[int, ...], list[bytes]] = {}
-        """(slot, tables, lineage, position): what a slot of that version is."""
+        """(generation, slot, tables, lineage, position): what a slot of that version is."""
         self._last: dict[str, bytes] = {}
+        self.told: set[tuple[int, int, int]] = set()
+        """(server's index, worker, batch) that a worker was told is covered, by whomever."""
         self._emitted: dict[tuple[str, int, int], Promise] = {}
-        self._at_loss: dict[str, tuple[int, bool]] = {}
-        """By head that was lost: failures before, and whether all its replicas had joined."""
+        self._at_loss: dict[str, tuple[int, int]] = {}
+        """By head that was lost: failures before, and how many covered pushes would outlive."""
         self._stack = ExitStack()
         self._patch()
         self.operator = Operator(self)
@@ -102,6 +128,7 @@ class SimulatedJob:
         patches: list[tuple[Any, str, Any]] = [
             (worker_sessions, "Link", wire),
             (serve, "Link", wire),
+            (siblings, "Link", wire),
             (serve, "Door", lambda me, _context, _poller: Door(self.network, me.id)),
             (serve, "Guests", idle),
             (serve, "Agent", idle),
@@ -118,28 +145,6 @@ class SimulatedJob:
         patches += [(module, "time", clock) for module in timed]
         for module, name, value in patches:
             self._stack.enter_context(mock.patch.object(module, name, value))
-
-    # What is trained
-
-    def _spec(self, number: int, cols: int, rule: Any) -> TableSpec:
-        return TableSpec(number, f"t{number}", (ROWS, cols), 1, rule_to_json(rule))
-
-    def _weights(self) -> TableSpec:
-        return self._spec(1, 3, SGD(momentum=self.momentum))
-
-    def initial(self, spec: TableSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
-        values = np.zeros((spec.rows, spec.cols), np.float32)
-        return values if spec.id == 0 else values + np.float32(spec.id)
-
-    def updates(self, worker: int, batch: int) -> tuple[Update, ...]:
-        """What a batch of a worker is: a mark of its own in the first table, and gradients."""
-        mark = np.zeros((ROWS, self.specs[0].cols), np.float32)
-        mark[:, worker * BATCHES + batch - 1] = 1.0
-        return (Update(0, 0.0, mark), *(self._gradient(s, worker, batch) for s in self.specs[1:]))
-
-    def _gradient(self, spec: TableSpec, worker: int, batch: int) -> Update:
-        base = np.arange(spec.rows * spec.cols, dtype=np.float32).reshape(spec.rows, spec.cols)
-        return Update(spec.id, RATE, np.cos(base + np.float32(batch + worker / 3)))
 
     # Members
 
@@ -185,21 +190,38 @@ class SimulatedJob:
         return [self.workers[m.id] for m in named if m.id in self.workers]
 
     @property
-    def head(self) -> SimulatedServer | None:
-        return self.servers.get(self.operator.head.id)
+    def heads(self) -> list[SimulatedServer]:
+        """Those that the operator counts and that live."""
+        return [self.servers[m.id] for m in self.operator.heads if m.id in self.servers]
+
+    def depth(self, index: int) -> int:
+        """How many replicas in a row have all that is covered of a shard."""
+        chain = self.operator.chain(index)
+        if any(self.operator.gone(m) for m in chain):
+            return 0
+        nodes = [self.servers[m.id] for m in chain]
+        if any(node.epoch != self.operator.epoch for node in nodes):
+            return 0
+        joined = takewhile(lambda node: node.replicator.follows is not None, nodes[1:])
+        return len(list(joined))
 
     @property
     def replicated(self) -> bool:
         """Whether all replicas there should be have joined (but where they need not)."""
-        status = self.operator
-        chain = [status.head, *sorted(status.replicas, key=lambda m: m.incarnation)]
-        if len(chain) < self.settings.replicas or any(status.gone(m) for m in chain):
+        chains = [self.operator.chain(index) for index in range(self.count)]
+        if any(len(chain) < self.settings.replicas for chain in chains):
             return False
-        if self.stateless:
-            return True
-        nodes = [self.servers[m.id] for m in chain]
-        known = all(node.epoch == status.epoch for node in nodes)
-        return known and all(node.replicator.follows is not None for node in nodes[1:])
+        if any(self.operator.gone(m) for chain in chains for m in chain):
+            return False
+        return self.stateless or all(
+            self.depth(index) == len(chain) - 1 for index, chain in enumerate(chains)
+        )
+
+    def tolerance(self, index: int) -> int:
+        """How many failures what is covered of a shard outlives."""
+        if self.settings.chain and self.settings.ack != "Tail":
+            return min(1, self.depth(index))
+        return self.depth(index)
 
     @property
     def stateless(self) -> bool:
@@ -240,8 +262,9 @@ class SimulatedJob:
             self.fail(int(self._counts(member)))
 
     def note_loss(self, member: str) -> None:
-        if member == self.operator.head.id and member not in self.operator.suspected:
-            self._at_loss[member] = self.failures, self.replicated
+        index = next((m.index for m in self.operator.heads if m.id == member), None)
+        if index is not None and member not in self.operator.suspected:
+            self._at_loss[member] = self.failures, self.tolerance(index)
 
     def _counts(self, member: Member) -> bool:
         """Whether its loss is one that pushes are promised to outlive."""
@@ -251,10 +274,11 @@ class SimulatedJob:
     def fail(self, count: int) -> None:
         self.failures += count
 
-    def broken(self, why: str) -> None:
-        """State was lost: that must not happen while a promise holds."""
-        held = [p for p, promise in self.promises.items() if self.left(promise) >= 0]
-        assert not held, (why, held, self.failures)
+    def broken(self, index: int) -> None:
+        """Some slots of a shard have no source: that must not happen while a promise holds."""
+        held = [p for p, v in self.promises.items() if p[0] == index and self.left(v) >= 0]
+        assert not held, ("no source for some slots", held, self.failures)
+        self.began_again = True
 
     def left(self, promise: Promise) -> int:
         return promise.tolerance - (self.failures - promise.failures)
@@ -264,35 +288,96 @@ class SimulatedJob:
     def emitted(self, server: SimulatedServer, worker: int, batch: int) -> None:
         """A server says that a worker's batches up to this are covered."""
         lost = self._at_loss.get(server.me.id)
-        failures, replicated = (self.failures, self.replicated) if lost is None else lost
-        tolerance = 1 if replicated else 0
+        failures, tolerance = (
+            (self.failures, self.tolerance(server.me.index)) if lost is None else lost
+        )
         if self.stateless and server.membership is not None:
-            tolerance = self._others(server.membership, worker) - 1
-        elif lost is not None and not replicated:
+            tolerance = self._others(server, server.membership, worker) - 1
+        elif lost is not None and not tolerance:
             tolerance = -1
         self._emitted[server.me.id, worker, batch] = Promise(failures, tolerance)
 
-    def _others(self, membership: Membership, worker: int) -> int:
+    def _others(self, server: SimulatedServer, membership: Membership, worker: int) -> int:
         sender = membership.member(Role.WORKER, worker)
-        nodes = {m.failure_domain for m in (*membership.members, *membership.replicas)}
+        holders = (*membership.of(Role.WORKER), *membership.chain(server.me.index))
+        nodes = {m.failure_domain for m in holders}
         nodes -= {sender.failure_domain} if sender is not None else set()
         return min(self.settings.copies, len(nodes))
+
+    def resumed(self, worker: SimulatedWorker) -> None:
+        """A worker knows where it goes on."""
+        index, worker.began_at = worker.me.index, worker.batch
+        for first, last in worker.position._skipped:
+            self.skipped |= {(index, b) for b in range(first, last + 1)}
+
+    def lose(self, server: SimulatedServer, worker: str, batches: list[int]) -> None:
+        """A server counts batches as lost that a worker says it cannot give again."""
+        sender = self.workers.get(worker)
+        index = int(worker.split("-")[1])
+        self.reported |= {(index, b) for b in batches}
+        if sender is None or not self.settings.covers:
+            return
+        own = {(server.me.index, index, b) for b in batches if b > sender.began_at}
+        assert own <= self.told, ("forgotten before it was covered", sorted(own - self.told))
+
+    def aligned(self, worker: SimulatedWorker) -> None:
+        """A worker goes on: under `Sync` no slot of its copy is further than it is itself."""
+        sync = self.settings.consistency == "Sync" and not self.settings.min_replicas
+        if worker.pulling is None and sync and worker.batch + 1 not in worker.position.mixed:
+            assert worker.copy is not None
+            assert worker.copy.last[:, worker.me.index].max() <= worker.batch, "of two steps"
 
     def promised(self, server: Member, worker: int, batch: int) -> None:
         """A worker was told so."""
         new = self._emitted[server.id, worker, batch]
         for b in range(1, batch + 1):
-            if (worker, b) in self.reported or new.tolerance < 0:
+            self.told.add((server.index, worker, b))
+            if (worker, b) in self.reported | self.skipped or new.tolerance < 0:
                 continue
-            old = self.promises.setdefault((worker, b), replace(new))
+            old = self.promises.setdefault((server.index, worker, b), replace(new))
             if self.left(new) > self.left(old) >= 0:
-                self.promises[worker, b] = replace(new)
+                self.promises[server.index, worker, b] = replace(new)
 
-    def renew(self, tolerance: int) -> None:
+    def renew(self) -> None:
         """All is on as many nodes as it should be."""
-        for promise in self.promises.values():
+        for (index, _, _), promise in self.promises.items():
             if self.left(promise) >= 0:
+                tolerance = 1 if self.stateless else self.tolerance(index)
                 promise.failures, promise.tolerance = self.failures, tolerance
+
+    # Rollbacks
+
+    def save(self) -> None:
+        """Take a cut, now that nothing is under way and nothing is missing."""
+        self.cut = Saved(
+            [h.plane.whole(np.arange(len(h.plane.slots.ids))) for h in self.heads if h.plane],
+            {w.me.index: w.batch for w in self.live_workers},
+            frozenset(self.reported),
+            frozenset(self.skipped),
+        )
+
+    def load_cut(self, plane: DataPlane, index: int) -> None:
+        """Bring a shard back to the cut."""
+        if self.cut is None:
+            raise RuntimeError("no cut")
+        for spec in self.specs:
+            plane.add_table(spec)
+        state, k, slots = self.cut.shards[index], np.arange(len(plane.slots.ids)), plane.slots
+        plane.shard.set_whole(k, state.values, state.steps)
+        slots.position[k] = state.position
+        slots.last[k], slots.window[k] = state.last[state.vector], state.window[state.vector]
+        plane.restored(k)
+
+    def rolled_back(self) -> None:
+        """The operator decided so: what came after the cut never was."""
+        if self.cut is None:
+            raise RuntimeError("no cut")
+        batches = self.cut.batches
+        self.told = {p for p in self.told if p[2] <= batches[p[1]]}
+        self.promises = {p: v for p, v in self.promises.items() if p[2] <= batches[p[1]]}
+        self.reported, self.skipped = set(self.cut.reported), set(self.cut.skipped)
+        for worker in self.workers.values():
+            worker.void = set() if worker.pushes is None else set(worker.pushes.lost)
 
     # What is looked at
 
@@ -307,19 +392,21 @@ class SimulatedJob:
             arrays += [table.data, *table.state, table.steps]
         given = slots.ready & plane.given
         parts = (given, slots.lineage, slots.position, slots.last, slots.window)
-        arrays += [a[IDS] for a in parts]
+        chosen = slots.index_of(IDS)
+        chosen = chosen[chosen >= 0]
+        arrays += [a[chosen] for a in parts]
         now = b"".join(a.tobytes() for a in arrays)
         if self._last.get(server.me.id) == now:
             return
         self._last[server.me.id] = now
-        for k in IDS:  # one server: slots are their own indices
+        for k in chosen.tolist():
             if given[k]:
-                self._compare(plane, k)
+                self._compare(plane, k, server.generation)
 
-    def _compare(self, plane: DataPlane, k: int) -> None:
+    def _compare(self, plane: DataPlane, k: int, generation: int) -> None:
         slots = plane.slots
         version = int(slots.lineage[k]), int(slots.position[k])
-        key = (k, len(plane.shard.tables), *version)
+        key = (generation, int(slots.ids[k]), len(plane.shard.tables), *version)
         content = [slots.last[k].tobytes(), slots.window[k].tobytes()]
         for table in plane.shard.tables:
             rows = slice(*table.layout.slot_rows[k : k + 2].tolist())
@@ -337,15 +424,26 @@ class SimulatedJob:
             return np.zeros((0, WORKERS, BATCHES))
         return plane.shard.tables[0].data.reshape(-1, WORKERS, BATCHES)
 
+    def wrong(self, server: SimulatedServer) -> str | None:
+        """Say which weights are not what the applied batches make of them, where that is known."""
+        plane = server.plane
+        if plane is None or len(plane.shard.tables) < TABLES or self.momentum:
+            return None
+        if self.reported or self.began_again or self.skipped or self.settings.min_replicas:
+            return None
+        return self.training.wrong(plane)
+
     @property
     def may_add_table(self) -> bool:
         workers = self.live_workers
-        idle = len(workers) == WORKERS and all(w.idle for w in workers)
+        calm = self.operator.recovery is None
+        idle = calm and len(workers) == WORKERS and all(w.idle for w in workers)
         return idle and len(self.specs) == TABLES
 
     def add_table(self) -> None:
         """Programs declare a third table, which begins with values."""
-        self.specs.append(self._spec(TABLES, 3, SGD(momentum=self.momentum)))
+        self.specs.append(self.training.weights(TABLES))
+        self.cut = None  # it has no such table
         for worker in self.live_workers:
             worker.add_tables()
 
@@ -412,7 +510,7 @@ def quiet(job: SimulatedJob) -> bool:
     return (
         status.initialised
         and status.recovery is None
-        and len(status.replicas) == job.settings.replicas - 1
+        and len(status.replicas) == job.count * (job.settings.replicas - 1)
         and all(job.alive(m.id) and status.told.get(m.id) == status.epoch for m in everybody)
         and job.replicated
         and not any(w.came or (w.connected and (w.up or w.down)) for w in job.wires)

@@ -11,14 +11,13 @@ from daruma_trainer.server.data import DataPlane, Reply
 from daruma_trainer.server.serve import BATCH, Server
 from daruma_trainer.wire import Frame, Header, Kind, decode_json
 from daruma_trainer.worker.client import Client
+from daruma_trainer.worker.footing import RELAY_AGAIN_SECONDS, RELAY_SECONDS, pace
 from daruma_trainer.worker.sessions import Wanted
 from simulated_network import Everything
+from simulated_training import BATCHES
 
 if TYPE_CHECKING:
     from simulated_job import SimulatedJob
-
-BATCHES = 40
-"""Of each worker, at most."""
 
 
 class SimulatedServer(Server):
@@ -27,8 +26,24 @@ class SimulatedServer(Server):
     _door: Any
 
     def __init__(self, job: "SimulatedJob", member: Member) -> None:
-        super().__init__(Identity("ns", "job", Role.SERVER, 0, member.incarnation, ""))
+        super().__init__(Identity("ns", "job", Role.SERVER, member.index, member.incarnation, ""))
         self.job = job
+        self.life._load_cut = self._load_cut  # type: ignore[method-assign]
+
+    def _load_cut(self) -> None:
+        """Go back to the job's cut: there is no store, so it comes from a variable, in a while."""
+        generation = self.generation
+
+        def load() -> None:
+            if self.plane is not None and self.generation == generation:
+                self.job.load_cut(self.plane, self.me.index)
+                self.life.rolling, self.life.initialised = False, True
+
+        self.post(load)
+
+    @property
+    def generation(self) -> int:
+        return self.life.generation
 
     def spin(self, messages: int = BATCH) -> None:
         """Go once round the loop, as `run` does."""
@@ -70,10 +85,10 @@ class SimulatedServer(Server):
         self.job.record(self)
 
     def _reply(self, identity: bytes, request: Header, reply: Reply) -> None:
-        if request.kind is Kind.RESYNC and reply.kind is Kind.OK:
-            worker = int(identity.decode().split("-")[1])
+        current = self.generation == self.job.operator.rollback.generation
+        if request.kind is Kind.RESYNC and reply.kind is Kind.OK and current:
             lost = decode_json(reply.body[0])["lost"]
-            self.job.reported |= {(worker, b) for b in lost}
+            self.job.lose(self, identity.decode(), lost)
         super()._reply(identity, request, reply)
 
     def tell(self, member: str, kind: Kind, body: Sequence[Frame]) -> bool:
@@ -92,8 +107,16 @@ class SimulatedWorker(Client):
         self.begun = False
         self.pulling: Wanted | None = None
         """What the program waits for."""
+        self.began_at = 0
+        """The batch that it went on after."""
+        self.void: set[int] = set()
+        """Batches that it counted as lost before a rollback."""
         self.patient = False
         """Whether it waits for servers that are away, too."""
+        self._generation = 0
+        """Of the first pull of its program, or of the last one after a rollback."""
+        self._again = self._ends = 0.0
+        """When it asks again for what servers have overwritten, and when it gives that up."""
 
     @property
     def idle(self) -> bool:
@@ -120,9 +143,10 @@ class SimulatedWorker(Client):
 
     def step(self) -> None:
         """The program pushes a batch and waits for what follows from it."""
-        sync = self.job.settings.consistency == "Sync"
-        self.push(self.job.updates(self.me.index, self.batch + 1), self.generation)
-        self.pulling = self.pull(self.batch if sync else 0)
+        job = self.job
+        updates = job.training.updates(job.specs, self.me.index, self.batch + 1)
+        self.push(updates, self.generation)
+        self.pulling = self.pull(pace(self))
 
     def refresh(self) -> None:
         """Pull the newest values."""
@@ -131,7 +155,7 @@ class SimulatedWorker(Client):
     def add_tables(self) -> None:
         """Declare what tables there are by now, and wait for them."""
         for spec in self.job.specs[len(self._live.copy.specs) :]:
-            self.add_table(spec, self.job.initial(spec))
+            self.add_table(spec, self.job.training.initial(spec))
         self.announce()
         self.pulling, self.patient = self.pull(0), True
 
@@ -146,23 +170,44 @@ class SimulatedWorker(Client):
         if not self.begun:
             self.begun = True
             self.add_tables()
-        if self.pulling is None:
-            return
+        if not self.resumed and self._generation != self.generation:
+            self._generation = self.generation
+            self.pulling, self.patient = self.pull(0), True
+        if self.pulling is not None:
+            self._pulled(self.pulling)
+
+    def _pulled(self, pulling: Wanted) -> None:
+        """Go on if what the program waits for has come."""
         if not self.resumed:
-            if not self.pulling.missing.any() and self.resume(self.generation):
-                self.pulling, self.patient = None, False
+            if not pulling.missing.any() and self.resume(self.generation):
+                self.job.resumed(self)
+                enters = self._live.membership.elastic and self.batch
+                self.pulling = self.pull(pace(self)) if enters else self._before()
             return
-        sync = self.job.settings.consistency == "Sync"
-        away = self.away(self.batch if sync else 0)
-        missing = self.pulling.missing & ~(away & (not self.patient))
-        if not missing.any() and (self.patient or not self.crowded):
-            if self.copy is not None:
-                own = self.copy.last[~self.pulling.missing, self.me.index]
+        away = self.away(pace(self)) & (not self.patient)
+        if pulling.before and (pulling.unkept or self.job.now > self._ends):
+            self.position.mixed.add(self.batch + 1)
+            self.pulling = None
+        elif not (pulling.missing & ~away).any() and (self.patient or not self.crowded):
+            if self.copy is not None and not (pulling.before or self.patient):
+                own = self.copy.last[~pulling.missing, self.me.index]
                 assert (own >= self.batch).all(), "a pull without an own push"
-            self.pulling, self.patient = None, False
+            self.pulling = self._before() if self.patient and not pulling.before else None
+            self.job.aligned(self)
+        elif pulling.before and self.job.now > self._again:
+            self.pulling = self._before()
+        self.patient &= self.pulling is not None
+
+    def _before(self) -> Wanted | None:
+        """Under `Sync`: what some slots were at this worker's last batch (footing.align)."""
+        self._again = self.job.now + RELAY_AGAIN_SECONDS
+        if self.pulling is None or not self.pulling.before:
+            self._ends = self.job.now + RELAY_SECONDS
+        return self.pull_before()
 
     def _unasked(self, link: Any, header: Header, frames: Sequence[Frame]) -> None:
         if header.kind is Kind.COVERED:
             batch = int(decode_json(frames[1])["batch"])
-            self.job.promised(link.peer, self.me.index, batch)
+            if header.generation == self.job.operator.rollback.generation:
+                self.job.promised(link.peer, self.me.index, batch)
         super()._unasked(link, header, frames)

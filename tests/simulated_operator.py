@@ -16,17 +16,19 @@ from daruma_trainer.contract import (
     Report,
     Restore,
     Role,
+    Rollback,
     Source,
     SourceKind,
+    place,
     slots_from_hex,
     slots_to_hex,
 )
+from simulated_training import WORKERS
 
 if TYPE_CHECKING:
     from simulated_job import SimulatedJob
 
 UID = "uid"
-WORKERS = 2
 COPIES_SECONDS = 1.0
 """How long the operator waits for workers to say what they have."""
 
@@ -40,8 +42,10 @@ class Operator:
         self.members: dict[tuple[Role, int], Member] = {}
         self.replicas: tuple[Member, ...] = ()
         self.initialised = False
+        self.rollback = Rollback()
         self.recovery: int | None = None
-        self.planned = 0
+        self.planned: dict[str, int] = {}
+        """By server: the epoch of its plan."""
         self.since = 0.0
         """When the last loss was seen."""
         self.seen: dict[str, Report] = {}
@@ -49,8 +53,14 @@ class Operator:
         self.told: dict[str, int] = {}
 
     @property
-    def head(self) -> Member:
-        return self.members[Role.SERVER, 0]
+    def heads(self) -> list[Member]:
+        return [self.members[Role.SERVER, i] for i in range(self.job.count)]
+
+    def chain(self, index: int) -> list[Member]:
+        """A server and its replicas, in the order in which updates go."""
+        after = [m for m in self.replicas if m.index == index]
+        head = self.members[Role.SERVER, index]
+        return [head, *sorted(after, key=lambda m: m.incarnation)]
 
     @property
     def everybody(self) -> list[Member]:
@@ -59,12 +69,13 @@ class Operator:
     @property
     def membership(self) -> Membership:
         return Membership(
-            UID, "ns", "job", self.epoch, 1, WORKERS, tuple(self.members.values()),
-            self.job.settings, self.initialised, recovery=self.recovery, replicas=self.replicas,
+            UID, "ns", "job", self.epoch, self.job.count, WORKERS, tuple(self.members.values()),
+            self.job.settings, self.initialised, rollback=self.rollback,
+            recovery=self.recovery, replicas=self.replicas,
         )  # fmt: skip
 
     def begin(self) -> None:
-        for role, count in ((Role.SERVER, 1), (Role.WORKER, WORKERS)):
+        for role, count in ((Role.SERVER, self.job.count), (Role.WORKER, WORKERS)):
             for index in range(count):
                 self.members[role, index] = self._make(role, index)
         self._addresses()
@@ -82,16 +93,16 @@ class Operator:
         self._addresses()
         self._keep_up()
         self._lose()
-        head = self.seen.get(self.head.id)
-        if head is None:
+        heads = {m: self.seen[m.id] for m in self.heads if m.id in self.seen}
+        if len(heads) < self.job.count:
             return
         if not self.initialised:
-            if head.initialised:
+            if all(report.initialised for report in heads.values()):
                 self.initialised = True
                 self.epoch += 1
             return
         if self.recovery is not None:
-            self._recover(head, hurry=hurry)
+            self._recover(heads, hurry=hurry)
         else:
             self._replicate()
 
@@ -108,8 +119,8 @@ class Operator:
     def gone(self, member: Member) -> bool:
         return member.id in self.suspected or not self.job.alive(member.id)
 
-    def _make(self, role: Role, index: int) -> Member:
-        node = self.job.node_of(role, index, self.epoch)
+    def _make(self, role: Role, index: int, host: Member | None = None) -> Member:
+        node = self.job.node_of(role, index, self.epoch) if host is None else host.node
         member = Member(role, index, self.epoch, f"pod-{role}-{index}-{self.epoch}", None, node)
         self.job.start(member)
         return member
@@ -125,8 +136,9 @@ class Operator:
         self.epoch += 1
 
     def _keep_up(self) -> None:
+        heads = {m.index: m.incarnation for m in self.heads}
         kept = tuple(
-            m for m in self.replicas if not self.gone(m) and m.incarnation > self.head.incarnation
+            m for m in self.replicas if not self.gone(m) and m.incarnation > heads[m.index]
         )
         if kept != self.replicas:
             self.replicas = kept
@@ -137,7 +149,7 @@ class Operator:
         if not lost:
             return
         self.epoch += 1
-        self.recovery, self.planned = self.recovery or self.epoch, 0
+        self.recovery = self.recovery or self.epoch
         self.since = self.job.now
         for member in lost:
             chosen = self._candidate(member) if member.role is Role.SERVER else None
@@ -147,8 +159,11 @@ class Operator:
                 member.role, member.index
             )
 
+        if self.rollback.cut is not None and any(m.role is Role.SERVER for m in lost):
+            self.roll_back()
+
     def _candidate(self, lost: Member) -> Member | None:
-        for member in sorted(self.replicas, key=lambda m: m.incarnation):
+        for member in self.chain(lost.index)[1:]:
             report = self.seen.get(member.id)
             if member.address is None or report is None or not self.job.alive(member.id):
                 continue
@@ -156,21 +171,33 @@ class Operator:
                 return member
         return None
 
-    def _recover(self, head: Report, *, hurry: bool) -> None:
-        if head.epoch < self.epoch:
+    def _recover(self, heads: dict[Member, Report], *, hurry: bool) -> None:
+        if any(report.epoch < self.epoch for report in heads.values()):
             return
-        if head.state == "Ready":
+        if all(report.state == "Ready" for report in heads.values()):
             self.recovery = None
+            # Who comes later restores from the survivors; nobody goes back to this cut again.
+            self.rollback = replace(self.rollback, cut=None)
             self.epoch += 1
             return
-        if head.restore is not None and head.restore.missing and self.planned == self.epoch:
+        planned = [report for m, report in heads.items() if self.planned.get(m.id) == self.epoch]
+        if any(report.restore is not None and report.restore.missing for report in planned):
             self.epoch += 1
             return
-        if self.planned == self.epoch or head.state != "Restoring":
-            return
+        for member, report in heads.items():
+            if report.state == "Restoring" and self.planned.get(member.id) != self.epoch:
+                self._plan(member, hurry=hurry)
+
+    def roll_back(self) -> None:
+        """Send everybody back to the newest cut."""
+        self.epoch += 1
+        self.recovery, self.since = self.recovery or self.epoch, self.job.now
+        self.rollback = Rollback(self.rollback.generation + 1, "cut")
+        self.job.rolled_back()
+
+    def _plan(self, head: Member, *, hurry: bool) -> None:
         workers = [m for m in self.members.values() if m.role is Role.WORKER]
-        asked = [*workers, self.head]
-        reports = {m.id: self.seen[m.id] for m in asked if m.id in self.seen}
+        reports = {m.id: self.seen[m.id] for m in [*workers, head] if m.id in self.seen}
         since = self.recovery or 0
         copies = {i: r.copies for i, r in reports.items() if r.epoch >= since and r.copies}
         silent = [m for m in workers if m.id not in copies]
@@ -179,18 +206,29 @@ class Operator:
                 return
             self.job.fail(len(silent))
         kinds = {SourceKind.REPLICA, SourceKind.PEER}
-        plan = plan_slots(range(SLOTS), kinds, copies, stored=False, replica=self.head.id)
+        owners = place(UID, self.job.count)
+        lost = [s for s in range(SLOTS) if owners[s] == head.index]
+        plan = plan_slots(lost, kinds, copies, stored=False, replica=head.id)
         sources = plan.sources
         if plan.unsourced:
-            self.job.broken("no source for some slots")
+            self.job.broken(head.index)
+            if self.job.cut is not None:
+                self.roll_back()
+                return
             found = {s for source in sources for s in slots_from_hex(source.slots)}
-            rest = [s for s in range(SLOTS) if s not in found]
+            rest = [s for s in lost if s not in found]
             sources = (*sources, Source(SourceKind.INITIAL, slots_to_hex(rest)))
-        self.planned = self.epoch
-        order = Restore(since, self.epoch, self.head.id, sources)
-        self.job.servers[self.head.id].obey(order)
+        self.planned[head.id] = self.epoch
+        order = Restore(since, self.epoch, head.id, sources)
+        self.job.servers[head.id].obey(order)
 
     def _replicate(self) -> None:
-        while 1 + len(self.replicas) < self.job.settings.replicas:
-            self.epoch += 1
-            self.replicas = (*self.replicas, self._make(Role.SERVER, 0))
+        """Make the replicas that are missing, in the next server's pod where there is one."""
+        for index in range(self.job.count):
+            while len(chain := self.chain(index)) < self.job.settings.replicas:
+                self.epoch += 1
+                nodes = {m.node for m in chain}
+                host = self.members[Role.SERVER, (index + 1) % self.job.count]
+                shares = host.node not in nodes and not self.gone(host)
+                made = self._make(Role.SERVER, index, host if shares else None)
+                self.replicas = (*self.replicas, made)

@@ -223,6 +223,17 @@ def test_a_worker_hears_each_batch_once_unless_it_begins_anew() -> None:
     assert cover.tell(0, 9)
 
 
+def test_a_worker_that_makes_a_batch_again_hears_of_it_again() -> None:
+    """Its predecessor had pushed it here, so that it heard of it before it held it."""
+    cover = Cover(1)
+    cover.again(1, 0)
+    assert cover.settle({0: A}, []) == {0: inf}
+    assert cover.tell(0, 2)
+    cover.pushed(1, 0, 2)
+    assert cover.settle({0: A}, []) == {0: inf}
+    assert cover.tell(0, 2)
+
+
 # The stream
 
 SPEC = TableSpec(0, "t", (64, 2), 1, rule_to_json(SGD(momentum=0.5)))

@@ -365,6 +365,24 @@ def from_peer(new: Newcomer, world: World, *, stored: bool) -> Mapping[str, int]
     return report.moments
 
 
+def test_a_promoted_replica_offers_what_came_meanwhile_as_what_it_is(tmp_path: Path) -> None:
+    """To the next plan, which may find nobody else who has it."""
+    world = saved_world(tmp_path)
+    world.plane.slots.lineage[:] = 5
+    new = Newcomer(world)
+    assert new.plane.add_table(world.plane.shard.specs[0]) is None
+    new.plane.slots.lineage[:], new.plane.slots.position[:] = 1, 100
+    new.restorer.promoted(new.plane.slots.index_of(np.array(new.lost)), 1, served=False)
+    new.restorer.fetch = lambda _member, _ids, _number: True
+    kinds = (SourceKind.PEER, SourceKind.RUNNING_CHECKPOINT)
+    sources = tuple(Source(kind, slots_to_hex(new.lost), "worker-0-1") for kind in kinds)
+    new.restorer.begin(Restore(1, 2, ME.id, sources))
+    new.restorer.on_copy("worker-0-1", 0, peer_state(world, np.array(new.lost)))
+    assert not new.back, "the moments are on their way"
+    found = {(part.lineage, part.position) for part in new.restorer.offered}
+    assert found == set(zip([5] * 1024, world.plane.slots.position.tolist(), strict=False))
+
+
 def test_the_report_says_where_moments_came_from(tmp_path: Path) -> None:
     world = saved_world(tmp_path / "a")
     slots = len(world.plane.slots.ids)

@@ -36,7 +36,9 @@ class Barrier:
         self._batch: dict[int, Ints] = {}
         """By worker, for each slot: the batch whose contribution is in the buffer; 0: none."""
         self._values: dict[int, list[Floats]] = {}
-        self._lr: dict[tuple[int, int], float] = {}
+        self._lr: dict[tuple[int, int], dict[int, float]] = {}
+        """By (worker, batch): the learning rate of each table that was pushed whole. Slots may be a
+        step apart, so that one has a worker's next batch in the buffer and another still this."""
         self._rows: dict[tuple[int, int], list[tuple[TablePush, Ints]]] = {}
         """By (worker, batch): single rows, with the slots that they were pushed for."""
         self._early: dict[tuple[int, int, bytes], tuple[Push, Ints, Ints]] = {}
@@ -67,14 +69,14 @@ class Barrier:
         for i, table in enumerate(self._shard.tables):
             rows, cols = table.layout.slot_rows, table.layout.table.cols
             if i in dense:
-                self._lr[w, i] = dense[i].lr
                 offsets = self._shard.row_offsets(i, k)
                 values = dense[i].values.reshape(-1, cols)
             for s in fresh.tolist():
                 into = buffers[i][rows[k[s]] : rows[k[s] + 1]]
                 into[:] = values[offsets[s] : offsets[s + 1]] if i in dense else 0.0
+        self._lr[w, push.last] = {i: part.lr for i, part in dense.items()}
         single = [part for part in push.tables if part.rows is not None]
-        if single and len(fresh):
+        if single:
             kept = self._rows.setdefault((w, push.last), [])
             kept.extend((part, k[fresh]) for part in single)
         have[k[fresh]] = push.last
@@ -125,13 +127,15 @@ class Barrier:
             stepped(step, done, same, made)
         if (self._slots.last[:, workers] >= step).all():
             self._rows = {key: rows for key, rows in self._rows.items() if key[1] > step}
+            self._lr = {key: rates for key, rates in self._lr.items() if key[1] > step}
 
     def _apply(self, k: Ints, step: int, parts: list[int]) -> Made | None:
         change = 0.0
         made: Made = []
         at_once = True
         for i, table in enumerate(self._shard.tables):
-            touched = [w for w in parts if (w, i) in self._lr]
+            # Of a worker whose batch leaves the table out the gradient is 0.
+            touched = [w for w in parts if i in self._lr[w, step]]
             totals: list[Floats] = []
             for a, b in _ranges(k):
                 rows = slice(int(table.layout.slot_rows[a]), int(table.layout.slot_rows[b]))
@@ -140,14 +144,14 @@ class Barrier:
                 total = self._values[touched[0]][i][rows].copy()
                 for w in touched[1:]:
                     total += self._values[w][i][rows]
-                if table.rule.gradient and len(touched) > 1:
-                    total *= np.float32(1 / len(touched))
-                lr = self._lr[touched[0], i]
+                if table.rule.gradient and len(parts) > 1:
+                    total *= np.float32(1 / len(parts))
+                lr = self._lr[touched[0], step][i]
                 change += self._shard.update(i, a, b, total, lr)
                 totals.append(total)
             if totals:
                 total = totals[0] if len(totals) == 1 else np.concatenate(totals)
-                made.append(TablePush(i, self._lr[touched[0], i], total))
+                made.append(TablePush(i, self._lr[touched[0], step][i], total))
         for w in parts:
             for part, slots in self._rows.get((w, step), []):
                 mine = np.intersect1d(slots, k)
@@ -176,6 +180,7 @@ class Barrier:
     def drop(self) -> None:
         """Forget all contributions (a rollback)."""
         self._batch.clear()
+        self._lr.clear()
         self._rows.clear()
         self._early.clear()
 

@@ -34,6 +34,7 @@ MAX_OPEN = 1024
 class _Question:
     asker: bytes
     header: Header
+    batch: int
     asked: str
 
 
@@ -45,8 +46,8 @@ class Relay:
         self._send = send
         self._numbers = itertools.count(FIRST)
         self._open: dict[int, _Question] = {}
-        self._without: dict[bytes, set[str]] = {}
-        """By asker: workers that did not have it."""
+        self._without: dict[bytes, tuple[tuple[int, int], set[str]]] = {}
+        """By asker: the last (generation, batch) it asked for, and workers that did not have it."""
 
     def ask(
         self, asker: bytes, header: Header, frames: Sequence[Frame], membership: Membership
@@ -57,7 +58,10 @@ class Relay:
             raise MalformedError(f"a question's meta of {len(meta)} bytes")
         batch, _, _ = PULL.unpack_from(meta)
         live = [m for m in membership.of(Role.WORKER) if m.address and m.id != asker.decode()]
-        without = self._without.setdefault(asker, set())
+        what = header.generation, batch
+        if self._without.get(asker, (what, ()))[0] != what:
+            del self._without[asker]  # of something else: that says nothing of this
+        _, without = self._without.setdefault(asker, (what, set()))
         left = [m for m in live if m.id not in without]
         if not left:
             del self._without[asker]
@@ -67,7 +71,7 @@ class Relay:
         chosen: Member = left[number % len(left)]
         if not self._send(chosen.id, number, bytes(meta[PULL.size :]) + origin):
             return refuse(Refusal.UNSURE, f"{chosen.id} is not connected")
-        self._open[number] = _Question(asker, header, chosen.id)
+        self._open[number] = _Question(asker, header, batch, chosen.id)
         while len(self._open) > MAX_OPEN:
             self._open.pop(next(iter(self._open)))
         return None
@@ -80,7 +84,9 @@ class Relay:
         if question is None or question.asked != member:
             return None
         if not decode_state(frames).slots.any():
-            self._without.setdefault(question.asker, set()).add(member)
+            what, without = self._without.get(question.asker, (None, set()))
+            if what == (question.header.generation, question.batch):
+                without.add(member)
             reply = refuse(Refusal.UNSURE, f"{member} does not have it")
         else:
             reply = Reply(Kind.STATE, frames[1:])

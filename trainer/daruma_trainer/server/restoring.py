@@ -173,7 +173,8 @@ class Restorer:
                 self._next(ask.k, now)
                 continue
             slots = self.plane.slots
-            slots.position[k] = state.position
+            # The whole version: a promoted replica offers these slots to the next plan.
+            slots.lineage[k], slots.position[k] = state.lineage, state.position
             workers = min(slots.last.shape[1], state.last.shape[1])
             slots.last[k, :workers] = state.last[state.vector][:, :workers]
             slots.window[k, :workers] = state.window[state.vector][:, :workers]

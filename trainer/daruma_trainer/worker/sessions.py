@@ -323,8 +323,13 @@ class Sessions:
         session.stage = Stage.SYNCED
         if session.fresh:
             # Its predecessor's acknowledgements went with it: what is still held goes out again.
-            self.pushes.hold_again(server, self.copy.slots_of(server))
+            mine = self.copy.slots_of(server)
+            self.pushes.hold_again(server, mine)
             session.fresh = False
+            wanted, settings = self._worker.wanted, self.membership.settings
+            if settings.consistency == "Sync" and not settings.covers and wanted is not None:
+                # What of it is in a step by then, nothing else says.
+                wanted.missing |= mine & (bool(self.pushes.held) and not wanted.before)
         self.pushes.seal(server, self.copy.moved(server), self.rules)
         # In the order of their batches: a slot takes what is older than its window for applied.
         under_way: list[tuple[int, Callable[[], None]]] = [

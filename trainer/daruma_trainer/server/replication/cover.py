@@ -30,6 +30,9 @@ class Cover:
 
     def pushed(self, update: int, worker: int, batch: int) -> None:
         """A worker's push, of this batch or from it on, is in the shard as of this update."""
+        if batch <= self.told.get(worker, 0):
+            # It makes its predecessor's batch again, and heard of that before it held it.
+            self.told[worker] = batch - 1
         self._pending.append((update, worker, batch))
 
     def again(self, update: int, worker: int) -> None:
