@@ -348,7 +348,7 @@ class Replication(RuleBasedStateMachine):
             self.job.close()
 
 
-STORIES, COUNTED = counted("stories of 30 steps: replicas, copies, promotions", 100, 5_000)
+STORIES, COUNTED = counted("stories of 30 steps: replicas, copies, promotions", 80, 5_000)
 Replication.TestCase.settings = settings(
     max_examples=STORIES,
     stateful_step_count=30,
