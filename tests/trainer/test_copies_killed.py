@@ -221,7 +221,10 @@ def story(sync: bool, rule: str, rows: bool, seed: int) -> None:
         for worker in job.live_workers:
             assert worker.pushes is not None
             counted_lost |= {(worker.me.index, b) for b in worker.pushes.lost}
-        assert {(w, b) for _, w, b in lost} == counted_lost, "lost and not counted"
+        unmarked = {(w, b) for _, w, b in lost}
+        assert unmarked <= counted_lost, "lost and not counted"
+        # A batch of single rows leaves no mark in some slots that may have lost its gradient.
+        assert rows or unmarked == counted_lost, "counted and not lost"
         if sync or victim != "server and worker":
             assert not lost, "a push was lost that its sender still had"
         if sync:
