@@ -102,8 +102,9 @@ def until(what: str, found: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def trains(folder: Path) -> bool:
-    return re.search(r"Running.* step [1-9]", output(folder)) is not None
+def trains(folder: Path, steps: int = 1) -> bool:
+    said = re.findall(r"Running.* step (\d+)", output(folder))
+    return bool(said) and int(said[-1]) >= steps
 
 
 def exported(uri: str, out: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -254,7 +255,7 @@ def test_adopted_slots_return_and_nothing_is_lost(tmp_path: Path, mode: str) -> 
 
 def test_ctrl_c_saves_what_there_is(tmp_path: Path) -> None:
     with running(tmp_path, steps=100_000) as process:
-        until("it trains", lambda: trains(tmp_path))
+        until("it trains", lambda: trains(tmp_path, 20))
         process.send_signal(signal.SIGINT)
         assert ended(tmp_path, process) == 1
     assert "interrupted at step" in output(tmp_path)
