@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from daruma_trainer.contract import Member, Report, Restore, Role, Settings, Source, SourceKind
-from local_cluster import LocalCluster, freshest, local_cluster
+from local_cluster import LocalCluster, freshest, local_cluster, stepped
 
 PROGRAMS = str(Path(__file__).parent / "faults" / "worker_programs.py")
 CHAIN = Settings(replicas=2, chain=True, ack="Next")
@@ -46,12 +46,6 @@ def joined(cluster: LocalCluster, made: Member) -> None:
     before = cluster.membership.chain(made.index)
     previous = before[before.index(made) - 1].id
     cluster.until(lambda: said(cluster, made).follows == previous, f"{made.id} joins")
-
-
-def stepped(cluster: LocalCluster, epoch: int) -> bool:
-    """Whether worker 0 made a step in this epoch, or has none left to make."""
-    report = cluster.report(Role.WORKER, 0)
-    return report.acked_epoch >= epoch or report.state == "Left"
 
 
 def promote(cluster: LocalCluster, made: Member, *, heard: bool = True) -> None:

@@ -369,3 +369,9 @@ def replace_worker(cluster: LocalCluster, index: int) -> None:
     cluster.tell(raise_epoch=True, members=members, initialised=True)
     cluster.start(Role.WORKER, index, epoch)
     cluster.tell(raise_epoch=True)
+
+
+def stepped(cluster: LocalCluster, epoch: int) -> bool:
+    """Whether worker 0 made a step in this epoch, or has none left to make."""
+    report = cluster.report(Role.WORKER, 0)
+    return report.acked_epoch >= epoch or report.state == "Left"

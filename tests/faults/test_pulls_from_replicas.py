@@ -19,10 +19,9 @@ from chains import (
     lost_by,
     pid_of,
     promote,
-    stepped,
 )
 from daruma_trainer.contract import Member, Role, Settings, WorkersMeanwhile
-from local_cluster import LocalCluster, local_cluster
+from local_cluster import LocalCluster, local_cluster, stepped
 
 pytestmark = pytest.mark.faults
 ANY = replace(CHAIN, pulls_from_replicas=True, meanwhile=WorkersMeanwhile.WAIT)

@@ -16,12 +16,11 @@ from chains import (
     joined,
     lost_by,
     promote,
-    stepped,
 )
 from daruma_trainer.contract import ExitCode, Member, Role
 from daruma_trainer.server.serve import HEARTBEAT_SECONDS
 from link_proxy import LinkProxy, link_proxy
-from local_cluster import DEADLINE, LocalCluster
+from local_cluster import DEADLINE, LocalCluster, stepped
 
 pytestmark = pytest.mark.faults
 TAIL = replace(CHAIN, ack="Tail")

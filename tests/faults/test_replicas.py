@@ -23,13 +23,12 @@ from chains import (
     lost_by,
     pid_of,
     promote,
-    stepped,
 )
 from daruma_trainer.contract import Role, Settings, place
 from daruma_trainer.layout import TableLayout, TableSpec, choose_block_rows
 from daruma_trainer.rules import Add, rule_to_json
 from daruma_trainer.worker.batches import batch_indices
-from local_cluster import local_cluster
+from local_cluster import local_cluster, stepped
 
 pytestmark = pytest.mark.faults
 

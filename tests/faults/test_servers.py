@@ -31,7 +31,7 @@ from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import Add, rule_to_json
 from daruma_trainer.server.fencing import STILL_SECONDS
 from daruma_trainer.wire import Kind, Refusal, from_bitmap, mask_of
-from local_cluster import LocalCluster, freshest, local_cluster, lose_and_replace
+from local_cluster import LocalCluster, freshest, local_cluster, lose_and_replace, stepped
 from raw_member import RawMember
 from soak import counted
 
@@ -40,12 +40,6 @@ SOFTMAX = (softmax.__file__, "120")
 THROWS, COUNTED = counted("malformed requests to a live server, three at once", 200, 10_000)
 ALL = mask_of(np.arange(SLOTS))
 SPEC = TableSpec(0, "t", (64, 4), 1, rule_to_json(Add()))
-
-
-def stepped(cluster: LocalCluster, epoch: int) -> bool:
-    """Whether worker 0 made a step in this epoch, or has none left to make."""
-    report = cluster.report(Role.WORKER, 0)
-    return report.acked_epoch >= epoch or report.state == "Left"
 
 
 def trained(folder: Path, consistency: str, *, disturb: bool) -> dict[str, np.ndarray[Any, Any]]:

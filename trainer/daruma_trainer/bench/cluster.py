@@ -12,11 +12,17 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from daruma_trainer.bench.arena import START_SECONDS, BenchError, trains
+from daruma_trainer.bench.arena import (
+    START_SECONDS,
+    BenchError,
+    placement_of,
+    replicas_of,
+    trains,
+)
 from daruma_trainer.bench.members import Pods, Process, containers
 from daruma_trainer.contract import Role, member_id
 
@@ -38,10 +44,8 @@ class ClusterArena:
             self._namespace = str(made["metadata"].get("namespace", "default"))
             self._workers = int(made["spec"]["workers"]["replicas"])
             recovery = made["spec"].get("recovery", {})
-            self.placement = _placement(recovery)
-            self.chained = recovery.get("strategy") == "Chain"
-            held = recovery.get("chain", {}).get("replicas", 2) if self.chained else 0
-            self.replicas = max(int(held), int(recovery.get("copies", 1))) - 1
+            self.placement = placement_of(recovery)
+            self.replicas = replicas_of(recovery)
         except (KeyError, TypeError, ValueError) as error:
             raise BenchError(f"{manifest} is not one TrainingJob: {error!r}") from error
         self._records: dict[int, dict[str, Any]] = {}
@@ -116,11 +120,3 @@ class ClusterArena:
         if done.returncode:
             raise BenchError(f"kubectl {arguments[0]}: {done.stderr.strip()}")
         return done.stdout
-
-
-def _placement(recovery: Mapping[str, Any]) -> str:
-    """Name what brings lost slots back, as `--placement` does."""
-    if recovery.get("strategy") == "Chain":
-        return "Chain"
-    copied = int(recovery.get("copies", 1)) > 1
-    return "Copies" if copied else str(recovery.get("placement", "Replace"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from daruma_trainer.bench.arena import START_SECONDS, STEPS, BenchError, trains
+from daruma_trainer.bench.arena import START_SECONDS, STEPS, BenchError, replicas_of, trains
 from daruma_trainer.bench.members import Process, processes
 
 WORKERS = 2
@@ -116,5 +116,4 @@ class LocalArena(LocalRun):
     def __init__(self, placement: str) -> None:
         super().__init__(MANIFEST % json.dumps(RECOVERY[placement]), WORKERS, STEPS)
         self.placement = placement
-        self.chained = placement == "Chain"
-        self.replicas = {"Chain": 2, "Copies": 1}.get(placement, 0)
+        self.replicas = replicas_of(RECOVERY[placement])

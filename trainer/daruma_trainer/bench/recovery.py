@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daruma_trainer.bench.arena import Arena, BenchError
+from daruma_trainer.bench.arena import CHAIN, Arena, BenchError
 from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.cluster import ClusterArena
 from daruma_trainer.bench.local import RECOVERY, LocalArena
@@ -200,7 +200,7 @@ def _until_whole(arena: Arena, servers: int) -> None:
             views = [p.view()[1] for p in arena.members() if p.role is Role.SERVER]
             guests = sum(len(v.own.guests) for v in views)
             there = (len(views), guests) == (servers, servers * arena.replicas)
-            if there and all(_whole(v, chained=arena.chained) for v in views):
+            if there and all(_whole(v, chained=arena.placement == CHAIN) for v in views):
                 time.sleep(SETTLE_SECONDS)
                 return
         time.sleep(0.1)
