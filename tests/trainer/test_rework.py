@@ -13,7 +13,16 @@ import pytest
 from daruma_trainer.bench.arena import BenchError
 from daruma_trainer.bench.rework import command
 from daruma_trainer.bench.rework.arena import Peer, Saves, Servers, even
-from daruma_trainer.bench.rework.arms import LOST, SERVERS, UNDISTURBED, Grid, Saving, Strategy
+from daruma_trainer.bench.rework.arms import (
+    LOST,
+    SERVERS,
+    UNDISTURBED,
+    Ack,
+    Grid,
+    Replication,
+    Saving,
+    Strategy,
+)
 from daruma_trainer.bench.rework.catalogue import PROGRAMS
 from daruma_trainer.bench.rework.convolution import Convolution
 from daruma_trainer.bench.rework.experiment import Size
@@ -21,6 +30,7 @@ from daruma_trainer.bench.rework.factors import Factors
 from daruma_trainer.bench.rework.page import page
 from daruma_trainer.bench.rework.perturbation import Kind, Sample, study, summarise
 from daruma_trainer.bench.rework.problems import Problem, Samples, toy
+from daruma_trainer.bench.rework.replicas import Replicas
 from daruma_trainer.bench.rework.stats import cells, resamples, standing
 from daruma_trainer.bench.rework.topics import Topics
 from daruma_trainer.bench.rework.trial import (
@@ -77,6 +87,14 @@ def test_freshest_costs_nothing_where_the_copy_is_exact() -> None:
             assert run.kappa[exact] == run.kappa[UNDISTURBED]
             assert not any(run.deltas[exact])
             assert all(run.deltas[f"Freshest Async, oldest C=8 lost={lost}/{SERVERS}"])
+
+
+def test_what_a_worker_pushes_again_is_missing_nowhere() -> None:
+    for run in toy_runs():
+        for lost in LOST:
+            for arm in ("Freshest Async, copies 2", "Chain Tail"):
+                assert not any(run.deltas[f"{arm} C=8 lost={lost}/{SERVERS}"])
+            assert any(run.deltas[f"Chain None C=8 lost={lost}/{SERVERS}"])
 
 
 def test_freshest_costs_nothing_with_als() -> None:
@@ -158,6 +176,47 @@ def test_a_server_comes_back_as_it_was_saved() -> None:
         for t, table in enumerate(plane.shard.tables):
             rows = table.layout.rows
             np.testing.assert_array_equal(table.data, states[4].values[t][0, rows])
+
+
+@pytest.mark.parametrize("make", [toy, Factors, small_network], ids=["sgd", "assign", "adam"])
+def test_a_replica_has_what_its_chain_promises(make: Callable[[], Problem]) -> None:
+    problem = make()
+    servers = Servers("uid", problem, problem.initial(stream(problem, 0, 1)))
+    tail, lazy = (Replicas(servers, r) for r in (Replication(Ack.TAIL), Replication(Ack.NONE, 4)))
+    rng = stream(problem, 0, 0)
+    states = [servers.state()]
+    for replicas in (tail, lazy):
+        replicas.begin()
+    for step in range(1, 7):
+        batch = problem.batch(rng, step)
+        servers.push(step, problem.pushes(servers.state().values, batch))
+        for replicas in (tail, lazy):
+            replicas.pushed()
+        states.append(servers.state())
+    late, exact = lazy.promote(1), tail.promote(1)
+    for t, table in enumerate(servers.planes[1].shard.tables):
+        rows = table.layout.rows
+        np.testing.assert_array_equal(exact.shard.tables[t].data, table.data)
+        for mine, theirs in zip(exact.shard.tables[t].state, table.state, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+        assert exact.shard.tables[t].steps.tolist() == table.steps.tolist()
+        np.testing.assert_array_equal(late.shard.tables[t].data, states[4].values[t][0, rows])
+    # What is under way is not there yet, and is not made twice where it came.
+    late = tail.promote(2)
+    tail.deliver()
+    np.testing.assert_array_equal(tail.promote(2).shard.tables[0].data, late.shard.tables[0].data)
+    assert lazy.cost.data > 0
+
+
+def test_copies_send_what_workers_do_not_have() -> None:
+    for problem, sends in ((toy(), False), (small_network(), True)):
+        servers = Servers("uid", problem, problem.initial(stream(problem, 0, 1)))
+        replicas = Replicas(servers, Replication())
+        replicas.begin()
+        batch = problem.batch(stream(problem, 0, 0), 1)
+        servers.push(1, problem.pushes(servers.state().values, batch))
+        replicas.pushed()
+        assert replicas.by_itself == sends == bool(replicas.cost.data)
 
 
 def test_an_eighth_at_each_step_is_as_many_bytes_as_all_at_the_eighth() -> None:
@@ -294,7 +353,7 @@ def test_the_page_is_made_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None
         "target": 0.7, "target_step": 180, "budget": 300, "cap": 900,
         "mtbf": 90.0, "young_daly": {"steps": 8, "save_steps": 0.4}, "concentration": 0.8,
         "cells": [c.to_json() for c in cells(runs, GRID, 50)],
-        "standing": [s.to_json() for s in standing(runs, GRID.savings())],
+        "standing": [s.to_json() for s in standing(runs)],
     }  # fmt: skip
     result = {
         "quick": True, "machine": "a machine", "date": "2026-01-01", "seconds": 1.0,
@@ -304,6 +363,7 @@ def test_the_page_is_made_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None
     made = page(result, {"toy": "rework/toy.svg"})
     assert "| toy: reduction by Priority" in made
     assert "exactly 0 | 0 | met" in made
+    assert "| Chain None C=8 |" in made
     assert "](rework/toy.svg)" in made
     assert "Not measured in this run: mlr, mf, cnn, lda." in made
     assert "0 violations in 18 | 0 | met" in made
@@ -344,7 +404,7 @@ def test_an_unknown_program_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -
 def test_young_dalys_interval_is_an_arm_of_its_own() -> None:
     names = [s.name for s in replace(GRID, young_daly=21).savings()]
     assert names == ["FullCheckpoint C=8", "FullCheckpoint C=21", "Partial Priority r=1/8 C=8"]
-    assert len(Grid().arms()) == 3 + 3 * 13 * 3 + 3 * 3 * 3
+    assert len(Grid().arms()) == 3 + 3 * 13 * 3 + 3 * 6 * 3
 
 
 def test_where_blocks_are_equally_large_distance_is_priority() -> None:

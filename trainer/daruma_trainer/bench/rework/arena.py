@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from daruma_trainer.bench.arena import BenchError
-from daruma_trainer.bench.rework.arms import SERVERS, Saving, Strategy
+from daruma_trainer.bench.rework.arms import SERVERS, Cost, Saving, Strategy
 from daruma_trainer.bench.rework.memory import MemoryStore
 from daruma_trainer.bench.rework.problems import Problem, Values
 from daruma_trainer.bench.rework.updates import Arms
@@ -38,7 +38,7 @@ from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.restoring import Restorer
 from daruma_trainer.server.saving import Saver
 from daruma_trainer.server.slots import SlotState
-from daruma_trainer.wire import TablePush, mask_of
+from daruma_trainer.wire import Frame, Header, Kind, Push, TablePush, encode_push, mask_of
 from daruma_trainer.worker.copies import HostCopy
 
 WORKER = "worker-0-1"
@@ -88,7 +88,7 @@ class Servers:
         self.specs = specs(problem)
         self.planes = [DataPlane(membership(uid), i, 1) for i in range(SERVERS)]
         for plane in self.planes:
-            _add_tables(plane, self.specs)
+            add_tables(plane, self.specs)
             layout = plane.shard.layout.tables
             k = np.arange(len(plane.slots.ids))
             plane.shard.set_values(
@@ -96,9 +96,13 @@ class Servers:
             )
             plane.slots.state[:] = SlotState.READY
             plane.slots.lineage[:] = 1
+            plane.note_given(k)
+        self.frames: list[list[Frame]] = []
+        """The last push, a server at a time, as it would be sent."""
 
     def push(self, batch: int, pushes: Values) -> None:
         """Apply a step's push to all shards."""
+        self.frames = []
         for plane in self.planes:
             k = np.arange(len(plane.slots.ids))
             parts = [
@@ -113,7 +117,18 @@ class Servers:
                 raise BenchError(f"{self.problem.name}: the servers refuse its push: {problem}")
             plane.shard.apply(parts, k, k)
             plane.slots.advance(k, 0, batch, batch)
+            plane.updates += 1
             plane.refresh_step()
+            mask = mask_of(plane.slots.ids)
+            push = Push(0, batch, batch, 1, batch - 1, mask, tuple(parts))
+            self.frames.append(encode_push(push))
+
+    def push_again(self, plane: DataPlane, server: int) -> None:
+        """Send the last push to the successor of a server: its worker still has it."""
+        header = Header(Kind.PUSH, 0, 2, plane.incarnation)
+        reply = plane.push(WORKER.encode(), header, [header.encode(), *self.frames[server]])
+        if reply is None or reply.kind is not Kind.ACK:
+            raise BenchError(f"server {server} does not take a push again: {reply}")
 
     def state(self) -> Arms:
         """Return all that the servers hold, as one arm."""
@@ -125,7 +140,8 @@ class Servers:
         return sum(p.shard.nbytes for p in self.planes)
 
 
-def _add_tables(plane: DataPlane, tables: list[TableSpec]) -> None:
+def add_tables(plane: DataPlane, tables: list[TableSpec]) -> None:
+    """Make the tables on a server; BenchError if it refuses one."""
     for spec in tables:
         if plane.add_table(spec) is not None:
             raise BenchError(f"table {spec.name} was refused")
@@ -193,6 +209,8 @@ class Saves:
         """Seconds of CPU of the serve loop: choosing and copying."""
         self.background = 0.0
         """Seconds of CPU of the store's thread."""
+        self._first = (0, 0)
+        """Bytes of blocks and of manifests that the first save wrote."""
         self._servers = servers
         self._store_thread = ByHand()
         self._membership = membership(servers.uid, saving)
@@ -213,6 +231,7 @@ class Saves:
         self._work()
         if any(errors):
             raise BenchError(f"the first save failed: {errors}")
+        self._first = (self.store.data, self.store.manifests)
 
     def tick(self) -> None:
         """After a step: save what is due."""
@@ -232,6 +251,15 @@ class Saves:
             raise BenchError(f"a save under {self.saving.name} failed: {errors[0]}")
 
     @property
+    def cost(self) -> Cost:
+        """What it has cost since the first save; the steps are left to the caller."""
+        data, manifests = self._first
+        return Cost(
+            0, self.store.data - data, self.store.manifests - manifests,
+            self.held_up, self.background, self.memory,
+        )  # fmt: skip
+
+    @property
     def memory(self) -> int:
         """Bytes of arrays that savers keep between saves: the running checkpoint, and buffers."""
         return sum(saver.memory for saver in self._savers)
@@ -242,7 +270,7 @@ class Saves:
         every = slots_to_hex(plane.slots.ids.tolist())
         sources = [Source(SourceKind.RUNNING_CHECKPOINT, every)]
         if peer is not None:
-            _add_tables(plane, self._servers.specs)
+            add_tables(plane, self._servers.specs)
             sources.insert(0, Source(SourceKind.PEER, every, member=WORKER))
         restorer.begin(Restore(1, 2, _successor(server).id, tuple(sources)))
         if peer is not None:

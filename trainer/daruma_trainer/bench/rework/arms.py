@@ -29,6 +29,18 @@ class Copy(StrEnum):
     """Each lost server's slots: of this step, or of the one before, with equal chance."""
     OLDEST = "Async, oldest"
     """One step old, and the pushes of that step are lost: the worst that a peer can give."""
+    COVERED = "Async, copies 2"
+    """`copies: 2`: a worker keeps a push until it is on two nodes. One step old, and the push of
+    that step is made again."""
+
+
+class Ack(StrEnum):
+    """spec.recovery.chain.ack: what a replica has of a server that is lost."""
+
+    NONE = "None"
+    """With `every: C`: everything up to C updates ago at most. What came since is lost."""
+    TAIL = "Tail"
+    """Everything but the last update, which was not acknowledged: its worker pushes it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +63,57 @@ class Saving:
 
 
 @dataclass(frozen=True, slots=True)
+class Replication:
+    """What a server's replica gets."""
+
+    ack: Ack | None = None
+    """Of a chain; None: `copies: 2` of Freshest."""
+    every: int = 1
+    """Updates; more than one only where nothing is acknowledged."""
+
+    @property
+    def name(self) -> str:
+        """What the table of standing costs calls it."""
+        if self.ack is None:
+            return "Freshest, copies 2"
+        return f"Chain {self.ack}" + (f" C={self.every}" if self.ack is Ack.NONE else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a way to save or to replicate costs while nothing fails, all servers together."""
+
+    steps: int = 0
+    data: int = 0
+    """Bytes of blocks saved or sent."""
+    manifests: int = 0
+    """Bytes."""
+    held_up: float = 0.0
+    """Seconds of CPU of the serve loops."""
+    background: float = 0.0
+    """Seconds of CPU of the store's threads, or of the replicas."""
+    memory: int = 0
+    """Bytes kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class Arm:
     """One way to recover from the loss of so many servers."""
 
     saving: Saving
     lost: int = 0
     """Servers; 0 where it does not matter, because everything goes back."""
-    copy: Copy | None = None
-    """The peers' copy (Freshest); its moments come from `saving`."""
+    source: Copy | Ack | None = None
+    """A peer's copy (Freshest: what has moments gets them from `saving`, or with `copies: 2` from
+    a replica), a replica (Chain), or None: `saving` alone."""
 
     @property
     def name(self) -> str:
         """What the tables and the JSON call it, without the lost part."""
-        if self.copy is None:
+        if self.source is None:
             return self.saving.name
-        return f"Freshest {self.copy} C={self.saving.every}"
+        strategy = "Chain" if isinstance(self.source, Ack) else "Freshest"
+        return f"{strategy} {self.source} C={self.saving.every}"
 
     @property
     def key(self) -> str:
@@ -99,6 +147,11 @@ class Grid:
                 found += [Saving(Strategy.PARTIAL, c, r, how) for how in ways]
         return found
 
+    def replications(self) -> list[Replication]:
+        """All ways to replicate."""
+        lazy = [Replication(Ack.NONE, c) for c in self.every]
+        return [Replication(), *lazy, Replication(Ack.TAIL)]
+
     def arms(self) -> list[Arm]:
         """All ways to recover."""
         found: list[Arm] = []
@@ -110,7 +163,7 @@ class Grid:
         smallest = min(self.fractions)
         for c in self.every:
             moments = Saving(Strategy.PARTIAL, c, smallest, Selection.PRIORITY)
-            found += [Arm(moments, lost, copy) for copy in Copy for lost in LOST]
+            found += [Arm(moments, lost, source) for source in (*Copy, *Ack) for lost in LOST]
         return found
 
 

@@ -110,7 +110,7 @@ def measure(name: str, size: Size) -> dict[str, Any]:
         "undisturbed": [run.undisturbed for run in runs],
         "failure_steps": [run.failures for run in runs],
         "cells": [c.to_json() for c in cells(runs, grid)],
-        "standing": [s.to_json() for s in standing(runs, grid.savings())],
+        "standing": [s.to_json() for s in standing(runs)],
         "kappa": {arm: [run.kappa[arm] for run in runs] for arm in runs[0].kappa},
         "seconds": time.monotonic() - began,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from daruma_trainer.bench.rework.arms import LOST, SERVERS, Copy
+from daruma_trainer.bench.rework.arms import LOST, SERVERS, Ack, Copy
 from daruma_trainer.bench.rework.catalogue import PROGRAMS
 from daruma_trainer.bench.rework.findings import bars, findings
 from daruma_trainer.bench.rework.trial import CAP, PILOTS, TARGET
@@ -22,25 +22,29 @@ each seed's failures. **Reduction** is against `FullCheckpoint` with the same C,
 back to the last cut.
 
 **What is real:** the servers' tables, placement, saves (selection, segments, manifests, cuts) and
-restores are the servers' own code, as is the worker's host copy; they run in one process, on a
-store in memory. **What is not:** sockets, and the kernels *after* a failure, which a test holds
-against the servers' own: they work on all arms at once. One worker's batch stands for a step of
-all workers.
+restores are the servers' own code, as are the streams to replicas and the worker's host copy; they
+run in one process, on a store in memory. **What is not:** sockets, and the kernels *after* a
+failure, which a test holds against the servers' own: they work on all arms at once. One worker's
+batch stands for a step of all workers.
 
 **Arms.** `Partial`: lost blocks come from the running checkpoint, a fraction r saved every r·C
 steps; *all* is r = 1, where selection does not matter. `Priority` takes the blocks whose squared
 distance is largest for their bytes; `Distance`, SCAR's rule to the letter, the farthest however
 large (shown where blocks differ in size: elsewhere the two are one). All spend the same bytes.
-`Freshest`: parameters from a worker's
-last complete pull, optimizer state from the running checkpoint (Priority, the smallest r).
+`Freshest`: parameters from a worker's last complete pull, optimizer state from the running
+checkpoint (Priority, the smallest r).
 *{Copy.SYNC}*: that pull is the state of the step. *{Copy.ASYNC}*: for each lost server the pull
 is of this step or of the one before, with equal chance, and pushes since are lost.
-*{Copy.OLDEST}*: always a step old, the worst that the freshest worker's copy can be. Not
-modelled: gradients that are stale by themselves, pushes that are sent again or accumulated during
-the outage, which make the real loss smaller, and outages that workers train through. `Chain` does
-not exist yet. Young–Daly's interval is √(2 · s · MTBF) in steps: s is what a save holds requests
-up (its CPU time ÷ that of a step, measured in this program), MTBF the mean of the geometric
-distribution.
+*{Copy.OLDEST}*: always a step old, the worst that the freshest worker's copy can be.
+*{Copy.COVERED}*: `copies: 2`, that worst with what it is for: the worker has kept the push of the
+step, for nobody said that it is on two nodes, and makes it again; optimizer state comes from a
+replica, where there is any. `Chain` *{Ack.NONE}*: `ack: None` with `every: C`, lost blocks come
+from replicas that got everything up to C updates ago. `Chain` *{Ack.TAIL}*: the update of the last
+step is still under way, and its worker pushes it again. Not modelled: gradients that are stale by
+themselves, pushes that are accumulated during the outage, which make the real loss smaller, and
+outages that workers train through. Young–Daly's interval is √(2 · s · MTBF) in steps: s is what a
+save holds requests up (its CPU time ÷ that of a step, measured in this program), MTBF the mean of
+the geometric distribution.
 """.strip()
 
 
@@ -161,7 +165,9 @@ def _standing(program: Mapping[str, Any]) -> list[str]:
         "with what compaction moved), "
         "milliseconds of CPU a step that requests waited and that the store's thread worked, and "
         "bytes kept in memory between saves (running checkpoint and buffers; for Freshest the "
-        "worker's host copy with its double buffer). Manifests outweigh the data of models as "
+        "worker's host copy with its double buffer). Of replicas: bytes sent to them (one each, "
+        "n = 2), CPU of the heads and of the replicas, and the replicas' arrays; `copies: 2` is "
+        "beside Freshest's own. Manifests and messages' heads outweigh the data of models as "
         "small as these.",
         "",
         *_table(

@@ -7,7 +7,8 @@ from daruma_trainer.bench.rework.arms import LOST, SERVERS
 from daruma_trainer.errors import MissingError
 
 SHOWN = ("Partial all", "Partial Priority r=1/8", "Partial RoundRobin r=1/8",
-         "Partial Random r=1/8", "Freshest Sync", "Freshest Async, oldest")  # fmt: skip
+         "Partial Random r=1/8", "Freshest Sync", "Freshest Async, oldest",
+         "Chain None")  # fmt: skip
 
 
 def draw(folder: Path, program: dict[str, Any]) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from daruma_trainer.bench.rework.arms import UNDISTURBED, Arm, Grid, Saving, Strategy
+from daruma_trainer.bench.rework.arms import UNDISTURBED, Arm, Grid, Strategy
 from daruma_trainer.bench.rework.trial import Run
 
 Numbers = NDArray[np.float64]
@@ -109,10 +109,10 @@ class Standing:
         return asdict(self)
 
 
-def standing(runs: Sequence[Run], savings: Sequence[Saving]) -> list[Standing]:
-    """Return the standing costs, the peer's copy last."""
+def standing(runs: Sequence[Run]) -> list[Standing]:
+    """Return the standing costs."""
     out = []
-    for name in [*(s.name for s in savings), "Freshest"]:
+    for name in runs[0].costs:
         costs = [run.costs[name] for run in runs]
         steps = sum(c.steps for c in costs)
         out.append(

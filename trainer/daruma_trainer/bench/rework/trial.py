@@ -6,7 +6,7 @@ draw the same batches, of a stream that belongs to this failure and that nobody 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,14 +16,18 @@ from daruma_trainer.bench.rework.arms import (
     LOST,
     SERVERS,
     UNDISTURBED,
+    Ack,
     Arm,
     Copy,
+    Cost,
     Grid,
+    Replication,
     Saving,
     Strategy,
     servers_of,
 )
 from daruma_trainer.bench.rework.problems import Problem, Values
+from daruma_trainer.bench.rework.replicas import Replicas
 from daruma_trainer.bench.rework.updates import Arms, apply, join
 from daruma_trainer.server.data import DataPlane
 
@@ -47,18 +51,6 @@ class Plan:
     mean_failure: float
     """Mean of the geometric distribution of failure steps."""
     grid: Grid
-
-
-@dataclass(slots=True)
-class Cost:
-    """What a way to save costs while nothing fails."""
-
-    steps: int = 0
-    data: int = 0
-    manifests: int = 0
-    held_up: float = 0.0
-    background: float = 0.0
-    memory: int = 0
 
 
 @dataclass(slots=True)
@@ -155,32 +147,27 @@ def run_seed(problem: Problem, plan: Plan) -> Run:
     servers = Servers(
         f"{problem.name}-{plan.seed}", problem, problem.initial(stream(problem, plan.seed, 1))
     )
-    saves = {s: Saves(servers, s) for s in plan.grid.savings()}
-    for s in saves.values():
-        s.begin()
-    begun = {s: (kept.store.data, kept.store.manifests) for s, kept in saves.items()}
+    parts = Parts(
+        servers,
+        {s: Saves(servers, s) for s in plan.grid.savings()},
+        {r: Replicas(servers, r) for r in plan.grid.replications()},
+        Peer(servers),
+        Peer(servers),
+    )
+    parts.begin()
     rng = stream(problem, plan.seed, 0)
-    peer, older = Peer(servers), Peer(servers)
-    older.pull()
     for step in range(1, run.failures[-1] + 1):
         batch = problem.batch(rng, step)
         servers.push(step, problem.pushes(servers.state().values, batch))
-        for s in saves.values():
-            s.tick()
+        parts.pushed()
         hits = [n for n, at in enumerate(run.failures) if at == step]
         if hits:
-            peer.pull()
+            parts.peer.pull()
         for n in hits:
-            _fail(problem, plan, run, n, Parts(servers, saves, peer, older))
+            _fail(problem, plan, run, n, parts)
         if step + 1 in run.failures:
-            older.pull()
-    for saving, kept in saves.items():
-        data, manifests = begun[saving]
-        run.costs[saving.name] = Cost(
-            run.failures[-1], kept.store.data - data, kept.store.manifests - manifests,
-            kept.held_up, kept.background, kept.memory,
-        )  # fmt: skip
-    run.costs["Freshest"] = Cost(run.failures[-1], memory=2 * peer.nbytes)
+            parts.older.pull()
+    run.costs = parts.costs(run.failures[-1])
     return run
 
 
@@ -190,8 +177,33 @@ class Parts:
 
     servers: Servers
     saves: Mapping[Saving, Saves]
+    replicas: Mapping[Replication, Replicas]
     peer: Peer
     older: Peer
+    """A step behind `peer`."""
+
+    def begin(self) -> None:
+        """Save, send and pull the initial values."""
+        for saves in self.saves.values():
+            saves.begin()
+        for replicas in self.replicas.values():
+            replicas.begin()
+        self.older.pull()
+
+    def pushed(self) -> None:
+        """The servers have applied a push."""
+        for saves in self.saves.values():
+            saves.tick()
+        for replicas in self.replicas.values():
+            replicas.pushed()
+
+    def costs(self, steps: int) -> dict[str, Cost]:
+        """What all of it has cost since it began."""
+        found = {s.name: replace(kept.cost, steps=steps) for s, kept in self.saves.items()}
+        found["Freshest"] = Cost(steps, memory=2 * self.peer.nbytes)
+        return found | {
+            r.name: replace(kept.cost, steps=steps) for r, kept in self.replicas.items()
+        }
 
 
 def _fail(problem: Problem, plan: Plan, run: Run, n: int, parts: Parts) -> None:
@@ -215,24 +227,40 @@ def recovered(
 ) -> list[tuple[Arm, Arms]]:
     """Return each arm's state after its recovery."""
     problem = parts.servers.problem
-    back: dict[tuple[Saving, Copy | None, int], DataPlane] = {}
+    back: dict[tuple[Saving, Copy | Ack | None, int], DataPlane] = {}
     lost = order[: max(LOST)]
     found: list[tuple[Arm, Arms]] = []
     for arm in grid.arms():
-        saves = parts.saves[arm.saving]
         if arm.saving.strategy is Strategy.FULL:
-            found.append((arm, state_of(problem, saves.roll_back())))
+            found.append((arm, state_of(problem, parts.saves[arm.saving].roll_back())))
             continue
         state = before.take(np.zeros(1, np.int64))
         for server in servers_of(lost, arm.lost):
-            key = (arm.saving, arm.copy, server)
+            key = (arm.saving, arm.source, server)
             if key not in back:
-                old = arm.copy is Copy.OLDEST or (arm.copy is Copy.ASYNC and ages[server])
-                source = parts.older if old else parts.peer
-                back[key] = saves.restore(server, source if arm.copy else None)
+                back[key] = _bring_back(parts, arm, server, old=bool(ages[server]))
             put(state, back[key])
         found.append((arm, state))
     return found
+
+
+def _bring_back(parts: Parts, arm: Arm, server: int, *, old: bool) -> DataPlane:
+    """Return a lost server as the arm has it; `old`: whether Async's copy of it is."""
+    saves, source = parts.saves[arm.saving], arm.source
+    if source is None:
+        return saves.restore(server)
+    if isinstance(source, Ack):
+        every = arm.saving.every if source is Ack.NONE else 1
+        return parts.replicas[Replication(source, every)].promote(server)
+    if source is not Copy.COVERED:
+        older = source is Copy.OLDEST or (source is Copy.ASYNC and old)
+        return saves.restore(server, parts.older if older else parts.peer)
+    copies = parts.replicas[Replication()]
+    if copies.by_itself:
+        return copies.promote(server)
+    plane = saves.restore(server, parts.older)
+    parts.servers.push_again(plane, server)
+    return plane
 
 
 def distance(a: Arms, b: Arms) -> float:
