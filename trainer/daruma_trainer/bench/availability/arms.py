@@ -13,6 +13,9 @@ SERVERS = 2
 WORKERS = 2
 JOB = "bench-availability"
 
+PENDING = {"replay": {"maxPending": 100_000}}
+"""So that workers train through the longest outage. They take O(model) memory, however many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -48,9 +51,9 @@ def arms(updates: int) -> list[Arm]:
         Arm("async checkpoint", "Async", full, fraction=1.0),
         Arm("sync chain", "Sync", chain, saves=False),
         Arm("async chain", "Async", chain, saves=False),
-        Arm("stateless", "Async", {"strategy": "Stateless"}),
-        Arm("freshest", "Async", {"strategy": "Freshest"}),
-        Arm("freshest 2 copies", "Async", {"strategy": "Freshest", "copies": 2}),
+        Arm("stateless", "Async", {"strategy": "Stateless", **PENDING}),
+        Arm("freshest", "Async", {"strategy": "Freshest", **PENDING}),
+        Arm("freshest 2 copies", "Async", {"strategy": "Freshest", "copies": 2, **PENDING}),
     ]
 
 

@@ -52,13 +52,15 @@ again after a rollback; those that a recovery lost are shown beside. A synchrono
 **Utilisation** is the share of all workers' time that they were neither blocked in `step()` nor
 away. *During*: while something was away (replaced at once: until the recovery's end, or the run's);
 *before*: until the first fault. Pulling what follows from a push blocks, so it is below 100 % where
-nothing fails.
+nothing fails. `stateless` and `freshest` run with `replay.maxPending: 100000`, so that workers need
+not wait however long the outage is.
 
 **Memory**: resident, looked at ten times a second, of a process with those in its pod (a server's
 with the replicas that it hosts for others); pages that they share count in each. *Added*: how much
-more a worker that lived through had during an outage than ever before it, at most. **Bytes**: what
-servers counted, read every second and just before each kill; pushes and pulls are of the wire,
-*replica* went to replicas, *checkpoint* to the store.
+more a worker that lived through had during an outage than before it, each without the highest
+twentieth of the looks (moments of torch's own steps, of which a long outage shows more); of all
+workers and outages the largest. **Bytes**: what servers counted, read every second and just before
+each kill; pushes and pulls are of the wire, *replica* went to replicas, *checkpoint* to the store.
 
 **Phases** are the operator's record: failure to detection, to a replacement that runs (with the
 time that it was held away), to all slots being back, to the first new step that all slots have. A
