@@ -78,7 +78,7 @@ kind-test: $(STAMP) ## the same on a kind cluster (needs docker and kind)
 	@bash tests/cluster/harness/kind.sh $(BIN)/pytest tests/cluster
 
 .PHONY: soak
-soak: $(STAMP) ## what is random, tried very often; a quarter of an hour, outside CI
+soak: $(STAMP) ## what is random, tried very often; hours, outside CI; SOAK=tests/… does a part
 	@DARUMA_SOAK=1 PYTHONPATH=tests $(BIN)/pytest -n $(JOBS) --dist worksteal -p soak --soak-page docs/benchmarks/soak.md \
 		--timeout 7200 $(SOAK)
 
