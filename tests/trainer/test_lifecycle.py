@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from daruma_trainer.checkpoint.store import DirectoryStore, Store
-from daruma_trainer.contract import Member, Membership, Role, Rollback
+from daruma_trainer.contract import (
+    Member,
+    Membership,
+    Restore,
+    Role,
+    Rollback,
+    Source,
+    SourceKind,
+    slots_to_hex,
+)
 from daruma_trainer.errors import StoreAwayError
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, Ints
@@ -166,6 +175,21 @@ def test_there_may_be_no_cut_before(new: Newcomer) -> None:
         new.until(lambda: new.life.error is not None)
         found = new.life.older
         assert (None if found is None else found.path) == older
+
+
+@pytest.mark.parametrize("epoch", [9, 11])
+def test_a_plan_of_another_epoch_does_not_write_into_a_rollback(new: Newcomer, epoch: int) -> None:
+    # As from an operator that was replaced, or out of a queue of a server that stood still.
+    new.life.adopt(new.membership, replica=False)
+    new.roll_back(FIRST)
+    everything = Source(SourceKind.RUNNING_CHECKPOINT, slots_to_hex(range(1024)))
+    outcome = new.life.restore(Restore(1, epoch, new.life.me.id, (everything,)))
+    assert (outcome.status, str(epoch) in outcome.message) == (409, True)
+    new.until(lambda: not new.life.rolling and new.life.initialised)
+    new.life.close(SECONDS)
+    while not new.around.calls.empty():
+        new.around.calls.get()()
+    assert new.value() == 4.0
 
 
 def test_what_went_wrong_with_an_earlier_rollback_says_nothing_of_the_next(new: Newcomer) -> None:

@@ -9,7 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from daruma_trainer.contract import SLOTS, ContractError
+from daruma_operator.api.spec import MAX_REPLICAS
+from daruma_trainer.contract import (
+    SLOTS,
+    ContractError,
+    Copies,
+    Member,
+    Membership,
+    Report,
+    Role,
+    Settings,
+    slots_to_hex,
+)
 from daruma_trainer.layout import ShardLayout, TableSpec
 from daruma_trainer.wire import (
     HEADER,
@@ -24,6 +35,7 @@ from daruma_trainer.wire import (
     decode_json,
     decode_push,
     decode_state,
+    encode_json,
     encode_push,
     encode_state,
     from_bitmap,
@@ -178,3 +190,24 @@ def test_control_messages_are_objects(frame: bytes) -> None:
 def test_the_header_is_of_fixed_size() -> None:
     assert len(HEAD) == HEADER.size
     assert Header.decode([HEAD, b""]) == Header(Kind.PUSH, 1, 2, 3)
+
+
+def test_the_largest_job_fits_its_messages() -> None:
+    # Names as long as they may be: of a job, and of a machine in a cloud.
+    def members(role: Role, many: int, first: int = 0) -> tuple[Member, ...]:
+        pod, node = f"{'j' * 52}-{role.value.lower()}-255-12345", "n" * 253
+        address = "100.100.200.200:7070"
+        return tuple(Member(role, i, first + 12345, pod, address, node) for i in range(many))
+
+    servers = 256
+    membership = Membership(
+        "u" * 36, "n" * 63, "j" * 52, 12345, servers, MAX_REPLICAS,
+        (*members(Role.SERVER, servers), *members(Role.WORKER, MAX_REPLICAS)), Settings(),
+        replicas=tuple(m for n in range(1, 8) for m in members(Role.SERVER, servers, n)),
+    )  # fmt: skip
+    # Each slot of another version, as after restores from partial saves.
+    copies = tuple(Copies(1 << 40, (1 << 40) + s, slots_to_hex([s])) for s in range(SLOTS))
+    report = Report("worker-999-12345", 12345, "Training", copies=copies)
+    for message in (membership, report):
+        frames = [Header(Kind.REPORT, 1, 1, 1).encode(), encode_json(message.to_json())]
+        assert Header.decode(frames).request == 1

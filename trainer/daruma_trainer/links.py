@@ -5,6 +5,7 @@ only from that incarnation, and knows at once when the connection breaks (a sock
 a timeout would be paid otherwise. What died with a peer is sent again by its owner, not by zmq.
 """
 
+import logging
 import struct
 import time
 from collections.abc import Callable, Container, Sequence
@@ -12,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import zmq
 
-from daruma_trainer.contract import Member, Suspect
+from daruma_trainer.contract import ContractError, Member, Suspect
 from daruma_trainer.wire import HEADER, MAX_FRAME, Frame, Header
 
+LOG = logging.getLogger("daruma")
 EVENT = struct.Struct("=HI")
 """First frame of a monitor's message: the event and its value (zmq_socket_monitor(3)). pyzmq's own
 reader imports asyncio, which a server that is waited for would start with for nothing."""
@@ -136,15 +138,24 @@ class Link:
             parts = [frame.buffer for frame in frames]
             if len(parts) < 2 or len(parts[0]) != HEADER.size:
                 continue
-            header = Header.decode(parts)
-            if header.incarnation != self.peer.incarnation:
-                continue
-            pending = self._pending.pop(header.request, None) if header.request else None
-            if pending is not None:
-                pending.answer(header, parts)
-            else:
-                unasked(self, header, parts)
+            try:
+                self._take(parts, unasked)
+            except ContractError as error:
+                # Of another version, perhaps: that is no reason to leave what comes after it.
+                LOG.warning("passed over a message of %s: %s", self.peer.id, error)
         return self._events() if self._monitor in ready else []
+
+    def _take(
+        self, parts: Sequence[Frame], unasked: Callable[["Link", Header, Sequence[Frame]], None]
+    ) -> None:
+        header = Header.decode(parts)
+        if header.incarnation != self.peer.incarnation:
+            return
+        pending = self._pending.pop(header.request, None) if header.request else None
+        if pending is not None:
+            pending.answer(header, parts)
+        else:
+            unasked(self, header, parts)
 
     def expire(self, seconds: float, patience: float = 0.0) -> None:
         """Forget requests that were unanswered for so long; their owner has sent them again.

@@ -25,7 +25,8 @@ MAGIC = b"DRM1"
 HEADER = struct.Struct("<4sBBHIQQQ")
 BITMAP = SLOTS // 8
 MAX_FRAME = 4 << 20
-MAX_META = 256 << 10
+MAX_META = 2 << 20
+"""A membership of as many members as a job may have fits, and a report with a version a slot."""
 MAX_FRAMES = 18
 """Header, meta, and a message's data of at most 16 frames."""
 MAX_SLOT_BYTES = 16 * MAX_FRAME

@@ -305,6 +305,11 @@ class Lifecycle:
         """Begin to bring lost slots back, or go on with a newer plan."""
         if plan.member != self.me.id or self.restorer is None:
             return Outcome(HTTPStatus.CONFLICT, f"this is {self.me.id}")
+        epoch = 0 if self._membership is None else self._membership.epoch
+        if plan.epoch != epoch:
+            # One that a newer decision overtook on its way would write over what that brings back.
+            message = f"a plan of epoch {plan.epoch}: {self.me.id} is at epoch {epoch}"
+            return Outcome(HTTPStatus.CONFLICT, message)
         self.restorer.begin(plan)
         self._around.publish()
         return Outcome()

@@ -39,6 +39,7 @@ from daruma_trainer.wire import (
     Frame,
     Header,
     Kind,
+    MalformedError,
     Slots,
     decode_json,
     encode_json,
@@ -395,8 +396,12 @@ class Client:
             if link not in self._live.links:
                 return
             reply = replace(self.header(Kind.COPY), request=request)
-        state = self._live.copy.fetched(wanted)
-        link.send(replace(reply, incarnation=link.peer.incarnation), encode_state(state))
+        try:
+            body = encode_state(self._live.copy.fetched(wanted))
+        except ContractError as error:
+            LOG.warning("did not give %s what it asked for: %s", link.peer.id, error)
+            return
+        link.send(replace(reply, incarnation=link.peer.incarnation), body)
 
     def _turn(self, ready: Container[object]) -> None:
         if self._sessions is None:
@@ -486,7 +491,9 @@ class Client:
             reply = replace(self.header(Kind.MEMBERSHIP), incarnation=link.peer.incarnation)
             link.send(reply, [encode_json(self.membership.to_json())])
         elif header.kind is Kind.COVERED:
-            server, batch = link.peer.index, int(decode_json(frames[1])["batch"])
+            server, batch = link.peer.index, decode_json(frames[1]).get("batch")
+            if not isinstance(batch, int):
+                raise MalformedError("what is covered has no batch")
             self._live.pushes.note_covered(server, self._live.copy.slots_of(server), batch)
         elif header.kind is Kind.READY:
             self._live.ready_again(link)
