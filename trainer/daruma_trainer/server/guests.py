@@ -34,9 +34,13 @@ END_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
+NOT_STARTED = 126
+"""Exit code of a guest whose process could not be made, as of a shell's command."""
+
+
 @dataclass(slots=True)
 class _Child:
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     guest: Guest
     claim: socket.socket
     """Keeps its ports from others on this machine, who may not see them bound yet."""
@@ -64,7 +68,8 @@ class Guests:
     def tick(self) -> None:
         """Note who ended."""
         for child in self._children.values():
-            if child.guest.exit_code is None and (code := child.process.poll()) is not None:
+            process = child.process
+            if process and child.guest.exit_code is None and (code := process.poll()) is not None:
                 LOG.warning("the guest %s ended with %s", child.guest.id, code)
                 child.guest = Guest(child.guest.id, child.guest.address, code)
 
@@ -89,15 +94,24 @@ class Guests:
             ENV_LISTEN: f"{host}:{port}",
             ENV_HOST_PID: str(os.getpid()),
         }
-        command = [sys.executable, "-m", "daruma_trainer.server"]
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         reached = (own.address or f"{host}:0").rpartition(":")[0]
-        LOG.info("adopted %s, on port %s", member.id, port)
-        self._children[member.id] = _Child(process, Guest(member.id, f"{reached}:{port}"), claim)
+        guest = Guest(member.id, f"{reached}:{port}")
+        command = [sys.executable, "-m", "daruma_trainer.server"]
+        process = None
+        try:
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+            LOG.info("adopted %s, on port %s", member.id, port)
+        except OSError as error:
+            # No memory, or no process left to this pod: its own shard is to live on all the same.
+            LOG.error("%s cannot be adopted here, no process can be made: %s", member.id, error)
+            guest = Guest(guest.id, guest.address, NOT_STARTED)
+        self._children[member.id] = _Child(process, guest, claim)
 
     def _end(self, child: _Child) -> None:
         # What it knew was handed over, or is lost by the operator's decision: nothing to save.
         child.claim.close()
+        if child.process is None:
+            return
         child.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(END_SECONDS)
