@@ -131,6 +131,8 @@ class World:
     saving: dict[str, str] = field(default_factory=dict)
     failing: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    silent: dict[str, float] = field(default_factory=dict)
+    """Members whose agents answer while their loops stand still: for how long."""
     created: list[str] = field(default_factory=list)
     last: dict[str, Report] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
@@ -146,7 +148,11 @@ class World:
 
     def seen(self) -> Seen:
         heard = {i: Heard(0.1, r) for i, r in self.last.items()}
-        heard |= {i: Heard(0.01, self.report(s)) for i, s in self.sims.items() if self.runs(s)}
+        heard |= {
+            i: Heard(self.silent.get(i, 0.01), self.report(s))
+            for i, s in self.sims.items()
+            if self.runs(s)
+        }
         reached = {i for i, s in self.sims.items() if self.runs(s) and i not in self.failing}
         return Seen(
             self.job,
@@ -450,6 +456,7 @@ class World:
         self.train()
         self.now += timedelta(seconds=seconds)
         self.failing = {m: age + seconds for m, age in self.failing.items()}
+        self.silent = {m: age + seconds for m, age in self.silent.items()}
         return self.pass_(restarted=restarted)
 
     def until(self, done: Callable[["World"], bool], ticks: int = 100, **more: Any) -> "World":

@@ -487,6 +487,33 @@ def test_a_silent_server_is_lost_only_when_a_member_confirms_it() -> None:
     assert world.status.recovery.losses[0].reason == "Unresponsive"
 
 
+def test_a_server_whose_loop_hangs_behind_its_agent_is_replaced() -> None:
+    world = World(total=FOREVER).running()
+    world.silent = {"server-1-1": 4.0}
+    world.tick()
+    assert world.seen().doubted, "so that its workers are asked"
+    assert world.tick(60.0).phase is Phase.RUNNING, "it is the operator's word alone"
+    world.sim("worker-0").suspects = (Suspect("server-1-1", 64.0, "Unanswered"),)
+    world.silent = {"server-1-1": 29.0}
+    assert world.tick(0.5).phase is Phase.RUNNING
+    decision = world.tick(1.0)
+    assert decision.phase is Phase.RECOVERING
+    assert world.status.recovery is not None
+    assert world.status.recovery.losses[0].reason == "Hung"
+    assert "hungSeconds" in decision.events[0].message
+    world.sim("worker-0").suspects = ()
+    world.running()
+    assert "j-server-1-1" not in world.pods
+    assert (world.status.restarts.servers, world.status.restarts.disruptions) == (1, 0)
+
+
+def test_a_worker_whose_program_keeps_everything_waiting_is_not_replaced() -> None:
+    world = World(total=FOREVER).running()
+    world.silent = {"worker-0-1": 100.0}
+    world.sim("server-0").suspects = (Suspect("worker-0-1", 100.0, "Unanswered"),)
+    assert world.tick().phase is Phase.RUNNING
+
+
 def test_a_suspicion_alone_is_no_verdict() -> None:
     world = World(total=FOREVER).running()
     world.sim("worker-0").suspects = (Suspect("server-1-1", 60.0, "Unanswered"),)

@@ -243,6 +243,16 @@ def test_a_replica_that_hangs_is_doubted_and_then_dropped() -> None:
     assert not world.status.recoveries
 
 
+def test_a_replica_whose_loop_alone_hangs_is_dropped() -> None:
+    world = chained()
+    hung = next(m for m in world.status.replicas if m.index == 0)
+    name = f"server-0-{hung.incarnation}"
+    world.sim("server-0").suspects = (Suspect(name, 1.5, "Unanswered"),)
+    world.silent[name] = 29.0
+    world.until(lambda w: hung not in w.status.replicas, ticks=60)
+    assert not world.status.recoveries
+
+
 def test_a_promotion_that_is_told_late_is_no_loss() -> None:
     world = chained()
     world.kill("server-1")

@@ -61,6 +61,22 @@ def test_the_token_opens_the_view_and_nothing_else_does(agent: Agent) -> None:
         assert (status, json.loads(body)["error"]) == (401, "Unauthorized")
 
 
+def test_a_view_says_how_long_its_owner_has_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, report = ViewCell(Report("server-0-1", 0, "Ready")), Report("server-0-1", 1, "Ready")
+    assert cell.wait(0, 0.0).still < module.STILL_SECONDS
+    monkeypatch.setattr(module, "STILL_SECONDS", 0.0)
+    monkeypatch.setattr(module, "TURN_SECONDS", 0.01)
+    first, second = cell.wait(0, 0.0), cell.wait(0, 0.0)
+    assert 0.01 <= first.still <= second.still - 0.01
+    # Its process was stopped with all its threads: the agent waits for the owner's next turn.
+    monkeypatch.setattr(module, "TURN_SECONDS", 60.0)
+    turn = threading.Timer(0.05, cell.publish, (1, report, {}))
+    turn.start()
+    view = cell.wait(0, 0.0)
+    assert (view.epoch, view.still < first.still + second.still) == (1, True)
+    turn.join()
+
+
 def test_health_and_metrics_need_no_token(agent: Agent) -> None:
     assert ask(agent, "GET", "/healthz", {}) == (200, b"ok\n")
     assert ask(agent, "GET", "/metrics", {}) == (200, b"m 1\n")

@@ -1,8 +1,13 @@
-"""The serve loop's end."""
+"""The serve loop's end, and that it hangs."""
+
+import json
+import threading
+import time
+from http.client import HTTPConnection
 
 import pytest
 
-from daruma_trainer.contract import ExitCode, Role
+from daruma_trainer.contract import ExitCode, Role, View
 from daruma_trainer.identity import Identity
 from daruma_trainer.server.lifecycle import Lifecycle
 from daruma_trainer.server.serve import SAVE_SECONDS, Server
@@ -38,3 +43,32 @@ def test_one_that_is_told_to_end_finishes_its_saves(waits: list[float]) -> None:
     server.stop()
     assert server.run() == ExitCode.OK
     assert waits == [SAVE_SECONDS]
+
+
+def test_the_agent_tells_of_a_loop_that_hangs() -> None:
+    server = made()
+    loop = threading.Thread(target=server.run)
+    loop.start()
+    agent, token = server.me.agent_listen, server.me.token
+
+    def view() -> View:
+        connection = HTTPConnection(*agent, timeout=20)
+        connection.request("GET", "/v1/view", headers={"Authorization": f"Bearer {token}"})
+        try:
+            return View.from_json(json.loads(connection.getresponse().read()))
+        finally:
+            connection.close()
+
+    go_on, end = threading.Event(), time.monotonic() + 20
+    try:
+        assert view().still < 1.0
+        server.post(lambda: (go_on.wait(20), None)[1])
+        while view().still < 1.5:
+            assert time.monotonic() < end
+        go_on.set()
+        while view().still > 1.0:
+            assert time.monotonic() < end
+    finally:
+        go_on.set()
+        server.stop()
+        loop.join()

@@ -34,6 +34,10 @@ MAX_WAIT = 30.0
 """Longest long poll, in seconds."""
 COMMAND_SECONDS = 10.0
 """How long a command may take before the agent answers 503."""
+STILL_SECONDS = 1.0
+"""A member shows what it knows several times a second; one that did not for so long stands still,"""
+TURN_SECONDS = 0.2
+"""or was stopped together with all of its process: then it shows something within this time."""
 MAX_THREADS = 64
 """Requests handled at once; more are refused with 503."""
 SOCKET_SECONDS = 60.0
@@ -70,21 +74,25 @@ class ViewCell:
         self._own = own
         self._others: dict[str, tuple[float, Report]] = {}
         self._epoch = 0
+        self._shown_at = time.monotonic()
 
     def publish(self, epoch: int, own: Report, others: dict[str, tuple[float, Report]]) -> None:
         """Replace what is known. `others` holds the monotonic time at which each was heard."""
         with self._condition:
             self._epoch, self._own, self._others = epoch, own, others
             self._version += 1
+            self._shown_at = time.monotonic()
             self._condition.notify_all()
 
     def wait(self, after: int, seconds: float) -> View:
         """Return the newest view, once it is newer than `after` or the time is up."""
         with self._condition:
             self._condition.wait_for(lambda: self._version > after, timeout=seconds)
+            if time.monotonic() - self._shown_at > STILL_SECONDS:
+                self._condition.wait(TURN_SECONDS)
             now = time.monotonic()
             others = {i: (now - heard, report) for i, (heard, report) in self._others.items()}
-            return View(self._version, self._epoch, self._own, others)
+            return View(self._version, self._epoch, self._own, others, now - self._shown_at)
 
 
 class Agent:

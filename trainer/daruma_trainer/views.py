@@ -190,6 +190,9 @@ class View:
     own: Report
     others: Mapping[str, tuple[float, Report]] = field(default_factory=dict)
     """By member id: the age in seconds of what it said, and what it said."""
+    still: float = 0.0
+    """Seconds since the thread that owns this process's state showed anything: the agent's threads
+    answer, too, where that one hangs."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

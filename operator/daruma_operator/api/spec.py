@@ -269,6 +269,11 @@ class Timeouts(SpecModel):
     detect_seconds: Seconds = Field(
         default=3.0, description="A member that the operator cannot reach for so long is doubted."
     )
+    hung_seconds: Seconds = Field(
+        default=30.0,
+        description="A server that does nothing for so long, though its agent answers, hangs, and "
+        "is replaced. Saves copy the shard: where that takes longer, raise this.",
+    )
     replace_seconds: Seconds = Field(default=120.0, description="For a replacement to run.")
     restore_seconds: Seconds = Field(default=300.0, description="For lost slots to be back.")
     progress_seconds: Seconds = Field(

@@ -116,9 +116,7 @@ def _catch_up(d: Draft) -> None:
 
 def _losses(d: Draft) -> tuple[Verdict, ...]:
     done = indexes(d.status.workers.succeeded_indexes)
-    found = losses(
-        d.seen, d.status.members, d.spec.recovery.timeouts.detect_seconds, done, early=hasty(d)
-    )
+    found = losses(d.seen, d.status.members, d.spec.recovery.timeouts, done, early=hasty(d))
     if all_left(d) and (result_saved(d) or not wants_result(d)):
         # The result is safe: no server is needed but to release the workers, and a worker that
         # was released closes its agent before its process is gone.

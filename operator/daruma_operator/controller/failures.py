@@ -8,7 +8,7 @@ from daruma_operator.api.status import Counted, Failure, Loss, MemberStatus
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
 from daruma_operator.controller.telling import lost
-from daruma_operator.controller.verdicts import PROCESS_ENDED, Verdict, described, ended
+from daruma_operator.controller.verdicts import HUNG, PROCESS_ENDED, Verdict, described, ended
 from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import ExitCode, Role
 
@@ -119,4 +119,6 @@ def sentence(v: Verdict) -> str:
     """Say that a member was lost, why, and what its container said last."""
     code = f" with exit code {v.pod.exit_code}" if v.pod and v.pod.exit_code is not None else ""
     text = f": {v.pod.message.strip()[-MAX_MESSAGE:]}" if v.pod and v.pod.message else ""
+    if v.reason == HUNG:
+        text = ": it does nothing, though its agent answers (see timeouts.hungSeconds)"
     return f"{described(v.member)} was lost ({v.reason}){code}{text}"

@@ -69,11 +69,19 @@ class Seen:
         }
         if any(m in self.heard for m in members & self.failing.keys()):
             return True
+        detect = self.job.spec.recovery.timeouts.detect_seconds
+        if any(m.startswith("server-") and self.silent(m) > detect for m in members):
+            return True
         return any(
             suspect.id in members
             for member in members & self.heard.keys()
             for suspect in self.heard[member].report.suspects
         )
+
+    def silent(self, member: str) -> float:
+        """Return for how long nothing new was heard of a member, from itself or its siblings."""
+        heard = self.heard.get(member)
+        return 0.0 if heard is None else heard.age
 
     def suspected(self, member: str) -> float | None:
         """Return for how long a member that was heard of suspects this one, or None."""
@@ -97,7 +105,7 @@ def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
             found[report.id] = Heard(age, report)
 
     for age, view in views:
-        take(age, view.own)
+        take(age + view.still, view.own)
         for told, report in view.others.values():
             take(age + told, report)
     return found

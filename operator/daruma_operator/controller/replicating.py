@@ -28,10 +28,10 @@ def chain_of(d: Draft, index: int) -> list[MemberStatus]:
 
 def keep_up(d: Draft) -> None:
     """Drop replicas that are lost or of a server's past; write down where new ones listen."""
-    kept, detect = d.status.replicas, d.spec.recovery.timeouts.detect_seconds
+    kept, timeouts = d.status.replicas, d.spec.recovery.timeouts
     if not kept:
         return
-    lost = [v.member for v in losses(d.seen, kept, detect, frozenset())]
+    lost = [v.member for v in losses(d.seen, kept, timeouts, frozenset())]
     gone = {name_of(m) for m in lost}
     if any(runs(d.seen.pod(m.pod)) for m in lost):
         d.set(replica_ended_at=d.now)

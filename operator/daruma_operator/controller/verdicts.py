@@ -3,18 +3,23 @@
 A member is dead when its container ended, when its pod is gone or going, or when it answers
 neither the operator (for detectSeconds) nor a member that does answer. A server whose host refuses
 connections, and that a member lost as well, has ended before its container says so (decision 16).
+A server whose agent answers, but whose loop stood still for hungSeconds, hangs if a member gets no
+answer from it either.
 Nothing else is a verdict: not a node that is NotReady, not the operator's failure alone.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from daruma_operator.api.spec import Timeouts
 from daruma_operator.api.status import MemberStatus
 from daruma_operator.controller.observe import Seen
 from daruma_operator.substrate.protocol import PodFacts, PodState
 from daruma_trainer.contract import ExitCode, Role, member_id
 
 UNRESPONSIVE = "Unresponsive"
+HUNG = "Hung"
+"""Its agent answers, its loop does not."""
 PROCESS_ENDED = "ProcessEnded"
 """Nobody listens there any more; how it ended is not known yet."""
 
@@ -25,7 +30,8 @@ class Verdict:
 
     member: MemberStatus
     reason: str
-    """OOMKilled, Error, … of its container; PodDeleted, Disrupted, Unresponsive, ProcessEnded."""
+    """OOMKilled, Error, … of its container; PodDeleted, Disrupted, Unresponsive, Hung,
+    ProcessEnded."""
     counts: bool
     """Whether it counts towards runPolicy.backoffLimit; what the cluster took does not."""
     age: float | None
@@ -52,7 +58,7 @@ def described(member: MemberStatus) -> str:
 def losses(
     seen: Seen,
     members: Iterable[MemberStatus],
-    detect_seconds: float,
+    timeouts: Timeouts,
     done: frozenset[int],
     *,
     early: bool = False,
@@ -65,7 +71,7 @@ def losses(
     for member in members:
         if member.role is Role.WORKER and member.index in done:
             continue
-        verdict = _verdict(seen, member, detect_seconds)
+        verdict = _verdict(seen, member, timeouts)
         if verdict is None and early:
             verdict = _closed(seen, member)
         if verdict is not None:
@@ -73,7 +79,7 @@ def losses(
     return tuple(found)
 
 
-def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict | None:
+def _verdict(seen: Seen, member: MemberStatus, timeouts: Timeouts) -> Verdict | None:
     pod = seen.pod(member.pod)
     name = name_of(member)
     age = seen.suspected(name)
@@ -90,10 +96,14 @@ def _verdict(seen: Seen, member: MemberStatus, detect_seconds: float) -> Verdict
         return Verdict(member, _taken(pod), False, age, pod)
     failing = seen.failing.get(name)
     # One that was never heard has yet to join (torch takes its time): a deadline of its own.
-    if name not in seen.heard or failing is None:
+    if name not in seen.heard:
         return None
-    if failing >= detect_seconds and confirmed(seen, member):
+    if failing is not None and failing >= timeouts.detect_seconds and confirmed(seen, member):
         return Verdict(member, UNRESPONSIVE, False, age or failing, pod)
+    # A worker's program may well keep everything of its process waiting.
+    hangs = failing is None and member.role is Role.SERVER
+    if hangs and seen.silent(name) >= timeouts.hung_seconds and confirmed(seen, member):
+        return Verdict(member, HUNG, True, age, pod)
     return None
 
 
