@@ -35,9 +35,10 @@ MAX_WAIT = 30.0
 COMMAND_SECONDS = 10.0
 """How long a command may take before the agent answers 503."""
 STILL_SECONDS = 1.0
-"""A member shows what it knows several times a second; one that did not for so long stands still,"""
+"""A member shows what it knows several times a second. One that did not for so long stands still,
+or did until now, when all of its process was stopped:"""
 TURN_SECONDS = 0.2
-"""or was stopped together with all of its process: then it shows something within this time."""
+"""then it shows something within this time."""
 MAX_THREADS = 64
 """Requests handled at once; more are refused with 503."""
 SOCKET_SECONDS = 60.0

@@ -94,17 +94,22 @@ def _verdict(seen: Seen, member: MemberStatus, timeouts: Timeouts) -> Verdict | 
         return ended(member, pod, age)
     if pod.deleting or pod.disrupted:
         return Verdict(member, _taken(pod), False, age, pod)
-    failing = seen.failing.get(name)
     # One that was never heard has yet to join (torch takes its time): a deadline of its own.
-    if name not in seen.heard:
+    if name not in seen.heard or not confirmed(seen, member):
         return None
-    if failing is not None and failing >= timeouts.detect_seconds and confirmed(seen, member):
-        return Verdict(member, UNRESPONSIVE, False, age or failing, pod)
+    return _silent(seen, member, timeouts, pod)
+
+
+def _silent(seen: Seen, member: MemberStatus, timeouts: Timeouts, pod: PodFacts) -> Verdict | None:
+    """Judge a member from which others get no answer by what the operator gets."""
+    name = name_of(member)
+    failing, age = seen.failing.get(name), seen.suspected(name)
+    if failing is not None:
+        lost = failing >= timeouts.detect_seconds
+        return Verdict(member, UNRESPONSIVE, False, age or failing, pod) if lost else None
     # A worker's program may well keep everything of its process waiting.
-    hangs = failing is None and member.role is Role.SERVER
-    if hangs and seen.silent(name) >= timeouts.hung_seconds and confirmed(seen, member):
-        return Verdict(member, HUNG, True, age, pod)
-    return None
+    hangs = member.role is Role.SERVER and seen.silent(name) >= timeouts.hung_seconds
+    return Verdict(member, HUNG, True, age, pod) if hangs else None
 
 
 def ended(member: MemberStatus, pod: PodFacts, age: float | None) -> Verdict:
