@@ -9,7 +9,7 @@ import pytest
 from daruma_trainer.contract import Replay
 from daruma_trainer.layout import Floats, TableSpec
 from daruma_trainer.rules import SGD, Adagrad, Adam, Add, Assign, Rule, rule_to_json
-from daruma_trainer.worker.accumulating import Accumulation, local_rows
+from daruma_trainer.worker.accumulating import Accumulation
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.pushes import Held, Pushes, Update
 
@@ -78,7 +78,7 @@ def test_rows_are_found_by_their_blocks() -> None:
     for server in (0, 1):
         for group in copy.groups_of(server):
             layout = group.layout.tables[0]
-            at = local_rows(layout, np.arange(103))
+            at = layout.find(np.arange(103))
             mine = np.isin(np.arange(103), layout.rows)
             assert ((at >= 0) == mine).all()
             np.testing.assert_array_equal(layout.rows[at[mine]], np.arange(103)[mine])

@@ -178,6 +178,19 @@ class TableLayout:
         at = order[np.minimum(np.searchsorted(self.blocks, blocks, sorter=order), len(order) - 1)]
         return np.where(self.blocks[at] == blocks, at, -1)
 
+    def find(self, rows: Ints) -> Ints:
+        """Return where global rows stand in wire order; −1 for one that is not here."""
+        blocks, offset = np.divmod(rows, self.table.block_rows)
+        at = self.index_of(blocks)
+        return np.where(at >= 0, self.block_starts[at] + offset, -1)
+
+    def find_in(self, k: Ints, rows: Ints) -> Ints:
+        """Return the same for the slots `k` alone: −1 for a row of another one, too."""
+        at = self.find(rows)
+        chosen = np.zeros(len(self.slot_blocks) + 1, np.bool_)
+        chosen[k + 1] = True  # those that are not here (−1) lie before the first
+        return np.where(chosen[np.searchsorted(self.slot_rows, at, "right")], at, -1)
+
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """Blocks in wire order, as stretches of equal size: three at most, as one is shorter."""

@@ -1,20 +1,26 @@
 """Update rules: what a server does with a push. numpy kernels, tiled to the cache.
 
-Each equals its torch.optim namesake within 1e-6 over 100 steps. Arrays are (rows, cols) float32,
-contiguous, whole blocks; the optimizer's state arrays have the shape of the data. Step counters
-belong to blocks, so a block whose moments were lost starts again with a bias correction of its
-own (measured to be nearly as good as exact moments; a wrong one is worse than a full rollback).
+Each equals its torch.optim namesake within 1e-6 over 100 steps. Arrays are float32, contiguous; the
+optimizer's state arrays have the shape of the data. Step counters belong to blocks, so a block
+whose moments were lost starts again with a bias correction of its own (measured to be nearly as
+good as exact moments; a wrong one is worse than a full rollback).
+
+Single rows are updated lazily, as torch.optim.SparseAdam and Adagrad do with sparse gradients: what
+is not pushed does not move, nor do its moments, nor does it decay. A block counts each push that
+has any of its rows once, and a row's bias correction is its block's: SparseAdam's is its whole
+table's. Where every push has all rows both are the same, and that of the dense kernels.
 """
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from daruma_trainer.contract import ContractError
-from daruma_trainer.layout import Floats
+from daruma_trainer.layout import Floats, Ints
 
 TILE = 16 << 10
 """Elements worked on at once: three arrays of them stay in a core's cache; larger is slower."""
@@ -29,12 +35,13 @@ class Rule(Protocol):
     """Whether a push is a gradient (meaned under Sync) or the change itself (summed)."""
 
     def apply(
-        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int
+        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int | Ints
     ) -> float:
-        """Change `data` and `state` in place; all flat and of one length.
+        """Change `data` and `state` in place; all of one shape, flat or (rows, cols).
 
-        `step` counts the updates of these blocks, this one included (1: the first). Returns the
-        squared L2 norm of the change, which costs next to nothing while it is in the cache.
+        `step` counts the updates of these blocks, this one included (1: the first); of single rows,
+        whose blocks may differ, it is an array (rows, 1). Returns the squared L2 norm of the
+        change, which costs next to nothing while it is in the cache.
         """
 
 
@@ -54,29 +61,27 @@ class SGD:
     gradient: ClassVar[bool] = True
 
     def apply(
-        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int
+        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int | Ints
     ) -> float:
         """See Rule.apply; with momentum 0 the momentum array is neither read nor written."""
         change = 0.0
-        scratch = np.empty(min(TILE, data.size), np.float32)
-        for a in range(0, data.size, TILE):
-            x, g = data[a : a + TILE], push[a : a + TILE]
-            t = scratch[: x.size]
+        first = np.equal(step, 1)
+        for tile, room in _tiles(data, 1):
+            x, g, t = data[tile], push[tile], room[0]
             if self.weight_decay:
                 np.multiply(x, np.float32(self.weight_decay), out=t)
                 t += g
                 g = t
             if self.momentum:
-                m = state[0][a : a + TILE]
-                if step == 1:
-                    np.copyto(m, g)
-                else:
-                    m *= np.float32(self.momentum)
-                    m += g * np.float32(1 - self.dampening) if self.dampening else g
+                m = state[0][tile]
+                m *= np.float32(self.momentum)
+                m += g * np.float32(1 - self.dampening) if self.dampening else g
+                if first.any():
+                    np.copyto(m, g, where=first[tile] if first.ndim else first)
                 g = np.add(g, m * np.float32(self.momentum), out=t) if self.nesterov else m
             np.multiply(g, np.float32(lr), out=t)
             x -= t
-            change += float(np.dot(t, t))
+            change += _squared(t)
         return change
 
 
@@ -95,17 +100,15 @@ class Adam:
     gradient: ClassVar[bool] = True
 
     def apply(
-        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int
+        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int | Ints
     ) -> float:
         """See Rule.apply."""
-        size = np.float32(lr / (1 - self.beta1**step))
-        root = np.float32(1 / math.sqrt(1 - self.beta2**step))
+        size = _by_step(step, lambda s: lr / (1 - self.beta1**s))
+        root = _by_step(step, lambda s: 1 / math.sqrt(1 - self.beta2**s))
         change = 0.0
-        scratch = np.empty((2, min(TILE, data.size)), np.float32)
-        for a in range(0, data.size, TILE):
-            x, g = data[a : a + TILE], push[a : a + TILE]
-            m, v = state[0][a : a + TILE], state[1][a : a + TILE]
-            t, u = scratch[0, : x.size], scratch[1, : x.size]
+        for tile, room in _tiles(data, 2):
+            x, g, m, v = data[tile], push[tile], state[0][tile], state[1][tile]
+            t, u = room
             if self.weight_decay:
                 np.multiply(x, np.float32(self.weight_decay), out=u)
                 u += g
@@ -118,12 +121,12 @@ class Adam:
             v *= np.float32(self.beta2)
             v += t
             np.sqrt(v, out=t)
-            t *= root
+            t *= root[tile] if root.ndim else root
             t += np.float32(self.eps)
             np.divide(m, t, out=t)
-            t *= size
+            t *= size[tile] if size.ndim else size
             x -= t
-            change += float(np.dot(t, t))
+            change += _squared(t)
         return change
 
 
@@ -140,16 +143,14 @@ class Adagrad:
     gradient: ClassVar[bool] = True
 
     def apply(
-        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int
+        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int | Ints
     ) -> float:
         """See Rule.apply."""
         del step
         change = 0.0
-        scratch = np.empty((2, min(TILE, data.size)), np.float32)
-        for a in range(0, data.size, TILE):
-            x, g = data[a : a + TILE], push[a : a + TILE]
-            s = state[0][a : a + TILE]
-            t, u = scratch[0, : x.size], scratch[1, : x.size]
+        for tile, room in _tiles(data, 2):
+            x, g, s = data[tile], push[tile], state[0][tile]
+            t, u = room
             if self.weight_decay:
                 np.multiply(x, np.float32(self.weight_decay), out=u)
                 u += g
@@ -161,7 +162,7 @@ class Adagrad:
             np.divide(g, t, out=t)
             t *= np.float32(lr)
             x -= t
-            change += float(np.dot(t, t))
+            change += _squared(t)
         return change
 
 
@@ -174,12 +175,12 @@ class Add:
     gradient: ClassVar[bool] = False
 
     def apply(
-        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int
+        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int | Ints
     ) -> float:
         """See Rule.apply."""
         del state, lr, step
         data += push
-        return float(np.dot(push, push))
+        return _squared(push)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +198,13 @@ class Assign:
     gradient: ClassVar[bool] = False
 
     def apply(
-        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int
+        self, data: Floats, push: Floats, state: tuple[Floats, ...], lr: float, step: int | Ints
     ) -> float:
         """See Rule.apply."""
         del state, lr, step
         change = push - data
         np.copyto(data, push)
-        return float(np.dot(change, change))
+        return _squared(change)
 
 
 MAX_LABELS = 4096
@@ -239,3 +240,27 @@ def state_names(rule: Rule) -> tuple[str, ...]:
     """Return what a rule keeps beside the parameters: nothing for SGD without momentum."""
     idle = isinstance(rule, SGD) and not rule.momentum
     return () if idle else rule.state_names
+
+
+def _tiles(data: Floats, scratch: int) -> Iterator[tuple[slice, Floats]]:
+    """Cut an array into tiles, along its first axis; each with so many arrays to work in."""
+    count = max(1, TILE // max(1, data[:1].size))
+    room = np.empty((scratch, *data[:count].shape), np.float32)
+    for a in range(0, len(data), count):
+        yield slice(a, a + count), room[:, : len(data) - a]
+
+
+def _squared(values: Floats) -> float:
+    flat = values.reshape(-1)
+    return float(np.dot(flat, flat))
+
+
+def _by_step(step: int | Ints, value: Callable[[int], float]) -> Any:
+    """Compute what follows from the step, in the shape of `step`.
+
+    By the same arithmetic for many: what a row becomes must not depend on its company.
+    """
+    if isinstance(step, int):
+        return np.float32(value(step))
+    steps, each = np.unique(step, return_inverse=True)
+    return np.array([value(s) for s in steps.tolist()], np.float32)[each].reshape(step.shape)

@@ -182,7 +182,7 @@ class TablePush:
     """One table's part of a push.
 
     `rows` None: dense, values of all rows of the push's slots in wire order. Otherwise global row
-    numbers (ascending, each once, all in the push's slots), for rules `add` and `assign`.
+    numbers (ascending, each once, all in the push's slots): no others of the table change.
     """
 
     table: int

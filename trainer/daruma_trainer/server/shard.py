@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daruma_trainer.layout import Floats, Ints, ShardLayout, TableLayout, TableSpec, alike
-from daruma_trainer.rules import Rule, rule_from_json, state_names
+from daruma_trainer.rules import TILE, Rule, rule_from_json, state_names
 from daruma_trainer.wire import MAX_SLOT_BYTES, TablePush
 
 NORMS = 64
@@ -96,8 +96,6 @@ class Shard:
                 expected = int(self.row_offsets(part.table, k)[-1]) * spec.cols
                 if part.values.size != expected:
                     return f"{spec.name}: {part.values.size} values, expected {expected}"
-            elif self.tables[part.table].rule.gradient:
-                return f"{spec.name}: rule {self.tables[part.table].rule.name} takes whole slots"
             elif part.values.size != len(part.rows) * spec.cols or not _ascending(
                 part.rows, spec.rows
             ):
@@ -111,7 +109,7 @@ class Shard:
             if part.rows is None:
                 change += self._apply_dense(part, k, new)
             else:
-                self.apply_rows(part, k[new])
+                change += self.apply_rows(part, k[new])
         self.norms.append(math.sqrt(change))
 
     def _apply_dense(self, part: TablePush, k: Ints, new: Ints) -> float:
@@ -151,29 +149,31 @@ class Shard:
             )
         return change
 
-    def apply_rows(self, part: TablePush, k: Ints) -> None:
-        """Apply single rows (rules add and assign) that lie in the slots `k`."""
-        rows = part.rows if part.rows is not None else np.empty(0, np.int64)
+    def apply_rows(self, part: TablePush, k: Ints) -> float:
+        """Apply those of single rows that lie in the slots `k`; returns as `update` does."""
+        if part.rows is None:
+            raise ValueError("no single rows")
         arrays = self.tables[part.table]
-        mine = np.concatenate(
-            [
-                np.arange(arrays.layout.slot_rows[s], arrays.layout.slot_rows[s + 1])
-                for s in k.tolist()
-            ]
-            or [np.empty(0, np.int64)]
-        )
-        owned = arrays.layout.rows[mine]
-        order = np.argsort(owned)
-        at = np.searchsorted(owned[order], rows)
-        at[at == len(owned)] = 0
-        hit = owned[order][at] == rows if len(owned) else np.zeros(len(rows), np.bool_)
-        local = mine[order][at[hit]] if len(owned) else mine
-        arrays.changed[np.searchsorted(arrays.layout.block_starts, local, "right") - 1] = True
-        values = part.values.reshape(-1, arrays.layout.table.cols)[hit]
-        if arrays.rule.name == "add":
-            arrays.data[local] += values
-        else:
-            arrays.data[local] = values
+        at = arrays.layout.find_in(k, part.rows)
+        mine = np.flatnonzero(at >= 0)
+        at, values = at[mine], part.values.reshape(-1, arrays.layout.table.cols)
+        blocks = np.searchsorted(arrays.layout.block_starts, at, "right") - 1
+        touched = np.unique(blocks)
+        arrays.changed[touched] = True
+        arrays.steps[touched] += 1
+        steps = arrays.steps[blocks][:, None]
+        change = 0.0
+        # As many rows at once as stay in the cache while they are worked on.
+        count = max(1, TILE // values.shape[1])
+        for a in range(0, len(at), count):
+            some = slice(a, a + count)
+            rows = at[some]
+            data, state = arrays.data[rows], tuple(s[rows] for s in arrays.state)
+            change += arrays.rule.apply(data, values[mine[some]], state, part.lr, steps[some])
+            arrays.data[rows] = data
+            for array, new in zip(arrays.state, state, strict=True):
+                array[rows] = new
+        return change
 
     def values(self, k: Ints) -> tuple[Floats, ...]:
         """Copy the parameters of the slots `k`, a table at a time, rows in wire order."""

@@ -22,6 +22,8 @@ from daruma_trainer.worker.copies import Group
 if TYPE_CHECKING:
     from daruma_trainer.worker.pushes import Update
 
+MAX_COUNT = np.iinfo(np.uint16).max
+
 
 @dataclass(slots=True)
 class Part:
@@ -30,8 +32,10 @@ class Part:
     lr: float
     values: Floats
     """(rows, cols) in wire order: gradients summed, changes summed, or the newest values."""
-    touched: NDArray[np.uint8] | None
+    touched: NDArray[np.uint8] | None = None
     """Which rows it says something of, a bit each; None: all of them."""
+    counts: NDArray[np.uint16] | None = None
+    """By row, where a rule is scale-free: how many batches gave it a gradient; None: all."""
     weight: float = 0.0
     """How many batches it is worth: a table that the program does not use in a step gets none."""
     rates: float = 0.0
@@ -40,6 +44,25 @@ class Part:
     """The largest lr × ‖sum‖ that there was on the way."""
     gap: float = 0.0
     """See `Accumulation.gap`."""
+
+    def average(self, *, scale_free: bool) -> None:
+        """Make the sum of gradients their mean.
+
+        Over the batches, as many of which then make the sum. But where a rule is scale-free the
+        mean is worth one gradient: of a single row that is one of those that it got.
+        """
+        if scale_free and self.counts is not None:
+            self.values /= np.maximum(self.counts, 1).astype(np.float32)[:, None]
+        else:
+            self.values *= np.float32(1 / self.weight)
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """The same as `touched`, by row."""
+        if self.touched is None:
+            return None
+        bits = np.unpackbits(self.touched, count=len(self.values), bitorder="little")
+        return bits.astype(np.bool_)
 
     def rows(self, start: int, stop: int) -> Ints | None:
         """Indices of the rows it says something of, from `start`; None: all."""
@@ -78,8 +101,11 @@ class Accumulation:
             if part is None:
                 size = sum(int(layout.block_starts[-1]) for layout in layouts)
                 shape = size, update.values.shape[1]
-                bits = None if update.rows is None else np.zeros(-(-size // 8), np.uint8)
-                part = Part(update.lr, np.zeros(shape, np.float32), bits)
+                part = Part(update.lr, np.zeros(shape, np.float32))
+                if update.rows is not None:
+                    part.touched = np.zeros(-(-size // 8), np.uint8)
+                    if scale_free(rule):
+                        part.counts = np.zeros(size, np.uint16)
                 self.parts[update.table] = part
             if update.rows is None:
                 _add_dense(part, update, layouts, rule)
@@ -126,17 +152,8 @@ class Accumulation:
 
 
 def _add_dense(part: Part, update: "Update", layouts: Sequence[TableLayout], rule: Rule) -> None:
-    if rule.name == "sgd" and update.lr != part.lr:
-        # The rate changed during the outage: each gradient counts with its own, as a share of the
-        # larger one.
-        rate = max(part.lr, update.lr)
-        part.values *= np.float32(part.lr / rate)
-        share = np.float32(update.lr / rate)
-        part.lr = rate
-    else:
-        share = np.float32(1.0)
-        part.lr = update.lr
-    part.touched = None
+    share = _share(part, update, rule)
+    part.touched = part.counts = None
     start = 0
     for layout in layouts:
         mine = update.values[layout.rows]
@@ -153,27 +170,45 @@ def _add_dense(part: Part, update: "Update", layouts: Sequence[TableLayout], rul
 def _add_rows(part: Part, update: "Update", layouts: Sequence[TableLayout], rule: Rule) -> None:
     if update.rows is None:
         raise ValueError("a dense update by rows")
-    part.lr = update.lr
-    start = 0
+    share = _share(part, update, rule)
+    start, way = 0, 0.0
     for layout in layouts:
-        at = local_rows(layout, update.rows)
+        at = layout.find(update.rows)
         mine = np.flatnonzero(at >= 0)
-        index = at[mine] + start
+        index, values = at[mine] + start, update.values[mine]
         start += int(layout.block_starts[-1])
-        if rule.name == "add":
-            part.values[index] += update.values[mine]
+        if rule.name == "assign":
+            part.values[index] = values
         else:
-            part.values[index] = update.values[mine]
+            part.values[index] += values * share
+        way += _norm(values) ** 2
         if part.touched is not None:
             bits = np.left_shift(1, index & 7).astype(np.uint8)
             np.bitwise_or.at(part.touched, index >> 3, bits)
+        if part.counts is not None:
+            part.counts[index] += part.counts[index] < MAX_COUNT
+    # Rows move at times of their own: no farther than all of it one after the other.
+    part.farthest += update.lr * math.sqrt(way)
 
 
-def local_rows(layout: TableLayout, rows: Ints) -> Ints:
-    """Return where global rows stand in a layout; −1 for one that is not in it."""
-    blocks, offset = np.divmod(rows, layout.table.block_rows)
-    at = layout.index_of(blocks)
-    return np.where(at >= 0, layout.block_starts[at] + offset, -1)
+def _share(part: Part, update: "Update", rule: Rule) -> np.float32:
+    """Take an update's rate; return the share with which its gradient counts.
+
+    Where the rate changed during the outage each gradient of SGD counts with its own, as a share of
+    the larger one.
+    """
+    if rule.name != "sgd" or update.lr == part.lr:
+        part.lr = update.lr
+        return np.float32(1.0)
+    rate = max(part.lr, update.lr)
+    part.values *= np.float32(part.lr / rate)
+    part.lr = rate
+    return np.float32(update.lr / rate)
+
+
+def scale_free(rule: Rule) -> bool:
+    """Whether twice the gradient is the same step (Adam, Adagrad): one more is a step more."""
+    return rule.gradient and not isinstance(rule, SGD)
 
 
 def _gap(part: Part, rule: Rule, layouts: Sequence[TableLayout], view: Floats) -> float:
@@ -181,7 +216,8 @@ def _gap(part: Part, rule: Rule, layouts: Sequence[TableLayout], view: Floats) -
 
     SGD: lr × ‖sum‖, exactly. With momentum μ a gradient goes on to count, older ones more, up to
     1 ÷ (1 − μ); so by Abel's summation no farther than the farthest partial sum ÷ (1 − μ). What
-    weight decay, and momentum from before the outage, would have moved is not in it.
+    weight decay, and momentum from before the outage, would have moved is not in it. Of single rows
+    each has partial sums of its own: there it is all gradients' lengths ÷ (1 − μ).
     Adam and Adagrad move no parameter by more than the rate times a constant a step.
     """
     if isinstance(rule, SGD):
@@ -193,7 +229,10 @@ def _gap(part: Part, rule: Rule, layouts: Sequence[TableLayout], view: Floats) -
     if rule.name == "assign":
         return _change(part, layouts, view)
     steepest = _steepest(rule) if isinstance(rule, Adam) else 1.0
-    return part.rates * math.sqrt(part.values.size) * steepest
+    size = part.values.size
+    if part.touched is not None:
+        size = int(np.unpackbits(part.touched).sum()) * part.values.shape[1]
+    return part.rates * math.sqrt(size) * steepest
 
 
 def _norm(values: Floats) -> float:

@@ -1,5 +1,6 @@
 """A torch optimizer whose step is taken by the servers."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from daruma_trainer.errors import ConfigurationError
+from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.rules import SGD, Rule
 from daruma_trainer.worker.pushes import Update
 
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
 
 class Optimizer(torch.optim.Optimizer):
     """Pushes gradients, pulls parameters. Learning rates are read from `param_groups` at each
-    step, so torch's schedulers work on it; clipping happens before `step`, as usual."""
+    step, so torch's schedulers work on it; clipping happens before `step`, as usual.
+
+    Of a sparse gradient (`torch.nn.Embedding(sparse=True)`) the rows that it has are pushed, and no
+    others move, whatever the rule (`rules`)."""
 
     def __init__(self, job: "Job", params: Iterable[Any], rule: Rule | None) -> None:
         chosen = rule if rule is not None else SGD()
@@ -47,11 +52,7 @@ class Optimizer(torch.optim.Optimizer):
         for table, param in self._tables:
             if param.grad is None:
                 continue
-            # A copy: it is kept until all servers have it, and zero_grad may come before that.
-            grad = param.grad.detach().to("cpu", torch.float32, copy=True).numpy()
-            rows = param.shape[0] if param.dim() else 1
-            values = np.ascontiguousarray(grad).reshape(rows, -1)
-            updates.append(Update(table, lr_of[id(param)], values))
+            updates.append(Update(table, lr_of[id(param)], *_gradient_of(param.grad)))
         self._job.exchange(tuple(updates))
         return loss
 
@@ -60,6 +61,24 @@ class Optimizer(torch.optim.Optimizer):
         """Copy what was pulled into the parameters, on whatever device they are."""
         for table, param in self._tables:
             param.copy_(torch.from_numpy(self._job.values(table).reshape(tuple(param.shape))))
+
+
+def _gradient_of(grad: torch.Tensor) -> tuple[Floats, Ints | None]:
+    """Return a gradient as (rows, cols), and which rows these are if it is sparse.
+
+    A copy: it is kept until all servers have it, and zero_grad may come before that.
+    """
+    grad = grad.detach()
+    rows = None
+    if grad.is_sparse and grad.sparse_dim() == 1:
+        grad = grad.coalesce()
+        rows = grad.indices()[0].to("cpu", copy=True).numpy()
+        grad = grad.values()
+    elif grad.layout != torch.strided:
+        grad = grad.to_dense()
+    values = np.ascontiguousarray(grad.to("cpu", torch.float32, copy=True).numpy())
+    count, cols = (values.shape[0], values.shape[1:]) if values.ndim else (1, ())
+    return values.reshape(count, math.prod(cols)), rows
 
 
 def _rule_of(group: dict[str, Any], rule: Rule) -> Rule:

@@ -9,6 +9,8 @@ rest is dropped. Each ride is part of a batch: applied at most once, and sent ag
 
 Adam and Adagrad are scale-free, a gradient more would be a step more: there the mean of the replay
 and the mean with the next gradient is taken, and that is all. docs/benchmarks/replay.md measures.
+
+Where gradients are of single rows a batch takes along those that the replay has, and its own.
 """
 
 import math
@@ -17,12 +19,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from daruma_trainer.contract import Replay
-from daruma_trainer.layout import Floats
+from daruma_trainer.layout import Floats, TableLayout
 from daruma_trainer.rules import SGD, Rule
 from daruma_trainer.wire import TablePush
-from daruma_trainer.worker.accumulating import Accumulation, Part
+from daruma_trainer.worker.accumulating import MAX_COUNT, Accumulation, Part, scale_free
 from daruma_trainer.worker.copies import Group
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ class Mean:
     values: Floats
     lr: float
     scale_free: bool
+    touched: NDArray[np.bool_] | None = None
+    """Which rows it is a gradient of; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +55,15 @@ class Ride:
     batches: float
     """How many mean gradients, where a rule counts them (SGD)."""
 
-    def board(self, groups: Sequence[Group], number: int, parts: Sequence[TablePush]) -> None:
+    def board(self, groups: Sequence[Group], number: int, parts: list[TablePush]) -> None:
         """Add it to the parts of a server's message `number`; their values are nobody else's."""
-        for part in parts:
+        for i, part in enumerate(parts):
             mean = self.means.get(part.table)
-            if mean is None:
+            if mean is None or not (mean.scale_free or part.lr > 0):
                 continue
             start = sum(_rows(group, part.table) for group in groups[:number])
-            own = mean.values[start : start + len(part.values)]
-            if mean.scale_free:
-                part.values[:] = (part.values + own) * np.float32(0.5)
-            elif part.lr > 0:
-                part.values[:] += own * np.float32(self.batches * mean.lr / part.lr)
+            share = 1.0 if mean.scale_free else self.batches * mean.lr / part.lr
+            parts[i] = _joined(part, mean, share, start, groups[number].layout.tables[part.table])
 
 
 class Residual:
@@ -87,9 +89,9 @@ class Residual:
         weight, remembers = 0.0, 1.0
         for table in [t for t in done.parts if rules[t].gradient]:
             part, rule = done.parts.pop(table), rules[table]
-            part.values *= np.float32(1 / part.weight)
+            part.average(scale_free=scale_free(rule))
             weight = max(weight, part.weight)
-            means[table] = Mean(part.values, part.lr, not isinstance(rule, SGD))
+            means[table] = Mean(part.values, part.lr, scale_free(rule), part.mask)
             if isinstance(rule, SGD):
                 remembers = max(remembers, 1 / (1 - rule.momentum))
         if not means:
@@ -121,25 +123,40 @@ class Residual:
         """The server is away again: what is left is the beginning of its next accumulation."""
         for table, mean in self._means.items():
             worth = self.left
-            part = Part(mean.lr, mean.values * np.float32(worth), None, worth, worth * mean.lr)
+            part = Part(
+                mean.lr, mean.values * np.float32(worth), weight=worth, rates=worth * mean.lr
+            )
+            if mean.touched is not None:
+                part.touched = np.packbits(mean.touched, bitorder="little")
+                if mean.scale_free:
+                    part.counts = mean.touched * np.uint16(min(max(worth, 1.0), MAX_COUNT))
             if not mean.scale_free:
                 part.farthest = self.left * mean.lr * float(np.linalg.norm(mean.values))
                 part.gap = part.farthest * self._remembers
             into.parts[table] = part
 
     def _agrees(self, updates: Sequence["Update"], groups: Sequence[Group]) -> bool:
-        """Whether a batch's own gradient still points the way of the replay."""
-        slope = 0.0
+        """Whether a batch's own gradient still points the way of the replay.
+
+        One of single rows that the replay has none of says nothing.
+        """
+        slope, silent = 0.0, False
         for update in updates:
             mean = self._means.get(update.table)
             if mean is None:
                 continue
             start = 0
             for group in groups:
-                mine = update.values[group.layout.tables[update.table].rows]
-                slope += mean.lr * float(np.vdot(mean.values[start : start + len(mine)], mine))
-                start += len(mine)
-        return slope > 0
+                layout = group.layout.tables[update.table]
+                at, mine = np.arange(len(layout.rows)), layout.rows
+                if update.rows is not None:
+                    at = layout.find(update.rows)
+                    mine = np.flatnonzero(at >= 0)
+                    at = at[mine]
+                    silent |= mean.touched is not None and not mean.touched[start + at].any()
+                slope += mean.lr * float(np.vdot(mean.values[start + at], update.values[mine]))
+                start += len(layout.rows)
+        return slope > 0 or (silent and slope == 0)
 
 
 def _counted(means: Mapping[int, Mean]) -> dict[int, Mean]:
@@ -148,3 +165,26 @@ def _counted(means: Mapping[int, Mean]) -> dict[int, Mean]:
 
 def _rows(group: Group, table: int) -> int:
     return int(group.layout.tables[table].block_starts[-1])
+
+
+def _joined(
+    part: TablePush, mean: Mean, share: float, start: int, layout: TableLayout
+) -> TablePush:
+    """Return a batch's part with a share of the mean, whose rows of this message begin there."""
+    own = mean.values[start : start + len(layout.rows)]
+    here = there = np.ones(len(own), np.bool_)
+    values = part.values
+    if part.rows is not None:
+        at = layout.find(part.rows)
+        values, here = np.zeros_like(own), np.zeros(len(own), np.bool_)
+        values[at], here[at] = part.values, True
+    if mean.touched is not None:
+        there = mean.touched[start : start + len(own)]
+    values += own * np.float32(share)
+    if mean.scale_free:
+        values[here & there] *= np.float32(0.5)
+    if part.rows is None or mean.touched is None:
+        return TablePush(part.table, part.lr, values)
+    rows = np.flatnonzero(here | there)
+    rows = rows[np.argsort(layout.rows[rows])]
+    return TablePush(part.table, part.lr, values[rows], layout.rows[rows])

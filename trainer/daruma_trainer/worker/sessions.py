@@ -529,10 +529,10 @@ def parts_of(held: Held, groups: Sequence[Group], number: int) -> tuple[TablePus
         if update.rows is None:
             parts.append(TablePush(update.table, update.lr, update.values[layout.rows]))
             continue
-        mine = np.isin(update.rows, layout.rows)
-        if mine.any():
-            rows = update.rows[mine]
-            parts.append(TablePush(update.table, update.lr, update.values[mine], rows))
+        # None of them, too: all servers are to know that the batch has the table, and its rate.
+        mine = layout.find(update.rows) >= 0
+        rows = update.rows[mine]
+        parts.append(TablePush(update.table, update.lr, update.values[mine], rows))
     ride = held.rides.get(group.server)
     if ride is not None:
         ride.board(groups, number, parts)

@@ -33,7 +33,7 @@ class Table:
         return self._job.values(self.spec.id, rows)
 
     def push(self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0) -> None:
-        """Send one batch for this table, of all rows (None) or of some (rules add and assign).
+        """Send one batch for this table, of all rows (None) or of some: those alone move.
 
         `delta` has the shape of what `pull` gives for the same rows; each row at most once. No
         rows at all is a batch too: `push([], [])` keeps in step a worker that has nothing to say.
@@ -70,10 +70,14 @@ class Table:
             given = np.asarray(rows, np.int64)
             order = np.argsort(given)
             index, values = given[order], values[order]
-            if len(index) != len(values) or (np.diff(index) <= 0).any():
+            if (
+                len(index) != len(values)
+                or (np.diff(index) <= 0).any()
+                or not ((index >= 0) & (index < self.spec.rows)).all()
+            ):
                 raise ConfigurationError(
-                    f"table {self.spec.name!r}: {len(values)} values for {len(index)} rows, "
-                    "each row at most once"
+                    f"table {self.spec.name!r}: {len(values)} values for {len(index)} rows; of "
+                    f"{self.spec.rows}, each at most once"
                 )
         elif len(values) != self.spec.rows:
             raise ConfigurationError(

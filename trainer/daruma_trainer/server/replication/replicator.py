@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from daruma_trainer.contract import Member, Membership, Suspect
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints, TableSpec
@@ -303,8 +301,7 @@ def _cut(plane: DataPlane, made: Made, k: Ints, a: int, b: int) -> list[TablePus
             values = part.values.reshape(-1)[int(offsets[a]) : int(offsets[b])]
             cut.append(TablePush(part.table, part.lr, values))
             continue
-        mine = np.concatenate([np.arange(*layout.slot_rows[s : s + 2]) for s in k[a:b].tolist()])
-        inside = np.isin(part.rows, layout.rows[mine])
+        inside = layout.find_in(k[a:b], part.rows) >= 0
         values = part.values.reshape(-1, layout.table.cols)[inside]
         cut.append(TablePush(part.table, part.lr, values, part.rows[inside]))
     return cut
