@@ -9,6 +9,8 @@ import pytest
 from daruma_trainer.contract import Replay
 from daruma_trainer.layout import Floats, TableSpec
 from daruma_trainer.rules import SGD, Adagrad, Adam, Add, Assign, Rule, rule_to_json
+from daruma_trainer.server.shard import Shard
+from daruma_trainer.wire import TablePush
 from daruma_trainer.worker.accumulating import Accumulation
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.pushes import Held, Pushes, Update
@@ -104,7 +106,7 @@ def gaps_of(copy: HostCopy, rule: Rule, gradients: list[Floats], lr: float) -> l
     return found
 
 
-RULES = [
+RULES: list[Rule] = [
     SGD(), SGD(momentum=0.9), SGD(momentum=0.5, nesterov=True), SGD(momentum=0.9, dampening=0.5),
     Adam(), Adam(beta1=0.5, beta2=0.9), Adagrad(), Add(), Assign(),
 ]  # fmt: skip
@@ -132,6 +134,25 @@ def test_the_gap_is_how_far_the_batches_would_have_moved_or_a_bound_of_it(
         assert gap >= moved * (1 - 1e-5) - 1e-6, (step, gap, moved)
         if exact:
             assert gap == pytest.approx(moved, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.gradient], ids=str)
+def test_the_gap_of_gradients_of_rows_is_a_bound_too(rule: Rule) -> None:
+    """Each row goes there and back at times of its own."""
+    copy = copy_of(rule, 40, 3, servers=1)
+    shard = Shard("uid", np.arange(1024))
+    shard.create(copy.specs[0])
+    rng, into = np.random.default_rng(8), Accumulation(1, 0.0)
+    for batch in range(1, 41):
+        rows = np.sort(rng.choice(40, 3, replace=False))
+        gradient = np.ones((3, 3), np.float32) * (1 if batch <= 20 else -1)
+        part = Update(0, 0.1, gradient, rows)
+        shard.apply([TablePush(0, 0.1, gradient, rows)], np.arange(1024), np.arange(1024))
+        into.add(batch, (part,), copy.groups, [rule], copy.data)
+        moved = float(np.linalg.norm(shard.tables[0].data))
+        assert into.gap >= moved * (1 - 1e-5)
+        if rule == SGD():
+            assert into.gap == pytest.approx(moved, rel=1e-4, abs=1e-6)
 
 
 def test_the_gap_of_rows_is_that_of_the_rows() -> None:

@@ -311,6 +311,109 @@ def test_rows_are_joined_row_by_row(rule: Rule, expected: list[float]) -> None:
     assert values == dict(zip([a, b, c], expected, strict=True))
 
 
+def values_of(parts: tuple[TablePush, ...] | list[TablePush]) -> dict[int, float]:
+    """Of pushes of single rows: the first value of each row."""
+    found: dict[int, float] = {}
+    for part in parts:
+        assert part.rows is not None
+        assert (np.diff(part.rows) > 0).all()
+        assert (part.values == part.values[:, :1]).all()
+        found |= dict(zip(part.rows.tolist(), part.values[:, 0].tolist(), strict=True))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("combine", "rule", "expected"),
+    [
+        ("Sum", SGD(), [3.0, 5.0, 2.0]),
+        ("Sum", Adam(), [3.0, 5.0, 2.0]),
+        ("Mean", SGD(), [1.0, 5 / 3, 2 / 3]),
+        ("Mean", Adam(), [1.5, 2.5, 2.0]),
+    ],
+)
+def test_gradients_of_rows_are_joined_row_by_row(
+    combine: str, rule: Rule, expected: list[float]
+) -> None:
+    """SGD's mean is over the batches; where a rule is scale-free a row's is over its gradients."""
+    pushes = Pushes(Replay(combine=combine))
+    a, b, c = rows_of(1)[:3]
+    for batch, values in enumerate([{a: 2.0, b: 2.0}, {a: 1.0}, {b: 3.0, c: 2.0}], 1):
+        rows = np.array(sorted(values))
+        gradient = np.array([[values[row]] * COLS for row in rows.tolist()], np.float32)
+        accumulate(pushes, held(pushes, batch, Update(0, 0.1, gradient, rows)), 1, rule)
+    pushes.seal(1, None, [rule])
+    assert values_of(sealed(pushes, 1)) == pytest.approx(
+        dict(zip([a, b, c], expected, strict=True))
+    )
+
+
+def replayed(rule: Rule, *given: tuple[list[int], float]) -> Pushes:
+    """A worker that has batches of single rows to replay to server 1."""
+    pushes = Pushes(Replay())
+    for batch, (rows, value) in enumerate(given, 1):
+        accumulate(pushes, held(pushes, batch, update(value, rows=sorted(rows))), 1, rule)
+    pushes.seal(1, None, [rule])
+    assert not sealed(pushes, 1), "gradients ride on the batches that follow"
+    return pushes
+
+
+def rides(pushes: Pushes, batch: int, rows: list[int], value: float) -> dict[int, float]:
+    """What server 1 gets of a batch of single rows."""
+    made = held(pushes, batch, update(value, rows=sorted(rows)))
+    pushes.ride(made, 1, COPY)
+    groups = COPY.groups_of(1)
+    return values_of([p for number in range(len(groups)) for p in parts_of(made, groups, number)])
+
+
+def test_a_batch_of_rows_takes_the_replays_rows_along() -> None:
+    """The mean of two batches first; no row more than the replay and the batch have."""
+    a, b, c, other = rows_of(1)[:4]
+    pushes = replayed(SGD(), ([a, b], 4.0), ([b], 2.0))
+    assert rides(pushes, 3, [b, c], 1.0) == {a: 2.0, b: 4.0, c: 1.0}
+    # The rest is another mean: where a batch has none of the rows it says nothing against it.
+    assert rides(pushes, 4, [other], 1.0) == {a: 2.0, b: 3.0, other: 1.0}
+    assert rides(pushes, 5, [b], 1.0) == {b: 1.0}
+
+
+def test_a_batch_of_rows_that_points_elsewhere_ends_the_replay() -> None:
+    a, b = rows_of(1)[:2]
+    pushes = replayed(SGD(), ([a, b], 4.0), ([b], 2.0))
+    assert rides(pushes, 3, [b], 1.0) == {a: 2.0, b: 4.0}
+    assert rides(pushes, 4, [b], -1.0) == {b: -1.0}
+    assert rides(pushes, 5, [b], 1.0) == {b: 1.0}
+
+
+def test_a_replay_to_a_scale_free_rule_is_one_gradient_of_each_row() -> None:
+    a, b, c = rows_of(1)[:3]
+    pushes = replayed(Adam(), ([a, b], 4.0), ([b], 2.0))
+    assert rides(pushes, 3, [b, c], 1.0) == {a: 4.0, b: 2.0, c: 1.0}
+    assert rides(pushes, 4, [b], 1.0) == {b: 1.0}
+
+
+@pytest.mark.parametrize(("rule", "expected"), [(SGD(), [8 / 3, 4.0]), (Adam(), [4.0, 12.0])])
+def test_what_did_not_ride_of_rows_begins_the_next_replay(
+    rule: Rule, expected: list[float]
+) -> None:
+    a, b, c = rows_of(1)[:3]
+    pushes = replayed(rule, ([a], 4.0), ([a], 4.0))
+    accumulate(pushes, held(pushes, 3, update(12.0, rows=[b])), 1, rule)
+    pushes.seal(1, None, [rule])
+    assert rides(pushes, 4, [c], 1.0) == pytest.approx({a: expected[0], b: expected[1], c: 1.0})
+
+
+def test_a_whole_gradient_takes_the_replays_rows_along() -> None:
+    a, b = rows_of(1)[:2]
+    kinds: list[tuple[Rule, float]] = [(SGD(), 3.0), (Adam(), 2.5)]
+    for kind, expected in kinds:
+        pushes = replayed(kind, ([a], 4.0), ([b], 0.0))
+        made = held(pushes, 3, update(1.0))
+        pushes.ride(made, 1, COPY)
+        (part,) = parts_of(made, COPY.groups_of(1), 0)
+        assert part.rows is None
+        found = dict(zip(rows_of(1), part.values[:, 0].tolist(), strict=True))
+        assert (found[a], found[rows_of(1)[2]]) == (expected, 1.0)
+
+
 def test_accumulating_leaves_the_held_gradient_alone() -> None:
     pushes = Pushes(Replay())
     first = held(pushes, 1, update(1))
