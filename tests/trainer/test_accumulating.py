@@ -138,19 +138,19 @@ def test_the_gap_is_how_far_the_batches_would_have_moved_or_a_bound_of_it(
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.gradient], ids=str)
 def test_the_gap_of_gradients_of_rows_is_a_bound_too(rule: Rule) -> None:
-    """Each row goes there and back at times of its own."""
+    """Each row goes there and back, one after the other: no partial sum is long."""
     copy = copy_of(rule, 40, 3, servers=1)
     shard = Shard("uid", np.arange(1024))
     shard.create(copy.specs[0])
-    rng, into = np.random.default_rng(8), Accumulation(1, 0.0)
-    for batch in range(1, 41):
-        rows = np.sort(rng.choice(40, 3, replace=False))
-        gradient = np.ones((3, 3), np.float32) * (1 if batch <= 20 else -1)
+    into = Accumulation(1, 0.0)
+    for batch in range(1, 241):
+        row, beat = divmod(batch - 1, 6)
+        rows, gradient = np.array([row]), np.full((1, 3), 1 if beat < 3 else -1, np.float32)
         part = Update(0, 0.1, gradient, rows)
         shard.apply([TablePush(0, 0.1, gradient, rows)], np.arange(1024), np.arange(1024))
         into.add(batch, (part,), copy.groups, [rule], copy.data)
         moved = float(np.linalg.norm(shard.tables[0].data))
-        assert into.gap >= moved * (1 - 1e-5)
+        assert into.gap >= moved * (1 - 1e-5) - 1e-6
         if rule == SGD():
             assert into.gap == pytest.approx(moved, rel=1e-4, abs=1e-6)
 

@@ -12,7 +12,9 @@ from daruma_trainer.contract import Member, Membership, Role, Settings
 from daruma_trainer.layout import Floats, Ints, TableSpec
 from daruma_trainer.rules import SGD, Adagrad, Adam, Add, Assign, Rule, rule_to_json
 from daruma_trainer.server.data import DataPlane, Reply
+from daruma_trainer.server.replication.replicator import _cut
 from daruma_trainer.server.shard import Shard, TableArrays
+from daruma_trainer.server.slots import SlotState
 from daruma_trainer.wire import (
     Header,
     Kind,
@@ -254,6 +256,30 @@ def test_a_worker_that_gives_the_whole_table_makes_it_a_step_of_all_rows() -> No
     # Means of 1, and 5 for the row of the second worker; the first counts half in the second step.
     values = by_row(plane.shard.tables[0])
     assert values[:4, 0].tolist() == [-2.5, -8.5, -6.5, -2.5]
+
+
+def test_a_push_that_comes_again_for_slots_that_were_not_ready_counts_once_in_each() -> None:
+    plane, rows = plane_of(SGD(), workers=2), np.arange(ROWS)
+    part = TablePush(0, 1.0, np.full((ROWS, COLS), 4.0, np.float32), rows)
+    plane.slots.state[::2] = SlotState.RESTORING
+    send(plane, 0, 1, IDS, part)
+    plane.slots.state[:] = SlotState.READY
+    send(plane, 0, 1, IDS, part)
+    send(plane, 1, 1, IDS, TablePush(0, 1.0, np.empty((0, COLS), np.float32), rows[:0]))
+    assert (by_row(plane.shard.tables[0]) == -2.0).all()
+
+
+def test_what_goes_to_a_replica_in_parts_has_each_row_once() -> None:
+    plane, rows = plane_of(SGD()), np.array([3, 9, 50, 102])
+    made = [TablePush(0, 1.0, np.repeat(rows, COLS).astype(np.float32), rows)]
+    found: list[int] = []
+    for a, b in [(0, 300), (300, 301), (301, 1024)]:
+        (part,) = _cut(plane, made, IDS, a, b)
+        assert part.rows is not None
+        assert len(rows_in(plane, part.rows, IDS[a:b])) == len(part.rows)
+        np.testing.assert_array_equal(part.values, part.rows[:, None] + np.zeros(COLS))
+        found += part.rows.tolist()
+    assert sorted(found) == rows.tolist()
 
 
 def by_hand(plane: DataPlane, given: list[tuple[Ints, Floats]], momentum: Floats) -> Floats:

@@ -80,6 +80,22 @@ def test_a_rule_equals_torchs_over_100_steps(rule: Rule, make: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("rule", [SGD(momentum=0.9, dampening=0.5), Adam(), Adagrad()], ids=str)
+def test_rows_that_differ_in_their_steps_are_updated_as_each_alone(rule: Rule) -> None:
+    rng = np.random.default_rng(2)
+    shape = (300, TILE // 100)
+    data, push = rng.normal(size=(2, *shape)).astype(np.float32)
+    state = tuple(rng.random(shape).astype(np.float32) for _ in rule.state_names)
+    steps = rng.integers(1, 5, (len(data), 1))
+    alone = data.copy()
+    kept = tuple(s.copy() for s in state)
+    for i, step in enumerate(steps[:, 0].tolist()):
+        rule.apply(alone[i], push[i], tuple(s[i] for s in kept), 0.1, step)
+    rule.apply(data, push, state, 0.1, steps)
+    for array, expected in zip((data, *state), (alone, *kept), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
 @pytest.mark.parametrize("rule", [SGD(momentum=0.9), Adam(), Adagrad(), Add(), Assign()], ids=str)
 def test_the_change_that_a_rule_tells_is_the_change_it_makes(rule: Rule) -> None:
     rng = np.random.default_rng(1)
