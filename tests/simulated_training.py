@@ -31,7 +31,7 @@ class Training:
 
     momentum: float
     single: bool
-    """Whether every other batch pushes its marks as single rows."""
+    """Whether every other batch pushes single rows: its mark in all, its gradients of some."""
     sync: bool
 
     def marks(self) -> TableSpec:
@@ -49,8 +49,16 @@ class Training:
         mark = np.zeros((ROWS, specs[0].cols), np.float32)
         mark[:, worker * BATCHES + batch - 1] = 1.0
         rows: Ints | None = np.arange(ROWS) if self.single and batch % 2 else None
-        weights = (Update(s.id, rate(batch), gradient(s, worker, batch)) for s in specs[1:])
+        given = self._given(batch)
+        chosen = slice(None) if given is None else given
+        weights = (
+            Update(s.id, rate(batch), gradient(s, worker, batch)[chosen], given) for s in specs[1:]
+        )
         return (Update(0, 0.0, mark, rows), *weights)
+
+    def _given(self, batch: int) -> Ints | None:
+        """Of which rows a batch has gradients; None: of all."""
+        return np.arange(batch // 2 % 2, ROWS, 2) if self.single and batch % 2 else None
 
     def wrong(self, plane: DataPlane) -> str | None:
         """Say which weights are not what the batches that their slot has make of the first ones.
@@ -76,6 +84,10 @@ class Training:
         batches = range(1, BATCHES + 1)
         ways = [[rate(b) * gradient(spec, w, b) for b in batches] for w in range(WORKERS)]
         self._ways = np.array(ways)
+        for b in batches:
+            given = self._given(b)
+            if given is not None:
+                self._ways[:, b - 1, np.setdiff1d(np.arange(ROWS), given)] = 0.0
 
 
 def rate(batch: int) -> float:
