@@ -9,6 +9,7 @@ import zmq
 
 from daruma_trainer.agent import Command
 from daruma_trainer.contract import Member, Membership, Role, Settings
+from daruma_trainer.errors import GaveUpError
 from daruma_trainer.identity import Identity
 from daruma_trainer.links import Link
 from daruma_trainer.server.door import Door
@@ -78,20 +79,49 @@ def test_a_message_that_is_none_is_passed_over_and_the_next_is_taken(peer: Peer)
     link.close()
 
 
-def test_a_worker_outlives_a_question_that_it_cannot_answer(peer: Peer) -> None:
-    listen = ("127.0.0.1", free_ports())
-    client = Client(Identity("n", "j", Role.WORKER, 0, 1, TOKEN, listen))
-    me = Member(Role.WORKER, 0, 1, "w", f"127.0.0.1:{listen[1]}")
-    membership = Membership("u", "n", "j", 1, 1, 1, (peer.member, me), Settings())
-    try:
-        assert client._command(Command("membership", membership)).status == 204
-        worker = peer.hear(Kind.REPORT)
-        everything = bitmap(np.ones(1024, np.bool_))
-        for malformed in (b"short", everything + bytes(12), everything + b"x"):
-            peer.say(worker, Kind.FETCH, malformed)
-        peer.say(worker, Kind.COVERED, b"{}")
-        peer.say(worker, Kind.FETCH, everything)
-        assert peer.hear(Kind.COPY) == worker
-        assert client.failure is None
-    finally:
-        client.close()
+@pytest.fixture
+def client() -> Iterator[Client]:
+    made = Client(Identity("n", "j", Role.WORKER, 0, 1, TOKEN, ("127.0.0.1", free_ports())))
+    yield made
+    made.close()
+
+
+def join(client: Client, *others: Member, servers: int = 1, workers: int = 1) -> None:
+    """Give a worker its first membership."""
+    me = Member(Role.WORKER, 0, 1, "w", f"127.0.0.1:{client.me.listen[1]}")
+    members = (*others, me)
+    membership = Membership(
+        "u", "n", "j", 1, servers, workers, members, Settings(suspect_seconds=0.05)
+    )
+    assert client._command(Command("membership", membership)).status == 204
+
+
+def test_a_worker_outlives_a_question_that_it_cannot_answer(peer: Peer, client: Client) -> None:
+    join(client, peer.member)
+    worker = peer.hear(Kind.REPORT)
+    everything = bitmap(np.ones(1024, np.bool_))
+    for malformed in (b"short", everything + bytes(12), everything + b"x"):
+        peer.say(worker, Kind.FETCH, malformed)
+    peer.say(worker, Kind.COVERED, b"{}")
+    peer.say(worker, Kind.FETCH, everything)
+    assert peer.hear(Kind.COPY) == worker
+    assert client.failure is None
+
+
+def gives_up(client: Client, seconds: float = 0.3) -> str:
+    with pytest.raises(GaveUpError) as raised:
+        client.wait(lambda: False, seconds, "a step")
+    return str(raised.value)
+
+
+def test_a_worker_that_gives_up_says_whom_it_waited_for(peer: Peer, client: Client) -> None:
+    assert "worker-0-1: a step did not come within 0.3 s: the operator" in gives_up(client)
+    nobody = Member(Role.SERVER, 1, 4, "q", f"127.0.0.1:{free_ports()}")
+    missing = Member(Role.WORKER, 1, 5, "w1")
+    join(client, peer.member, nobody, missing, servers=3, workers=2)
+    peer.hear(Kind.REPORT)  # and it is not answered
+    said = gives_up(client)
+    assert "server-0-1 gives no answer for 0 s: see its log; " in said
+    assert "server-1-4 cannot be reached for 0 s: see its log; " in said
+    assert "server-2 does not run, or was lost: see the job's events; " in said
+    assert said.endswith("worker-1-5 has no address yet")

@@ -52,6 +52,7 @@ from daruma_trainer.worker.position import Position
 from daruma_trainer.worker.pushes import Held, Pushes, Update
 from daruma_trainer.worker.reporting import Reporter
 from daruma_trainer.worker.sessions import Sessions, Wanted
+from daruma_trainer.worker.waiting import waited_for
 
 LOG = logging.getLogger("daruma")
 HEARTBEAT_SECONDS = 0.25
@@ -125,7 +126,9 @@ class Client:
                     raise self.failure
                 left = end - time.monotonic()
                 if left <= 0:
-                    raise GaveUpError(f"{self.me.id}: {what} did not happen within {seconds:g} s")
+                    why = waited_for(self.membership, self._sessions, self.wanted)
+                    message = f"{self.me.id}: {what} did not come within {seconds:g} s: {why}"
+                    raise GaveUpError(message)
                 self.lock.wait(min(left, 1.0))
             if self.failure is not None:
                 raise self.failure
