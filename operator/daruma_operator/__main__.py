@@ -16,9 +16,10 @@ from kubernetes.aio import client
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 from prometheus_client import start_http_server
 
+from daruma_operator.clock import utc_now
 from daruma_operator.controller.handlers import registry
 from daruma_operator.controller.loop import Controller
-from daruma_operator.election import Election, utc_now
+from daruma_operator.election import Election
 from daruma_operator.metrics import Metrics
 from daruma_operator.settings import Settings
 from daruma_operator.substrate.kubernetes import KubernetesSubstrate

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from time import monotonic
 from typing import Any
 
@@ -118,8 +118,3 @@ class Election:
     async def _replace(self, lease: dict[str, Any]) -> None:
         """Replace by resourceVersion: of two candidates one gets a conflict."""
         await self._leases.replace_namespaced_lease(LEASE, self._namespace, lease)
-
-
-def utc_now() -> datetime:
-    """Return the time with its zone."""
-    return datetime.now(UTC)

@@ -9,7 +9,8 @@ from aiohttp import web
 from kubernetes.aio import client
 
 from daruma_operator import election
-from daruma_operator.election import Election, utc_now
+from daruma_operator.clock import utc_now
+from daruma_operator.election import Election
 
 DEADLINE = 60.0
 

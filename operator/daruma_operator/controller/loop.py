@@ -8,11 +8,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from time import perf_counter
 
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
+from daruma_operator.clock import SteadyClock
 from daruma_operator.controller.agents import Agents
 from daruma_operator.controller.apply import apply
 from daruma_operator.controller.decide import Decision, decide
@@ -26,11 +27,6 @@ from daruma_operator.settings import Settings
 from daruma_operator.substrate.protocol import JobKey, StatusConflict, Substrate
 
 LOG = logging.getLogger("daruma.operator")
-
-
-def utc_now() -> datetime:
-    """Return the time, as status shows it."""
-    return datetime.now(UTC)
 
 
 def _nothing(_point: str) -> None:
@@ -61,13 +57,13 @@ class Controller:
         substrate: Substrate,
         settings: Settings,
         metrics: Metrics,
-        clock: Callable[[], datetime] = utc_now,
+        clock: Callable[[], datetime] | None = None,
         hooks: Hooks | None = None,
     ) -> None:
         self._substrate = substrate
         self._settings = settings
         self._metrics = metrics
-        self._clock = clock
+        self._clock = clock or SteadyClock()
         self._hooks = hooks or Hooks()
         self._queue = WorkQueue()
         self._agents = Agents(settings, self.enqueue)
