@@ -357,7 +357,9 @@ class Client:
             with self.lock:
                 if not self._closing:
                     # The traceback is in the log; nobody shall wait for a thread that is gone.
-                    self.failure = GaveUpError(f"{self.me.id}: its I/O thread broke")
+                    self.failure = GaveUpError(
+                        f"{self.me.id}: its I/O thread broke; the traceback is in this log"
+                    )
                 self.lock.notify_all()
             if self._sessions is not None:
                 self._sessions.close()

@@ -3,7 +3,6 @@
 For the program's thread. `Position` has the bookkeeping.
 """
 
-import contextlib
 import logging
 import time
 
@@ -66,7 +65,7 @@ def align(client: Client, generation: int) -> None:
         wanted = client.pull_before()
         if wanted is None:
             return
-        with contextlib.suppress(GaveUpError):
+        try:
             client.wait(
                 lambda w=wanted: (  # type: ignore[misc]
                     w.unkept or not w.missing.any() or client.generation != generation
@@ -74,6 +73,9 @@ def align(client: Client, generation: int) -> None:
                 RELAY_AGAIN_SECONDS,
                 "an answer of a live worker",
             )
+        except GaveUpError:
+            if client.failure is not None:
+                raise  # it was replaced, or nothing is asked any more
         if wanted.unkept or time.monotonic() > end:
             LOG.warning("batch %s is made of values of two steps", following)
             client.position.mixed.add(following)

@@ -60,6 +60,8 @@ def _leave(client: Client, job: Job) -> None:
     started = time.monotonic()
     try:
         job.wait(lambda: client.released, seconds, "the job's end")
+    except ReplacedError:
+        raise
     except GaveUpError:
         LOG.warning("nobody released this worker in %.0f s: leaving", time.monotonic() - started)
 
