@@ -507,6 +507,21 @@ def test_a_server_whose_loop_hangs_behind_its_agent_is_replaced() -> None:
     assert (world.status.restarts.servers, world.status.restarts.disruptions) == (1, 0)
 
 
+def test_what_is_edited_reaches_the_members_at_once() -> None:
+    world = World(total=FOREVER).running()
+    spec = world.spec.model_copy(
+        update={"checkpoint": world.spec.checkpoint.model_copy(update={"every": 7})}
+    )
+    epoch = world.status.epoch
+    world.job = world.job.model_copy(update={"spec": spec, "generation": 2})
+    for _ in range(3):
+        world.tick()
+    assert (world.status.epoch, world.status.observed_generation) == (epoch + 1, 2)
+    for sim in world.sims.values():
+        assert sim.membership is not None
+        assert sim.membership.settings.every == 7
+
+
 def test_a_worker_whose_program_keeps_everything_waiting_is_not_replaced() -> None:
     world = World(total=FOREVER).running()
     world.silent = {"worker-0-1": 100.0}

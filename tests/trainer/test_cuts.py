@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,57 @@ def test_what_comes_from_another_generation_begins_no_cut(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("jobs", [0, 1], ids=["its part is written", "its file is written"])
+def edited(world: World, **changes: Any) -> None:
+    """The job's owner edits its checkpoints; members hear of it in a new epoch."""
+    before = world.cuts.membership
+    settings = replace(before.settings, **changes)
+    new = replace(before, epoch=before.epoch + 1, settings=settings)
+    world.saver.follow(new.settings)
+    world.cuts.follow_membership(new)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(100, 200), (5, 25)])
+def test_cuts_and_saves_go_on_where_their_interval_is_edited(
+    tmp_path: Path, every: int, steps: int
+) -> None:
+    world = World(tmp_path, fraction=1.0, every=10)
+    world.begin()
+    world.background.run()
+
+    def train(steps: int) -> tuple[int, int]:
+        """Returns the step of the newest cut and of the newest save."""
+        for _ in range(steps):
+            world.train(1)
+            world.cuts.tick()
+            world.save()
+        assert world.cuts.newest is not None
+        assert world.saver.newest is not None
+        return world.cuts.newest.step, world.saver.newest.step
+
+    cut, saved = train(500)
+    assert (cut >= 490, saved) == (True, 500)
+    edited(world, every=every)
+    cut, saved = train(steps)
+    assert (cut >= 500 + steps - every, saved) == (True, 500 + steps)
+
+
+def test_fewer_saves_are_kept_where_that_is_edited(tmp_path: Path) -> None:
+    world = World(tmp_path, every=4, keep=4, cuts=False)
+    world.begin()
+    world.background.run()
+    folder = tmp_path / f"{PREFIX}/shard-0000/00000001"
+
+    def save(times: int) -> int:
+        for _ in range(times):
+            world.train(4)
+            world.save()
+        return len(list(folder.glob("manifest-*")))
+
+    assert save(8) == 4
+    edited(world, keep=2)
+    assert save(2) == 2
+
+
 def test_a_cut_that_a_rollback_overtakes_is_not_the_newest(tmp_path: Path, jobs: int) -> None:
     world = World(tmp_path, running=False)
     first = cut_at(world, 4)

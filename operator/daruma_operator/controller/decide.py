@@ -81,6 +81,8 @@ def _advance(d: Draft) -> None:
     if d.status.phase in FINAL:
         return
     addresses(d)
+    if d.status.observed_generation not in (None, d.seen.job.generation):
+        d.raise_epoch()  # members take what was edited with the next membership, not with a loss
     match d.status.phase:
         case Phase.PENDING if d.status.recovery is None:
             pending(d)

@@ -72,6 +72,13 @@ class Cuts:
         live = [m.index for m in self.membership.of(Role.SERVER) if m.address]
         return min(live, default=self.index)
 
+    def follow_membership(self, new: Membership) -> None:
+        """Take a newer membership; the job's owner may have edited how often cuts are taken."""
+        every = new.settings.every
+        if every != self.membership.settings.every:
+            self._turn = self.plane.step // every if every else 0
+        self.membership = new
+
     def tick(self) -> None:
         """After pushes: begin the cut that is due, take the one that is complete, or give it up."""
         settings, plane = self.membership.settings, self.plane

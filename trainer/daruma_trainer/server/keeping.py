@@ -22,7 +22,7 @@ class Keeper:
         self._store = store
         self._background = background
         self._prefix, self._folder = where
-        self._keep = keep
+        self.keep = keep
         self._failed = failed
         self._kept: list[tuple[str, frozenset[str]]] = []
         """The newest manifests, and the segments that each names."""
@@ -38,7 +38,7 @@ class Keeper:
         if not self._kept:
             self._forget_predecessors()
         self._kept.append((manifest, frozenset(segments)))
-        self._retire(self._keep)
+        self._retire(self.keep)
 
     def only_newest(self) -> None:
         """Nobody may fall back to what came before the newest."""

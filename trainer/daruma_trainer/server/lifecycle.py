@@ -116,8 +116,9 @@ class Lifecycle:
         if self.replica:
             self._promote(self.plane, new)
         self.plane.follow(new)
-        if self.cuts is not None:
-            self.cuts.membership = new
+        if self.cuts is not None and self.saver is not None:
+            self.saver.follow(new.settings)
+            self.cuts.follow_membership(new)
         self.initialised |= new.initialised and bool(self.plane.slots.ready.all())
         if new.rollback.generation > self.generation:
             self._roll_back(self.plane, new)

@@ -19,7 +19,7 @@ from daruma_trainer.checkpoint.manifest import Manifest, SlotStates, shard_folde
 from daruma_trainer.checkpoint.places import ROW, Places
 from daruma_trainer.checkpoint.selection import Selection, Turn, select
 from daruma_trainer.checkpoint.store import Store
-from daruma_trainer.contract import Membership, SavedState
+from daruma_trainer.contract import Membership, SavedState, Settings
 from daruma_trainer.errors import StoreError
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.server.background import Background
@@ -129,6 +129,13 @@ class Saver:
         """Steps between two partial saves: r·C; 0: none."""
         on = self._settings.running and self._settings.every
         return self._settings.every * self._settings.fraction if on else 0.0
+
+    def follow(self, settings: Settings) -> None:
+        """Take settings that the job's owner may have edited."""
+        before, self._settings = self.every, settings
+        self.files.keep = settings.keep
+        if self.every != before:
+            self._turn = int(self._plane.step / self.every) if self.every else 0
 
     @property
     def memory(self) -> int:

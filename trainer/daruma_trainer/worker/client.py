@@ -51,7 +51,7 @@ from daruma_trainer.worker.outages import Outages
 from daruma_trainer.worker.position import Position
 from daruma_trainer.worker.pushes import Held, Pushes, Update
 from daruma_trainer.worker.reporting import Reporter
-from daruma_trainer.worker.sessions import Sessions, Wanted
+from daruma_trainer.worker.sessions import Sessions, Wanted, replay_of
 from daruma_trainer.worker.waiting import waited_for
 
 LOG = logging.getLogger("daruma")
@@ -462,6 +462,7 @@ class Client:
         if self._sessions is None:
             self._sessions = Sessions(self, new, self._context, self._poller)
         self._sessions.membership = new
+        self._sessions.pushes.limits = replay_of(new.settings)
         if old is not None and old.settings.covers and not new.settings.covers:
             self._sessions.pushes.cover_nothing()
             self._sessions.begin_all()  # replays that were applied are sent again, and let go
