@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from daruma_trainer.checkpoint.manifest import Cut, newest_cut
-from daruma_trainer.contract import SLOTS, Member, Role, Rollback
+from daruma_trainer.contract import SLOTS, ContractError, Member, Role, Rollback
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import Add, rule_to_json
 from daruma_trainer.server import cuts
@@ -73,7 +73,6 @@ def test_what_comes_from_another_generation_begins_no_cut(tmp_path: Path) -> Non
     assert world.plane.hold == (7,)
 
 
-@pytest.mark.parametrize("jobs", [0, 1], ids=["its part is written", "its file is written"])
 def edited(world: World, **changes: Any) -> None:
     """The job's owner edits its checkpoints; members hear of it in a new epoch."""
     before = world.cuts.membership
@@ -125,6 +124,25 @@ def test_fewer_saves_are_kept_where_that_is_edited(tmp_path: Path) -> None:
     assert save(2) == 2
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"index": 7}, {"index": -1}, {"batches": []}, {"batches": [1, 2]}, {"step": "x"}, {}]
+)
+def test_a_part_that_is_none_is_refused_and_spoils_no_cut(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    world = World(tmp_path, 2)
+    whole = {"op": "part", "number": number(4), "index": 1, "manifest": "m", "size": 1, "step": 4}
+    parts = (whole | {"batches": [4]} | wrong) if wrong else whole
+    with pytest.raises(ContractError):
+        world.cuts.receive(parts, 0)
+    cut_at(world, 4)
+    assert cut_files(world) == []
+    world.cuts.receive(whole | {"batches": [4]}, 0)
+    world.background.run()
+    assert cut_files(world) == [number(4)]
+
+
+@pytest.mark.parametrize("jobs", [0, 1], ids=["its part is written", "its file is written"])
 def test_a_cut_that_a_rollback_overtakes_is_not_the_newest(tmp_path: Path, jobs: int) -> None:
     world = World(tmp_path, running=False)
     first = cut_at(world, 4)

@@ -123,11 +123,21 @@ class Cuts:
                 if len(batches) == self.plane.workers and not self._holding:
                     self._begin(number, batches)
             elif raw["op"] == "part":
-                self._part(number, int(raw["index"]), raw)
+                self._part(number, *self._checked(raw))
             elif raw["op"] == "abandon" and self._holding == number:
                 self._release()
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ContractError(f"not a cut message: {error!r}") from error
+
+    def _checked(self, raw: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Return a part's shard, and what a cut says of it; before it is put beside others."""
+        index, batches = int(raw["index"]), [int(b) for b in raw["batches"]]
+        if not 0 <= index < self.membership.servers or len(batches) != self.plane.workers:
+            raise ValueError(f"a part of shard {index}, of {len(batches)} workers")
+        return index, {
+            "manifest": str(raw["manifest"]), "size": int(raw["size"]), "step": int(raw["step"]),
+            "batches": batches,
+        }  # fmt: skip
 
     def take(self, number: str) -> None:
         """Copy and save this shard for a cut, once."""
