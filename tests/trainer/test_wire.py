@@ -25,6 +25,7 @@ from daruma_trainer.layout import ShardLayout, TableSpec
 from daruma_trainer.wire import (
     HEADER,
     MAX_FRAME,
+    MAX_META,
     Header,
     Kind,
     MalformedError,
@@ -165,7 +166,7 @@ def test_malformed_messages_are_refused_by_name_and_allocate_little(data: st.Dat
         [HEAD[:-1], b""],
         [b"XXXX" + HEAD[4:], b""],
         [HEAD[:4] + b"\xff" + HEAD[5:], b""],
-        [HEAD, b"x" * (300 << 10)],
+        [HEAD, bytes(MAX_META + 1)],
         [HEAD, *[b""] * 40],
     ],
 )
