@@ -81,6 +81,11 @@ BAD: list[Case] = [
         "must be s3://bucket/folder, gs://bucket/folder",
     ),
     (
+        "a folder outside the claim",
+        {"program": PROGRAM, "checkpoint": {**STORE, "store": "file:///saves/../../other"}},
+        "without . or .. in it",
+    ),
+    (
         "credentials in the store's URI",
         {"program": PROGRAM, "checkpoint": {"store": "s3://id:key@bucket/p"}},
         "put them into a Secret that spec.checkpoint.secretRef names",
@@ -144,6 +149,43 @@ BAD: list[Case] = [
         for strategy in ("Chain", "Partial", "FullCheckpoint")
     ),
     (
+        "Chain as a fallback without replicas",
+        {"program": PROGRAM, "servers": {"replicas": 2}, "recovery": {"fallback": ["Chain"]}},
+        "only strategy: Chain, or copies above 1, keeps replicas",
+    ),
+    (
+        "pulls from replicas that lag behind",
+        {
+            "program": PROGRAM,
+            "recovery": {"chain": {"pulls": "Any", "every": 4, "ack": "None"}},
+        },
+        "pulls: Any needs every: 1",
+    ),
+    (
+        "pulls from replicas under Bounded",
+        {
+            "program": PROGRAM,
+            "consistency": {"mode": "Bounded"},
+            "recovery": {"chain": {"pulls": "Any"}},
+        },
+        "pulls: Any needs every: 1",
+    ),
+    (
+        "a variable's name with =",
+        {"program": {**PROGRAM, "env": [{"name": "A=B", "value": "c"}]}},
+        "env[0].name",
+    ),
+    (
+        "a number where a string is wanted",
+        {"program": {**PROGRAM, "args": ["--steps", 400]}},
+        "args[1]",
+    ),
+    (
+        "a string where a number is wanted",
+        {"program": PROGRAM, "servers": {"replicas": "2"}},
+        "servers.replicas",
+    ),
+    (
         "fallback to itself",
         {"program": PROGRAM, "recovery": {"strategy": "Freshest", "fallback": ["Freshest"]}},
         "twice",
@@ -151,7 +193,7 @@ BAD: list[Case] = [
 ]
 
 
-def manifest(spec: dict[str, Any], name: str = "bad") -> dict[str, Any]:
+def manifest(spec: dict[str, Any], name: Any = "bad") -> dict[str, Any]:
     """Wrap a spec into a TrainingJob."""
     return {
         "apiVersion": "daruma.dev/v1alpha1",

@@ -95,12 +95,61 @@ def test_bad_manifests_are_refused_in_words(name: str, spec: dict[str, Any], mes
         (json.dumps(manifest({"program": PROGRAM, "wokers": {}})), "spec.wokers: there is no such"),
         (json.dumps({**manifest({"program": PROGRAM}), "spc": 1}), "unknown field 'spc'"),
         (json.dumps({**manifest({"program": PROGRAM}), "metadata": {}}), "metadata.name"),
+        (json.dumps(manifest({"program": PROGRAM}, 12)), "metadata.name 12: write it in quotes"),
+        ("[1]", "holds no map of fields"),
+        ("kind: TrainingJob\nkind: Pod", "line 2, column 1): the key 'kind' is there twice"),
+        ("a: &a [1]\nb: {? *a : 1}", "unhashable key"),
     ],
 )
 def test_what_is_no_manifest_is_refused_in_words(text: str, message: str) -> None:
     with pytest.raises(ManifestError) as refused:
         parse_manifest(text, "x.yaml")
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"program": {"image": "i"}}, "spec.program.command: is missing and has no default"),
+        ({"programm": PROGRAM, "program": PROGRAM}, "there is no such field; did you mean program"),
+        ({"program": PROGRAM, "workers": {"minreplicas": 1}}, "did you mean minReplicas?"),
+        ({"program": PROGRAM, "runPolicy": {"suspend": True}}, "there are backoffLimit, window"),
+        ({"program": {**PROGRAM, "env": [{"name": "A", "vlaue": ""}]}}, "did you mean value?"),
+        ({"program": {**PROGRAM, "args": [4]}}, "args[0]: should be a string, not 4: write it in"),
+        ({"program": {**PROGRAM, "command": "a b"}}, 'command: should be a list, not "a b"'),
+        ({"program": {**PROGRAM, "command": []}}, "command: should not be empty"),
+        ({"program": PROGRAM, "consistency": "Sync"}, 'should be a map of fields, not "Sync"'),
+        ({"program": PROGRAM, "servers": {"replicas": True}}, "should be an integer, not true"),
+        ({"program": PROGRAM, "recovery": {"allowReset": "no"}}, "should be true or false, not"),
+        ({"program": PROGRAM, "recovery": {"placement": "Near"}}, "'Adopt', not \"Near\""),
+        ({"program": PROGRAM, "recovery": {"replay": {"maxGap": float("inf")}}}, "finite number"),
+        (None, "spec: should be a map of fields, not null"),
+    ],
+)
+def test_what_is_wrong_with_a_field_and_what_to_write(spec: Any, message: str) -> None:
+    with pytest.raises(ManifestError) as refused:
+        parse_manifest(yaml.safe_dump(manifest(spec)), "x.yaml")
+    assert message in str(refused.value)
+
+
+def test_a_field_left_empty_has_its_default_as_in_a_cluster() -> None:
+    spec = {"program": PROGRAM, "recovery": None, "workers": {"replicas": None}}
+    job = parse_manifest(json.dumps(manifest(spec)), "x")
+    assert job.spec == TrainingJobSpec.model_validate({"program": PROGRAM})
+
+
+def test_a_number_without_a_point_is_one_as_kubectl_reads_it() -> None:
+    text = json.dumps(manifest({"program": PROGRAM, "recovery": {"replay": {"maxGap": "G"}}}))
+    job = parse_manifest(text.replace('"G"', "1e-3"), "x")
+    assert job.spec.recovery.replay.max_gap == 0.001
+
+
+def test_aliases_that_grow_without_end_are_refused_at_once() -> None:
+    lists = [f"l{i}: &l{i} [{', '.join(10 * [f'*l{i - 1}'])}]" for i in range(1, 20)]
+    text = "\n".join(["l0: &l0 [a, a]", *lists]) + "\n"
+    head = "apiVersion: daruma.dev/v1alpha1\nkind: TrainingJob\nmetadata: {name: x}\nspec:\n"
+    with pytest.raises(ManifestError, match="larger than"):
+        parse_manifest(head + "".join(f"  {line}\n" for line in text.splitlines()), "x")
 
 
 def test_a_missing_and_a_huge_file_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.load import parse_manifest
+from daruma_operator.api.spec import EnvVar
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.errors import EnvironmentLacksError
 from daruma_operator.substrate.ports import Ports
@@ -40,7 +41,7 @@ spec:
     image: none
     command: [{program}, -c]
     args: ['{script}']
-    env: [{{name: COLOUR, value: red}}]
+    env: [{{name: COLOUR, value: red}}, {{name: DARUMA_ROLE, value: Server}}]
   checkpoint: {{store: "file:///a/b"}}
 """
     job = parse_manifest(text, "toy.yaml", local=True)
@@ -156,6 +157,19 @@ def test_a_pod_runs_with_its_environment_and_ends(tmp_path: Path) -> None:
 
     tell(job_of(ECHO), tmp_path, story)
     assert not (tmp_path / "token").exists()
+
+
+def test_a_variable_that_no_process_can_have_is_a_pod_that_ended(tmp_path: Path) -> None:
+    job = job_of("true")
+    program = job.spec.program.model_copy(update={"env": (EnvVar(name="A", value="\0"),)})
+    job = job.model_copy(update={"spec": job.spec.model_copy(update={"program": program})})
+
+    async def story(it: Story) -> None:
+        await it.substrate.create_pod(it.job, plan())
+        (pod,) = await it.until(ended)
+        assert (pod.exit_code, pod.reason, pod.message) == (126, "StartError", "embedded null byte")
+
+    tell(job, tmp_path, story)
 
 
 def test_the_token_is_for_the_owner_alone(tmp_path: Path) -> None:

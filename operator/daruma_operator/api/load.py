@@ -1,7 +1,8 @@
 """Read a manifest from a file, as `kubectl apply` and the API server would."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,35 @@ from pydantic import ValidationError
 
 from daruma_operator.api.job import API_VERSION, KIND, TrainingJob
 from daruma_operator.api.spec import TrainingJobSpec
+from daruma_operator.api.wrong import sentence
 from daruma_operator.errors import ManifestError
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
 MAX_BYTES = 1 << 20
 """The API server takes no larger object either."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as kubectl reads it: a key that is there twice is a mistake, and 1e-3 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r:.80} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
 
 
 def load_manifest(path: Path, *, local: bool = False) -> TrainingJob:
@@ -33,27 +58,19 @@ def load_manifest(path: Path, *, local: bool = False) -> TrainingJob:
 
 def parse_manifest(text: bytes | str, name: str, *, local: bool = False) -> TrainingJob:
     """Like `load_manifest`, of a text; `name` stands in messages."""
-    try:
-        documents = [d for d in yaml.safe_load_all(text) if d is not None]
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        at = f" (line {where.line + 1}, column {where.column + 1})" if where else ""
-        raise ManifestError(
-            f"{name} is not YAML{at}: {getattr(error, 'problem', error)}"
-        ) from error
-    if len(documents) != 1 or not isinstance(documents[0], dict):
-        raise ManifestError(f"{name} holds {len(documents)} documents; one TrainingJob is expected")
-    raw: dict[str, Any] = documents[0]
+    raw = _document(text, name)
     if raw.get("apiVersion") != API_VERSION or raw.get("kind") != KIND:
         found = f"{raw.get('apiVersion')} {raw.get('kind')}"
         raise ManifestError(f"{name} is a {found}: write apiVersion: {API_VERSION}, kind: {KIND}")
     meta = raw.get("metadata")
-    if not isinstance(meta, dict) or not isinstance(meta.get("name"), str):
+    if not isinstance(meta, dict) or meta.get("name") is None:
         raise ManifestError(f"{name}: metadata.name is missing: name the job")
     # They become names of folders and pods.
     for field in ("name", "namespace"):
         value = meta.get(field) or "default"
-        if not isinstance(value, str) or not _LABEL.fullmatch(value):
+        if not isinstance(value, str):
+            raise ManifestError(f"{name}: metadata.{field} {value!r:.80}: write it in quotes")
+        if not _LABEL.fullmatch(value):
             raise ManifestError(
                 f"{name}: metadata.{field} {value!r:.80} is no DNS label: write at most 52 "
                 "lower-case letters, digits and dashes, with no dash at either end"
@@ -62,9 +79,10 @@ def parse_manifest(text: bytes | str, name: str, *, local: bool = False) -> Trai
     if unknown:
         raise ManifestError(f"{name}: unknown field {unknown[0]!r} at the top level")
     try:
-        spec = TrainingJobSpec.model_validate(raw.get("spec"))
+        # Strict, and of JSON: the API server takes no "2" for a 2 either.
+        spec = TrainingJobSpec.model_validate_json(_json(raw.get("spec"), name), strict=True)
     except ValidationError as error:
-        lines = [_sentence(found["loc"], found["type"], found["msg"]) for found in error.errors()]
+        lines = [sentence(found) for found in error.errors()]
         raise ManifestError("\n".join(f"{name}: {line}" for line in lines)) from error
     problems = spec.problems(local=local)
     if problems:
@@ -72,12 +90,38 @@ def parse_manifest(text: bytes | str, name: str, *, local: bool = False) -> Trai
     return TrainingJob(name=meta["name"], namespace=meta.get("namespace") or "default", spec=spec)
 
 
-def _sentence(place: Sequence[int | str], kind: str, message: str) -> str:
-    field = "spec"
-    for part in place:
-        field += f"[{part}]" if isinstance(part, int) else f".{part}"
-    if kind == "extra_forbidden":
-        return f"{field}: there is no such field; see the TrainingJob guide for those there are"
-    if kind == "missing":
-        return f"{field}: is missing and has no default"
-    return f"{field}: {message[0].lower()}{message[1:]}"
+def _document(text: bytes | str, name: str) -> dict[str, Any]:
+    try:
+        documents = [d for d in yaml.load_all(text, _Loader) if d is not None]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        at = f" (line {where.line + 1}, column {where.column + 1})" if where else ""
+        raise ManifestError(
+            f"{name} is not YAML{at}: {getattr(error, 'problem', error)}"
+        ) from error
+    if len(documents) != 1:
+        raise ManifestError(f"{name} holds {len(documents)} documents; one TrainingJob is expected")
+    if not isinstance(documents[0], dict):
+        raise ManifestError(f"{name} holds no map of fields; one TrainingJob is expected")
+    return documents[0]
+
+
+def _json(spec: Any, name: str) -> str:
+    """Return it as JSON without nulls, which the API server takes for fields that are not there.
+
+    What YAML's aliases make of a small file is not small, and bounded as well.
+    """
+    parts, size = [], 0
+    try:
+        for part in json.JSONEncoder(default=str).iterencode(spec):
+            size += len(part)
+            if size > MAX_BYTES:
+                raise ManifestError(f"{name}: spec is larger than {MAX_BYTES} bytes")
+            parts.append(part)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{name}: spec is nothing that JSON can hold: {error}") from error
+    return json.dumps(json.loads("".join(parts), object_pairs_hook=_given))
+
+
+def _given(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in fields if value is not None}

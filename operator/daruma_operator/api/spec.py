@@ -12,13 +12,13 @@ MAX_REPLICAS = 1000
 IMMUTABLE = "is immutable: make another TrainingJob instead"
 
 STORE_PATTERN = (
-    "^(file:///.*|(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"
+    "^(file:///([^/.?#][^/?#]*(/[^/.?#][^/?#]*)*/?)?|(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"
     "(/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*/?)$"
 )
 STORE_FORM = (
     "spec.checkpoint.store must be s3://bucket/folder, gs://bucket/folder, az://container/folder "
-    "or file:///path; credentials do not belong in it: put them into a Secret that "
-    "spec.checkpoint.secretRef names"
+    "or file:///path, without . or .. in it; credentials do not belong in it: put them into a "
+    "Secret that spec.checkpoint.secretRef names"
 )
 
 
@@ -70,7 +70,7 @@ class EnvVar(SpecModel):
 
     model_config = ConfigDict(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
 
-    name: str = Field(min_length=1, max_length=256)
+    name: str = Field(min_length=1, max_length=256, pattern="^[ -<>-~]+$")
     value: str | None = Field(default=None, max_length=65536)
     value_from: dict[str, Any] | None = Field(default=None, json_schema_extra=free())
 
@@ -215,6 +215,7 @@ class Replay(SpecModel):
     max_gap: float | None = Field(
         default=None,
         gt=0,
+        allow_inf_nan=False,
         description="A worker waits where the bound on the distance (L2) between the parameters "
         "that it computes with and the true ones reaches this. Default: no limit.",
     )
@@ -388,6 +389,14 @@ TOO_MANY = (
 NOT_BOUNDED = (
     "spec.consistency.maxStaleness belongs to mode Bounded: remove it, or write mode: Bounded"
 )
+NO_CHAIN = (
+    "spec.recovery.fallback lists Chain, but only strategy: Chain, or copies above 1, keeps "
+    "replicas"
+)
+NO_ANY = (
+    "spec.recovery.chain.pulls: Any needs every: 1, and consistency Async or Sync: choose those, "
+    "or pulls: Head"
+)
 NO_TWICE = "spec.recovery.fallback lists a strategy twice, or the strategy itself"
 
 
@@ -445,6 +454,16 @@ class TrainingJobSpec(SpecModel):
                 "!has(self.recovery) || self.recovery.chain.every == 1 || "
                 "self.recovery.chain.ack == 'None'",
                 EVERY_NEEDS_NONE,
+            ),
+            rule(
+                "!has(self.recovery) || !has(self.recovery.fallback) || "
+                "self.recovery.copies > 1 || self.recovery.fallback.all(f, f != 'Chain')",
+                NO_CHAIN,
+            ),
+            rule(
+                "!has(self.recovery) || self.recovery.chain.pulls == 'Head' || "
+                "(self.recovery.chain.every == 1 && self.consistency.mode != 'Bounded')",
+                NO_ANY,
             ),
             rule("self.workers.minReplicas <= self.workers.replicas", TOO_MANY),
             rule(
@@ -512,8 +531,7 @@ class TrainingJobSpec(SpecModel):
     @property
     def pulls_from_replicas(self) -> bool:
         """Whether workers pull from replicas. How stale those of `Bounded` are, the head knows."""
-        chain, bounded = self.recovery.chain, self.consistency.mode is ConsistencyMode.BOUNDED
-        return self.chained and chain.pulls is Pulls.ANY and chain.every == 1 and not bounded
+        return self.chained and self.recovery.chain.pulls is Pulls.ANY
 
     def problems(self, *, local: bool) -> list[str]:
         """Say what the CEL rules would say; `local`: `daruma run` needs no claim, has a store."""
@@ -523,6 +541,7 @@ class TrainingJobSpec(SpecModel):
         uses = bool(saves & set(ladder))
         cloud = point.store is not None and not point.store.startswith("file://")
         file = point.store is not None and not cloud
+        bounded = self.consistency.mode is ConsistencyMode.BOUNDED
         checks = [
             (uses and point.store is None and not local, NEEDS_STORE),
             (uses and point.every == 0, NEEDS_EVERY),
@@ -534,12 +553,10 @@ class TrainingJobSpec(SpecModel):
             (self.replicas > self.servers.replicas, TOO_FEW_SERVERS),
             (self.recovery.copies > 1 and ladder[0] not in COPYING, NO_COPIES),
             (chain.every > 1 and chain.ack is not Ack.NONE, EVERY_NEEDS_NONE),
+            (StrategyName.CHAIN in ladder[1:] and self.recovery.copies == 1, NO_CHAIN),
+            (chain.pulls is Pulls.ANY and (chain.every > 1 or bounded), NO_ANY),
             (self.workers.min_replicas > self.workers.replicas, TOO_MANY),
-            (
-                self.consistency.mode is not ConsistencyMode.BOUNDED
-                and self.consistency.max_staleness > 0,
-                NOT_BOUNDED,
-            ),
+            (not bounded and self.consistency.max_staleness > 0, NOT_BOUNDED),
             (point.store is not None and not re.search(STORE_PATTERN, point.store), STORE_FORM),
         ]
         return [message for wrong, message in checks if wrong]

@@ -189,7 +189,7 @@ class ProcessSubstrate:
             address = f"{HOST}:{self._ports.take()}"
             self._starting.add(plan.name)
             child = await self._start(job, plan, address)
-        except (OSError, EnvironmentLacksError) as error:
+        except (OSError, ValueError, EnvironmentLacksError) as error:
             self._pods[plan.name] = _Pod(_not_started(facts, error), None)
         else:
             self._pods[plan.name] = _Pod(replace(facts, address=address), child)
@@ -277,8 +277,8 @@ class ProcessSubstrate:
             # Workers share this machine; torch would give each a thread a core.
             threads = max(1, (os.cpu_count() or 1) // job.spec.workers.replicas)
             # A Secret's value (valueFrom) is what the environment here says it is.
-            own |= {v.name: v.value for v in job.spec.program.env if v.value is not None}
-            environment = self._shared_environment(threads) | own
+            given = {v.name: v.value for v in job.spec.program.env if v.value is not None}
+            environment = self._shared_environment(threads, given) | own
             return Child.start(program_command(job), environment, log, ended, WORKERS_NICE)
         if self._forkserver is not None:
             with log.open("wb") as out:
@@ -288,11 +288,15 @@ class ProcessSubstrate:
         command = [sys.executable, "-m", "daruma_trainer.server"]
         return Child.start(command, self._shared_environment(threads=1) | own, log, ended)
 
-    def _shared_environment(self, threads: int) -> dict[str, str]:
+    def _shared_environment(
+        self, threads: int, program: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Return what members have in common; who they are, no program's variable may say."""
         return {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             **self._environment,
+            **(program or {}),
             ENV_NAMESPACE: self._key.namespace,
             ENV_JOB: self._key.name,
             ENV_TOKEN_FILE: str(self._token_file),
