@@ -31,6 +31,17 @@ def test_a_query_asks_for_metrics_and_labels_that_there_are(query: str) -> None:
     for name in set(re.findall(r"daruma_[a-z_]+", query)):
         base = re.sub(r"_(total|bucket|sum|count)$", "", name)
         assert base in families or name in families, f"no metric {name}"
+    labels = set(re.findall(r"by \(([^)]*)\)|\{(\w+)=~", query))
+    asked = {label.strip() for pair in labels for part in pair for label in part.split(",")}
+    known = {label for name in re.findall(r"daruma_[a-z_]+", query) for label in labels_of(name)}
+    assert asked - {"", "le"} <= known
+
+
+def labels_of(name: str) -> tuple[str, ...]:
+    """Return the labels of a metric, as an attribute of Metrics declares them."""
+    base = re.sub(r"_(total|bucket|sum|count)$", "", name)
+    (found,) = [m for m in vars(Metrics()).values() if getattr(m, "_name", None) in (base, name)]
+    return tuple(found._labelnames)
 
 
 def test_every_panel_has_a_title_a_unit_and_a_query() -> None:

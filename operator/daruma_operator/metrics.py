@@ -74,6 +74,9 @@ class Metrics:
         self.pushes_replayed = Counter(
             "daruma_pushes_replayed", "Pushes that recovered slots got late.", registry=r
         )
+        self.pushes_skipped = Counter(
+            "daruma_pushes_skipped", "Batches that nobody made: a worker was missing.", registry=r
+        )
         self.escalations = Counter(
             "daruma_recovery_escalations",
             "Steps from one rung of the ladder to the next.",
@@ -144,6 +147,9 @@ class Metrics:
         for record in new.recoveries:
             if record.id not in known:
                 self._recovered(namespace, record)
+        self.pushes_lost.inc(max(0, new.pushes.lost - old.pushes.lost))
+        self.pushes_replayed.inc(max(0, new.pushes.replayed - old.pushes.replayed))
+        self.pushes_skipped.inc(max(0, new.pushes.skipped - old.pushes.skipped))
         before = _losses(old)
         for key, (role, cause) in _losses(new).items():
             if key not in before:
@@ -175,8 +181,6 @@ class Metrics:
             counterfactual.observe(rework.counterfactual_steps)
         if record.delta_norm.value is not None:
             self.delta_norm.labels(strategy).observe(record.delta_norm.value)
-        self.pushes_lost.inc(record.pushes.lost)
-        self.pushes_replayed.inc(record.pushes.replayed)
 
 
 def _losses(status: TrainingJobStatus) -> dict[tuple[str, int, int], tuple[str, str]]:

@@ -258,9 +258,12 @@ def test_ctrl_c_saves_what_there_is(tmp_path: Path) -> None:
         until("it trains", lambda: trains(tmp_path, 20))
         process.send_signal(signal.SIGINT)
         assert ended(tmp_path, process) == 1
-    assert "interrupted at step" in output(tmp_path)
+    said = output(tmp_path)
     found = report(tmp_path)
+    assert f"daruma: interrupted at step {found['steps']} of 100000; spec.checkpoint" in said
+    assert "Succeeded" not in said
     assert found["interrupted"] is True
+    assert (found["phase"], found["reason"]) == ("Failed", "Interrupted")
     assert 0 < found["steps"] < 100_000
     assert accuracy(found["result"]["uri"], tmp_path / "model") > 0.2
 
@@ -272,6 +275,8 @@ def test_the_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
         until("the first was heard", lambda: "once more to kill" in output(tmp_path))
         process.send_signal(signal.SIGINT)
         assert ended(tmp_path, process) == 1
+    found = report(tmp_path)
+    assert (found["phase"], found["reason"]) == ("Failed", "Interrupted"), "whenever it was killed"
 
 
 def test_no_member_survives_a_killed_daruma(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ RECOVERY = RecoveryRecord(
     phases=Phases(detect=0.1, replace=0.2, restore=0.05, resume=0.05),
     sources={"peer": 250, "runningCheckpoint": 6},
     delta_norm=DeltaNorm(value=0.03, kind="UpperBound"),
-    pushes=Pushes(lost=2, replayed=5),
+    pushes=Pushes(lost=2, replayed=5, skipped=9),
     outcome="Succeeded",
 )
 
@@ -120,6 +120,57 @@ def test_no_loss_is_no_sample() -> None:
     assert recorder.loss == []
 
 
+def test_what_is_no_number_is_null_in_the_report() -> None:
+    recorder = Recorder()
+    report = worker(0, 1, 5, float("nan"))
+    report.metrics["perplexity"] = float("inf")  # type: ignore[index]
+    recorder.note(job_at(5), reports(report), 1.0)
+    made = recorder.report(job_at(5), 2.0, interrupted=False)
+    assert made["loss"] == [[5, 1.0, None]]
+    assert made["metrics"]["perplexity"] is None
+    json.dumps(made, allow_nan=False)
+    console = Console(width=200, record=True)
+    console.print(metrics_table(made))
+    assert console.export_text().count("not a number") == 2
+
+
+@pytest.mark.parametrize("phase", [Phase.SUCCEEDED, Phase.RECOVERING])
+def test_an_interrupted_job_did_not_succeed(phase: Phase) -> None:
+    recorder = Recorder(step=17)
+    job = job_at(17)
+    job = job.model_copy(update={"status": job.status.model_copy(update={"phase": phase})})
+    made = recorder.report(job, 2.0, interrupted=True)
+    assert (made["phase"], made["reason"], made["interrupted"]) == ("Failed", "Interrupted", True)
+    assert made["message"].startswith("interrupted at step 17 of 400; spec.checkpoint.restoreFrom:")
+    assert made["result"]["uri"] in made["message"]
+    unsaved = job.status.model_copy(update={"result": None, "initialised": True})
+    made = recorder.report(job.model_copy(update={"status": unsaved}), 2.0, interrupted=True)
+    assert made["message"] == "interrupted at step 17 of 400; no result was saved"
+
+
+def test_a_job_that_failed_while_it_was_interrupted_failed_for_its_own_reason() -> None:
+    job = job_at(17)
+    failed = job.status.model_copy(update={"phase": Phase.FAILED, "reason": "ResultNotSaved"})
+    job = job.model_copy(update={"status": failed})
+    made = Recorder(step=17).report(job, 2.0, interrupted=True)
+    assert (made["phase"], made["reason"], made["interrupted"]) == (
+        "Failed",
+        "ResultNotSaved",
+        True,
+    )
+
+
+def test_a_wait_says_what_for() -> None:
+    console = Console(width=200, force_terminal=False, record=True)
+    job = job_at(0)
+    update = {"phase": Phase.STARTING, "message": "waiting for worker-1"}
+    job = job.model_copy(update={"status": job.status.model_copy(update=update)})
+    with View(console) as view:
+        view.show(job, None, 1.0)
+    assert "Starting, servers -, workers -" in console.export_text(clear=False)
+    assert ": waiting for worker-1" in console.export_text()
+
+
 def test_what_people_see_names_the_numbers() -> None:
     console = Console(width=200, force_terminal=False, record=True)
     with View(console) as view:
@@ -139,7 +190,7 @@ def test_what_people_see_names_the_numbers() -> None:
         "RecoveryStarted server-1: server 1 was lost",
         "≤ 0.03",
         "peer 250",
-        "2 lost, 5 replayed",
+        "2 lost, 5 replayed, 9 skipped",
     ):
         assert word in text
 

@@ -446,9 +446,75 @@ def test_failures_count_up_to_the_limit() -> None:
     for _ in range(2):
         world.kill("worker-0", code=1)
         world.running()
-    world.kill("worker-0", code=1)
+    name = world.kill("worker-0", code=1)
+    world.pods[name] = replace(world.pods[name], message="Traceback:\n  line 3\nValueError: bad\n")
     world.tick()
     assert (world.status.phase, world.status.reason) == ("Failed", "BackoffLimitExceeded")
+    last = f"the last one: {name} was lost (Error) with exit code 1: ValueError: bad"
+    assert world.status.message.endswith(last)
+    assert world.status.last_failure is not None
+    assert (world.status.last_failure.message or "").startswith("Traceback")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (1, "with exit code 1: boom"),
+        (200, "with exit code 200: boom"),
+        (137, "with exit code 137 (SIGKILL); it said last: boom"),
+        (139, "with exit code 139 (SIGSEGV); it said last: boom"),
+    ],
+)
+def test_how_a_process_ended_is_told(code: int, said: str) -> None:
+    world = World(total=FOREVER).running()
+    world.kill("worker-0", code=code)
+    (event,) = [e for e in world.tick().events if e.reason == "PodFailed"]
+    assert event.message == f"j-worker-0-1 was lost (Error) {said}"
+
+
+def test_a_program_that_never_joins_fails_the_job_at_once() -> None:
+    world = World()
+    world.pass_()
+    world.finish("worker-1")
+    world.tick()
+    assert (world.status.phase, world.status.reason) == ("Failed", "NothingTrained")
+    assert "j-worker-1-1 ended with exit code 0 before it joined" in world.status.message
+
+
+def test_workers_that_leave_without_tables_fail_the_job() -> None:
+    world = World(slow=True)
+    world.tick()
+    world.until_phase("Starting")
+    world.sim("worker-0").state = "Left"
+    world.tick()
+    assert world.status.phase is Phase.STARTING, "the other may make them yet"
+    world.sim("worker-1").state = "Left"
+    server = world.sim("server-1")
+    world.last.clear()
+    del world.sims[server.id]
+    world.tick()
+    assert world.status.phase is Phase.STARTING, "a server that was not heard may have some"
+    world.sims[server.id] = server
+    world.tick()
+    assert (world.status.phase, world.status.reason) == ("Failed", "NothingTrained")
+
+
+def test_a_start_names_whom_it_waits_for() -> None:
+    world = World(slow=True)
+    world.until_phase("Starting")
+    world.tick()
+    text = "2 of 5 members are ready; waiting for server-0, server-1, server-2"
+    assert world.status.message == text
+
+
+def test_steps_per_second_are_those_of_the_last_seconds() -> None:
+    world = World(total=FOREVER).running()
+    for _ in range(20):
+        world.tick(0.5)
+    for seconds in 40 * [0.01, 0.99]:
+        world.tick(seconds)
+    assert world.status.progress is not None
+    assert world.status.progress.steps_per_second == pytest.approx(2.0, rel=0.25)
 
 
 def test_disruptions_never_count() -> None:
@@ -553,7 +619,10 @@ def test_a_servers_closed_port_and_a_members_word_are_a_verdict() -> None:
     (event,) = [e for d in world.decisions for e in d.events if e.warning]
     assert event.reason == "OOMKilled"
     assert event in decision.events, "told once, when it is known"
-    assert "j-server-1-1 was lost (OOMKilled) with exit code 137: boom" in event.message
+    assert (
+        "j-server-1-1 was lost (OOMKilled) with exit code 137 (SIGKILL); it said last: boom"
+        in event.message
+    )
     assert world.status.recovery.losses[0].reason == "OOMKilled"
     last = world.status.last_failure
     assert last is not None

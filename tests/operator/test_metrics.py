@@ -54,10 +54,12 @@ def test_a_recovery_is_counted_once_when_it_ends() -> None:
         delta_norm=DeltaNorm(value=0.1, kind="UpperBound"),
         pushes=Pushes(lost=2, replayed=3),
     )
-    done = TrainingJobStatus(recoveries=(ended,))
+    done = TrainingJobStatus(recoveries=(ended,), pushes=Pushes(lost=2, replayed=3))
+    later = done.model_copy(update={"pushes": Pushes(lost=2, replayed=5, skipped=4)})
     metrics.note_write("n", TrainingJobStatus(), begun, 6)
     metrics.note_write("n", begun, done, 6)
     metrics.note_write("n", done, done.model_copy(update={"message": "x"}), 6)
+    metrics.note_write("n", done, later, 6)
     labels = {"strategy": "Freshest", "cause": "ServerLost"}
     assert value(metrics, "daruma_recoveries_total", namespace="n", outcome="Succeeded", **labels)
     assert value(metrics, "daruma_recovery_seconds_count", **labels) == 1
@@ -65,7 +67,8 @@ def test_a_recovery_is_counted_once_when_it_ends() -> None:
     phase = {"strategy": "Freshest", "phase": "restore"}
     assert value(metrics, "daruma_recovery_phase_seconds_sum", **phase) == 0.25
     assert value(metrics, "daruma_pushes_lost_total") == 2
-    assert value(metrics, "daruma_pushes_replayed_total") == 3
+    assert value(metrics, "daruma_pushes_replayed_total") == 5
+    assert value(metrics, "daruma_pushes_skipped_total") == 4
     failures = {"namespace": "n", "role": "Server", "cause": "OOMKilled"}
     assert value(metrics, "daruma_pod_failures_total", **failures) == 1
 

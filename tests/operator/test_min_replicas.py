@@ -110,6 +110,24 @@ def test_what_a_lost_worker_counted_stays_in_the_job_s_counts() -> None:
     assert world.status.pushes.skipped == 6
 
 
+def test_what_is_counted_after_a_recovery_is_its_own_until_the_next_loss() -> None:
+    world = World(spec=spec_of(recovery={"placement": "Adopt"}), total=FOREVER).running()
+    world.kill("worker-1")
+    world.running()
+    world.sim("worker-1").skipped = 5
+    world.tick()
+    assert [r.pushes.skipped for r in world.status.recoveries] == [5]
+    # What is known when the next loss is, happened since the last look.
+    world.sim("worker-0").skipped = 2
+    world.kill("server-1")
+    world.until(lambda w: len(w.status.recoveries) == 3 and w.status.recovery is None)
+    world.sim("worker-1").skipped = 6
+    world.tick()
+    found = [(r.cause, r.pushes.skipped) for r in world.status.recoveries]
+    assert found == [("WorkerLost", 5), ("ServerLost", 3), ("HandBack", 0)]
+    assert world.status.pushes.skipped == 8
+
+
 @pytest.mark.parametrize("mode", ["Sync", "Bounded"])
 def test_the_step_is_the_clock_of_the_slowest_that_is_there(mode: str) -> None:
     world = missing_one(consistency={"mode": mode})

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from daruma_operator.api.job import TrainingJob
-from daruma_operator.api.status import Pushes
+from daruma_operator.api.status import Phase, Pushes
 from daruma_trainer.contract import Report
 
 MOST_SAMPLES = 2000
@@ -16,8 +17,8 @@ MOST_SAMPLES = 2000
 class Recorder:
     """Keeps what views said. `seconds` are since the run began."""
 
-    loss: list[tuple[int, float, float]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    loss: list[tuple[int, float, float | None]] = field(default_factory=list)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     step: int = 0
     _batches: dict[str, int] = field(default_factory=dict)
     """The last acknowledged batch by worker index; numbers go on across incarnations."""
@@ -40,7 +41,7 @@ class Recorder:
             seat = member.rpartition("-")[0]
             if member.startswith("worker-"):
                 # Sorted backwards, so that worker 0, which evaluates, has the last word.
-                self.metrics.update(report.metrics)
+                self.metrics.update({k: _number(v) for k, v in report.metrics.items()})
                 self._batches[seat] = max(self._batches.get(seat, 0), report.step)
             else:
                 self._duplicates[member] = max(self._duplicates.get(member, 0), report.duplicate)
@@ -49,7 +50,7 @@ class Recorder:
 
     def report(self, job: TrainingJob, seconds: float, *, interrupted: bool) -> dict[str, Any]:
         """Return `report.json`'s content (docs/guides/run.md describes it)."""
-        status = job.status
+        status = (interrupted_job(job, self.step) if interrupted else job).status
         recoveries = [self._recoveries[i] for i in sorted(self._recoveries)]
         return {
             "job": f"{job.namespace}/{job.name}",
@@ -83,10 +84,34 @@ class Recorder:
         self._seen += 1
         if self._seen % self._every:
             return
-        self.loss.append((self.step, round(seconds, 3), loss))
+        self.loss.append((self.step, round(seconds, 3), _number(loss)))
         if len(self.loss) > MOST_SAMPLES:
             del self.loss[::2]
             self._every *= 2
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if isfinite(value) else None
+
+
+def interrupted_job(job: TrainingJob, step: int) -> TrainingJob:
+    """Return a job as Ctrl-C leaves it.
+
+    Its workers were told to end, so that they did so well is no success; where it failed meanwhile,
+    that is what became of it.
+    """
+    status = job.status
+    if status.phase is Phase.FAILED:
+        return job
+    total = None if status.progress is None else status.progress.total_steps
+    text = f"interrupted at step {step}" + (f" of {total}" if total else "")
+    if status.result is not None:
+        text += f"; spec.checkpoint.restoreFrom: {status.result.uri} goes on from there"
+    elif status.initialised:
+        text += "; no result was saved"
+    update = {"phase": Phase.FAILED, "reason": "Interrupted", "message": text}
+    return job.model_copy(update={"status": status.model_copy(update=update)})
 
 
 def mean_loss(reports: Mapping[str, Report]) -> float | None:

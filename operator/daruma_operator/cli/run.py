@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,7 +22,7 @@ from daruma_operator.api.spec import StrategyName
 from daruma_operator.api.status import Phase
 from daruma_operator.cli.folder import used, write_report
 from daruma_operator.cli.kills import Kill, check_kills, due, parse_kill
-from daruma_operator.cli.record import Recorder, mean_loss
+from daruma_operator.cli.record import Recorder, interrupted_job, mean_loss
 from daruma_operator.cli.show import View, metrics_table, recoveries_tables
 from daruma_operator.controller.decide import Decision
 from daruma_operator.controller.loop import Controller, Hooks
@@ -31,11 +32,13 @@ from daruma_operator.metrics import Metrics
 from daruma_operator.settings import Settings
 from daruma_operator.substrate.ports import Ports
 from daruma_operator.substrate.processes import HOST, ProcessSubstrate, program_command
-from daruma_operator.substrate.protocol import JobKey
+from daruma_operator.substrate.protocol import Event, JobKey
 from daruma_trainer.contract import ExitCode
 
 _FINISH_SECONDS = 15.0
 """After the first Ctrl-C: how long workers and servers have to save what there is."""
+_ENDING = ("SavingResult", "WorkersLeaving")
+"""Reasons of a job whose programs came to their ends."""
 _GRACE_SECONDS = 2.0
 """What still runs at the end gets SIGTERM, and SIGKILL after this."""
 
@@ -80,12 +83,17 @@ def run(
         for table in recoveries_tables(report["recoveries"], console.width):
             console.print(table)
         console.print(metrics_table(report))
+        # Lines of their own: they are to be copied.
+        if report["result"] is not None:
+            console.print(f"result: {report['result']['uri']}", soft_wrap=True, highlight=False)
         console.print(f"report: {out / 'report.json'}", soft_wrap=True, highlight=False)
     if one.interrupted:
-        print(f"daruma: interrupted at step {report['steps']}", file=sys.stderr)
+        print(f"daruma: {report['message']}", file=sys.stderr)
         return ExitCode.FAILED
     if phase is not Phase.SUCCEEDED:
-        print(f"daruma: the job failed: {report['message']} (logs: {out}/logs)", file=sys.stderr)
+        last = substrate.job.status.last_failure
+        log = out / "logs" if last is None else out / "logs" / f"{last.pod}.log"
+        print(f"daruma: the job failed: {report['message']} (log: {log})", file=sys.stderr)
         return ExitCode.FAILED
     return ExitCode.OK
 
@@ -131,7 +139,11 @@ class _Run:
         self._started = 0.0
         self._done = asyncio.Event()
         self._aborted = asyncio.Event()
+        self._asked = False
+        """Whether Ctrl-C came."""
+        self._diverged = False
         self.interrupted = False
+        """Whether it ended what would have gone on."""
 
     async def to_the_end(self, out: Path) -> tuple[dict[str, Any], Phase | None]:
         """Run until the job is final, or was interrupted, and write the report.
@@ -147,7 +159,7 @@ class _Run:
             self._substrate, Settings().local(), Metrics(), hooks=Hooks(observer=self._observe)
         )
         self._substrate.changed = controller.enqueue
-        self._substrate.told = lambda event: self._view.event(self._seconds(), event)
+        self._substrate.told = self._tell
         stop = asyncio.Event()
         try:
             with self._view, _logged(out / "logs" / "daruma.log", self._warn):
@@ -158,6 +170,8 @@ class _Run:
         finally:
             await self._substrate.close(0.0 if self._aborted.is_set() else _GRACE_SECONDS)
         job = self._substrate.job
+        if job.status.phase not in (Phase.SUCCEEDED, Phase.FAILED):
+            self.interrupted = True  # killed while the job was at its end
         report = self._recorder.report(job, self._seconds(), interrupted=self.interrupted)
         write_report(out, report)  # while nobody can interrupt it
         return report, job.status.phase
@@ -173,30 +187,39 @@ class _Run:
             aborted.cancel()
 
     def _interrupt(self) -> None:
-        if self.interrupted:
+        if self._asked:
             self._warn("killing everything")
             self._aborted.set()
             return
-        self.interrupted = True
+        self._asked = True
         status = self._substrate.job.status
+        loop = asyncio.get_running_loop()
+        if status.reason in _ENDING or status.phase is Phase.SUCCEEDED:
+            self._warn("the programs are done already: ending; once more to kill")
+            loop.call_later(_FINISH_SECONDS, self._aborted.set)
+            return
+        self.interrupted = True
         if not status.initialised:
             self._warn("interrupted before training began: there is nothing to save")
             self._aborted.set()
             return
         self._warn("interrupted: saving what there is; once more to kill")
-        # With the result saved, workers leave on their own.
-        saved = status.result is not None
-        workers = saved or self._substrate.terminate_workers()
-        finish = _FINISH_SECONDS if workers else 0.0
-        asyncio.get_running_loop().call_later(finish, self._aborted.set)
+        finish = _FINISH_SECONDS if self._substrate.terminate_workers() else 0.0
+        loop.call_later(finish, self._aborted.set)
 
     def _observe(self, seen: Seen, decision: Decision) -> None:
         """Called by the controller once a pass."""
         seconds = self._seconds()
         job: TrainingJob = seen.job.model_copy(update={"status": decision.status})
+        if self.interrupted and decision.status.phase is Phase.SUCCEEDED:
+            job = interrupted_job(job, self._recorder.step)
         reports = {member: heard.report for member, heard in seen.heard.items()}
         self._recorder.note(job, reports, seconds)
-        self._view.show(job, mean_loss(reports), seconds)
+        loss = mean_loss(reports)
+        if loss is not None and not isfinite(loss) and not self._diverged:
+            self._diverged = True
+            self._warn(f"the programs report a loss of {loss}")
+        self._view.show(job, loss, seconds)
         for kill in due(self._kills, self._recorder.step):
             pod = self._substrate.kill(kill.role, kill.index)
             if pod is not None:
@@ -207,6 +230,11 @@ class _Run:
                 self._warn(f"--kill {kill} never came to pass")
             self._kills.clear()
             self._done.set()
+
+    def _tell(self, event: Event) -> None:
+        # That its workers, told to end, ended well makes no success of an interrupted job.
+        if not (self.interrupted and event.reason == "Succeeded"):
+            self._view.event(self._seconds(), event)
 
     def _warn(self, text: str) -> None:
         self._view.say(self._seconds(), text, warning=True)

@@ -10,11 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from daruma_operator.api.job import TrainingJob
+from daruma_operator.api.status import Phase
 from daruma_operator.substrate.protocol import Event
 
 _REFRESH_SECONDS = 0.1
 _LINE_SECONDS = 2.0
 _PHASES = ("detect", "replace", "restore", "resume")
+_WAITING = (Phase.PENDING, Phase.STARTING, Phase.RECOVERING)
+"""Phases whose message says what is waited for."""
 _STYLES = {"Running": "green", "Recovering": "yellow", "Succeeded": "green", "Failed": "red"}
 
 
@@ -68,7 +71,8 @@ def _line(job: TrainingJob, loss: float | None, seconds: float) -> Text:
     status = job.status
     words = [f"{seconds:7.2f} s  {status.phase}", f"servers {status.servers.text or '-'}"]
     words += [f"workers {status.workers.text or '-'}", _progress(job, loss)]
-    return Text(", ".join(word for word in words if word))
+    why = f": {status.message}" if status.phase in _WAITING and status.message else ""
+    return Text(", ".join(word for word in words if word) + why)
 
 
 def _progress(job: TrainingJob, loss: float | None) -> str:
@@ -93,6 +97,8 @@ def _panel(job: TrainingJob, loss: float | None, seconds: float) -> RenderableTy
     grid.add_row("servers", status.servers.text or "-", "")
     grid.add_row("workers", status.workers.text or "-", "")
     grid.add_row("progress", _progress(job, loss) or "-", "")
+    if status.phase in _WAITING and status.message:
+        grid.add_row("now", status.message, "")
     if status.recoveries:
         last = status.recoveries[-1].model_dump(mode="json", by_alias=True)
         grid.add_row("recovery", _who(last), f"{_seconds(last.get('seconds'))} s")
@@ -137,7 +143,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
         "rework": _rework(record["rework"]),
         "sources": ", ".join(sources) or "-",
         "moments": ", ".join(moments) or "-",
-        "pushes": f"{record['pushes']['lost']} lost, {record['pushes']['replayed']} replayed",
+        "pushes": _pushes(record["pushes"]),
         "workers": _meanwhile(record),
     }
 
@@ -147,17 +153,18 @@ def metrics_table(report: Mapping[str, Any]) -> Table:
     table = Table(title="Result", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    loss = report["loss"][-1][2] if report["loss"] else None
     table.add_row("steps", str(report["steps"]))
-    if loss is not None:
-        table.add_row("loss", f"{loss:.4f}")
+    if report["loss"]:
+        table.add_row("loss", _value(report["loss"][-1][2]))
     for name, value in sorted(report["metrics"].items()):
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, _value(value))
     pushes = ", ".join(f"{n} {k}" for k, n in report["pushes"].items())
     table.add_row("pushes", pushes)
-    if report["result"] is not None:
-        table.add_row("saved", str(report["result"].get("uri")))
     return table
+
+
+def _value(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4f}"
 
 
 def _who(record: Mapping[str, Any]) -> str:
@@ -178,7 +185,7 @@ def _rework(rework: Mapping[str, Any]) -> str:
     if rework.get("estimated") is not None:
         said.append(f"{rework['estimated'][1]:.3g} more at most (estimated)")
     if rework.get("counterfactualSteps") is not None:
-        said.append(f"a full checkpoint: {rework['counterfactualSteps']}")
+        said.append(f"a full checkpoint would redo {rework['counterfactualSteps']}")
     return "; ".join(said)
 
 
@@ -187,6 +194,12 @@ def _meanwhile(record: Mapping[str, Any]) -> str:
     words = [] if used is None else [f"{100 * used:.1f} % computing"]
     words += [] if not gap else [f"gap ≤ {gap:.3g}"]
     return ", ".join(words) or "-"
+
+
+def _pushes(pushes: Mapping[str, int]) -> str:
+    """Always what was lost and replayed; the rest where there is some."""
+    shown = {k: n for k, n in pushes.items() if n or k in ("lost", "replayed")}
+    return ", ".join(f"{n} {k}" for k, n in shown.items())
 
 
 def _delta(delta: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from daruma_operator.controller.ending import all_left, deadline, end, result_sa
 from daruma_operator.controller.failures import explain, hasty
 from daruma_operator.controller.losing import lose
 from daruma_operator.controller.observe import Seen, newest_pods, runs
-from daruma_operator.controller.progress import fold, show
+from daruma_operator.controller.progress import attribute, fold, show
 from daruma_operator.controller.recovering import recover
 from daruma_operator.controller.replicating import keep_up, replicate, show_replicas
 from daruma_operator.controller.starting import addresses, pending, starting
@@ -94,6 +94,7 @@ def _advance(d: Draft) -> None:
             pass
     if d.status.phase is d.seen.job.status.phase is Phase.RUNNING:
         _tend(d)
+    attribute(d)
     show(d)
     show_replicas(d)
 

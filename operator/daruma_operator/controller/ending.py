@@ -93,6 +93,6 @@ def _take_result(d: Draft) -> None:
 
 
 def _sentence(d: Draft) -> str:
-    count = d.status.recoveries
+    count = max((r.id for r in d.status.recoveries), default=0)
     uri = f"; the result is {d.status.result.uri}" if d.status.result else ""
-    return f"every worker ended well, after {len(count)} recoveries{uri}"
+    return f"every worker ended well, after {count} recover{'y' if count == 1 else 'ies'}{uri}"

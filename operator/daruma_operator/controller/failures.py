@@ -1,5 +1,6 @@
 """What is known of failures: which count towards the limit, how the last one came about. Pure."""
 
+import signal
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
@@ -9,9 +10,11 @@ from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import fail
 from daruma_operator.controller.telling import lost
 from daruma_operator.controller.verdicts import HUNG, PROCESS_ENDED, Verdict, described, ended
-from daruma_operator.substrate.protocol import PodState
+from daruma_operator.substrate.protocol import PodFacts, PodState
 from daruma_trainer.contract import ExitCode, Role
 
+_SIGNALS = {128 + s: s.name for s in signal.Signals}
+"""Exit codes of processes that a signal ended."""
 MAX_COUNTED = 100
 MAX_MESSAGE = 400
 
@@ -51,22 +54,22 @@ def over_limit(d: Draft, verdicts: Sequence[Verdict]) -> bool:
     """Fail the job if a program asks for what cannot be, or too many failures count."""
     for v in verdicts:
         if v.member.role is Role.WORKER and v.pod and v.pod.exit_code == ExitCode.USAGE:
-            text = (v.pod.message or "its program was used wrongly").strip()
+            text = last_words(v.pod) or "its program was used wrongly"
             fail(d, "ProgramRefused", f"{v.member.pod} ended with exit code 2: {text}")
             return True
     limit = d.spec.run_policy.backoff_limit
     for role in Role:
         used = sum(c.role is role for c in d.status.restarts.counted)
         if used > limit and any(v.counts and v.member.role is role for v in verdicts):
-            last = d.status.last_failure
-            text = f"; the last one: {last.reason} {last.message}" if last else ""
+            last = max(verdicts, key=lambda v: (v.member.role is role, v.counts))
             window = d.spec.run_policy.window_seconds
-            d.tell("LimitReached", f"{used} failures of {role}s count", warning=True)
+            said = f"{used} failures of {role.lower()}s count; the limit is {limit}"
+            d.tell("LimitReached", said, warning=True)
             fail(
                 d,
                 "BackoffLimitExceeded",
                 f"{used} failures of {role.lower()}s within {window:g} s are more than "
-                f"runPolicy.backoffLimit = {limit}{text}",
+                f"runPolicy.backoffLimit = {limit}; the last one: {sentence(last)}",
             )
             return True
     return False
@@ -117,8 +120,21 @@ def _correct(d: Draft, loss: Loss, verdict: Verdict) -> None:
 
 def sentence(v: Verdict) -> str:
     """Say that a member was lost, why, and what its container said last."""
-    code = f" with exit code {v.pod.exit_code}" if v.pod and v.pod.exit_code is not None else ""
-    text = f": {v.pod.message.strip()[-MAX_MESSAGE:]}" if v.pod and v.pod.message else ""
+    code = None if v.pod is None else v.pod.exit_code
+    said = "" if v.pod is None else last_words(v.pod)
     if v.reason == HUNG:
-        text = ": it does nothing, though its agent answers (see timeouts.hungSeconds)"
-    return f"{described(v.member)} was lost ({v.reason}){code}{text}"
+        said = "it does nothing, though its agent answers (see timeouts.hungSeconds)"
+    exited = "" if code is None else f" with exit code {code}"
+    if code in _SIGNALS:
+        # What a process said before it was killed need not tell why.
+        exited += f" ({_SIGNALS[code]})"
+        said = said and f"; it said last: {said}"
+    else:
+        said = said and f": {said}"
+    return f"{described(v.member)} was lost ({v.reason}){exited}{said}"
+
+
+def last_words(pod: PodFacts) -> str:
+    """Return the last line of what a container left behind: of a traceback, the error."""
+    lines = (pod.message or "").strip().splitlines()
+    return lines[-1].strip()[-MAX_MESSAGE:] if lines else ""

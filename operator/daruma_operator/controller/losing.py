@@ -92,6 +92,7 @@ def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
     ages = [v.age for v in verdicts if v.age is not None]
     age = max(ages, default=0.0)
     number = max((r.id for r in d.status.recoveries), default=0) + 1
+    was = d.seen.job.status
     d.set(
         recovery=RecoveryRecord(
             id=number,
@@ -106,7 +107,8 @@ def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
             stage_since=d.now,
             step=job_step(d),
             phases=Phases(detect=age),
-            base=pushes_of(d),
+            # What was counted since the last pass is of this loss, not of the one before.
+            base=pushes_of(d) if was.phase is None else was.pushes,
             losses=tuple(_loss(d, v, epoch) for v in verdicts),
         )
     )

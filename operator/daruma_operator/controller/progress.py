@@ -1,14 +1,18 @@
 """How far a job is, as its members say: steps, loss, saves, who is ready. Pure."""
 
 from datetime import datetime, timedelta
-from math import isfinite
+from math import exp, isfinite
 
 from daruma_operator.api.spec import ConsistencyMode
 from daruma_operator.api.status import CheckpointStatus, Phase, Progress, Pushes
 from daruma_operator.controller.draft import Draft
+from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import finished, name_of, unreachable
 from daruma_operator.recovery.price import counters
 from daruma_trainer.contract import TRAINS, Report, Role, index_text, indexes
+
+SPEED_SECONDS = 5.0
+"""Steps per second are averaged over about this long."""
 
 
 def worker_reports(d: Draft) -> dict[int, Report]:
@@ -63,6 +67,25 @@ def pushes_of(d: Draft) -> Pushes:
     return counters(reports, live, d.status.gone, d.status.gone_lost)
 
 
+def attribute(d: Draft) -> None:
+    """Count what became of pushes since the last loss with its record.
+
+    Much of it is known only after the recovery: gradients ride on later batches, and what a vacant
+    seat skipped is counted when its replacement enters.
+    """
+    records = list(d.status.recoveries)
+    of_losses = [i for i, record in enumerate(records) if record.cause != HAND_BACK]
+    if d.status.recovery is not None or not of_losses:
+        return
+    at = of_losses[-1]
+    pushes = d.status.pushes.since(records[at].base)
+    for later in records[at + 1 :]:
+        pushes = pushes.since(later.pushes)
+    if pushes != records[at].pushes:
+        records[at] = records[at].model_copy(update={"pushes": pushes})
+        d.set(recoveries=tuple(records))
+
+
 def fold(d: Draft) -> None:
     """Take what members say into the status."""
     _succeeded(d)
@@ -110,10 +133,7 @@ def _progress(d: Draft) -> None:
     loss = round(sum(losses) / len(losses), 6) if losses else None
     if old is not None and (old.step, old.loss, old.total_steps) == (step, loss, total):
         return
-    speed = None if old is None else old.steps_per_second
-    if old is not None and old.updated_at is not None and step > old.step:
-        seconds = (d.now - old.updated_at).total_seconds()
-        speed = round((step - old.step) / seconds, 3) if seconds > 0 else speed
+    speed = None if old is None else _speed(old, step, d.now)
     left = None if total is None or not speed else round(max(0, total - step) / speed, 1)
     d.set(
         progress=Progress(
@@ -126,6 +146,18 @@ def _progress(d: Draft) -> None:
             updated_at=d.now,
         )
     )
+
+
+def _speed(old: Progress, step: int, now: datetime) -> float | None:
+    """Return steps per second, averaged over the last seconds: passes come at any distance."""
+    seconds = 0.0 if old.updated_at is None else (now - old.updated_at).total_seconds()
+    if seconds <= 0 or (step == old.step and old.steps_per_second is None):
+        return old.steps_per_second
+    newest = max(0, step - old.step) / seconds
+    if old.steps_per_second is None:
+        return round(newest, 3)
+    weight = 1.0 - exp(-seconds / SPEED_SECONDS)
+    return round(old.steps_per_second + weight * (newest - old.steps_per_second), 3)
 
 
 def _goodput(d: Draft) -> float | None:

@@ -3,11 +3,15 @@
 from daruma_operator.api.status import Phase
 from daruma_operator.controller.adopting import guest_report
 from daruma_operator.controller.draft import Draft
-from daruma_operator.controller.ending import fail
+from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import steps_of
 from daruma_operator.controller.verdicts import finished, name_of
+from daruma_operator.names import seat
 from daruma_trainer.contract import TRAINS, Role
+
+_TRAINS = "its program has to make its tables and train inside `with daruma.join()`"
+_MOST_NAMED = 5
 
 
 def addresses(d: Draft) -> None:
@@ -40,6 +44,11 @@ def addresses(d: Draft) -> None:
 def pending(d: Draft) -> None:
     """Wait for all pods to run."""
     waiting = [m for m in d.status.members if m.address is None]
+    early = [m.pod for m in waiting if m.role is Role.WORKER and finished(d.seen.pod(m.pod))]
+    if early:
+        # Who has ended gets no address any more, and without it nobody trains.
+        fail(d, "NothingTrained", f"{early[0]} ended with exit code 0 before it joined: {_TRAINS}")
+        return
     if not waiting:
         d.phase(Phase.STARTING, "AllPodsRunning", "all pods run; waiting for the members to join")
         return
@@ -64,17 +73,33 @@ def pending(d: Draft) -> None:
 
 def starting(d: Draft) -> None:
     """Wait until all have joined and the parameters are initialised."""
-    ready = 0
+    if _left_untrained(d):
+        fail(d, "NothingTrained", f"every worker has left, and no table was made: {_TRAINS}")
+        return
+    missing = []
     for member in d.status.members:
         report = d.seen.report(name_of(member))
         done = member.role is Role.WORKER and finished(d.seen.pod(member.pod))
         wanted = ("Ready",) if member.role is Role.SERVER else TRAINS
-        ready += done or (report is not None and report.state in wanted)
-    total = len(d.status.members)
-    if d.status.initialised and ready == total:
+        if not (done or (report is not None and report.state in wanted)):
+            missing.append(seat(member.role, member.index))
+    if d.status.initialised and not missing:
         n, w = d.spec.servers.replicas, d.spec.workers.replicas
         text = f"{n} of {n} servers and {w} of {w} workers are ready"
         d.phase(Phase.RUNNING, "AllPodsReady", text)
         return
-    began = "" if steps_of(d) else "; no step yet"
-    d.phase(Phase.STARTING, "Joining", f"{ready} of {total} members are ready{began}")
+    total = len(d.status.members)
+    names = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
+    text = f"{total - len(missing)} of {total} members are ready"
+    d.phase(Phase.STARTING, "Joining", text + (f"; waiting for {names}" if missing else ""))
+
+
+def _left_untrained(d: Draft) -> bool:
+    """Whether all workers are at their ends, and every server says that there are no parameters."""
+    servers = [d.seen.report(name_of(m)) for m in d.members(Role.SERVER)]
+    return (
+        not d.status.initialised
+        and all_left(d)
+        and all(r is not None and not r.initialised for r in servers)
+        and not any(steps_of(d).values())
+    )
