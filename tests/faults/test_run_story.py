@@ -128,6 +128,13 @@ def check_recovery(record: dict[str, Any]) -> None:
     assert record["outcome"] == "Succeeded"
 
 
+def check_counts(found: dict[str, Any]) -> None:
+    """What the records say became of pushes adds up to what the report says."""
+    for kind in ("lost", "replayed", "skipped", "mixed"):
+        told = [record["pushes"][kind] for record in found["recoveries"]]
+        assert sum(told) == found["pushes"][kind], kind
+
+
 def test_a_server_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
     with running(tmp_path, "--kill", "server-1@step=20") as process:
         assert ended(tmp_path, process) == 0, output(tmp_path)
@@ -140,6 +147,7 @@ def test_a_server_is_killed_and_the_job_goes_on(tmp_path: Path) -> None:
     assert recovery["rework"]["redoneSteps"] == 0
     assert (found["phase"], found["steps"]) == ("Succeeded", STEPS)
     assert found["pushes"]["applied"] + found["pushes"]["lost"] == 2 * STEPS
+    check_counts(found)
     steps = [step for step, _, _ in found["loss"]]
     assert steps == sorted(steps), "the step count never goes back"
     assert found["metrics"]["test_accuracy"] >= 0.9
@@ -167,6 +175,7 @@ def test_others_are_killed(tmp_path: Path, kills: list[str]) -> None:
     assert sorted(lost) == sorted((role.capitalize(), int(index)) for role, index in wanted)
     for record in found["recoveries"]:
         check_recovery(record)
+    check_counts(found)
     assert found["steps"] == STEPS
     assert found["metrics"]["test_accuracy"] >= 0.9
 

@@ -736,8 +736,13 @@ def test_the_result_must_be_durable_before_the_job_succeeds() -> None:
     for _ in range(5):
         world.tick()
     assert (world.status.phase, world.status.reason) == ("Running", "SavingResult")
+    world.sim("server-1").save_error = "No space left"
+    world.tick()
+    assert world.status.message.endswith("again and again: server-1-1: No space left")
     world.tick(700.0)
     assert (world.status.phase, world.status.reason) == ("Failed", "ResultNotSaved")
+    assert world.status.message.endswith("server-1-1: No space left")
+    assert not [e for e in world.decisions[-1].events if e.reason == "Stalled"], "it has ended"
 
 
 def test_a_status_that_was_lost_is_rebuilt_from_pods_and_views() -> None:

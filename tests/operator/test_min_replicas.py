@@ -103,6 +103,7 @@ def test_what_a_lost_worker_counted_stays_in_the_job_s_counts() -> None:
     world.kill("worker-1")
     world.running()
     assert (world.status.pushes.skipped, world.status.gone.skipped) == (4, 4)
+    assert [r.pushes.skipped for r in world.status.recoveries] == [4], "of the only loss"
     world.sim("worker-1").skipped = 2
     world.tick()
     assert world.status.pushes.skipped == 6

@@ -23,7 +23,7 @@ from daruma_operator.api.status import Phase
 from daruma_operator.cli.folder import used, write_report
 from daruma_operator.cli.kills import Kill, check_kills, due, parse_kill
 from daruma_operator.cli.record import Recorder, interrupted_job, mean_loss
-from daruma_operator.cli.show import View, metrics_table, recoveries_tables
+from daruma_operator.cli.show import ENDING, View, metrics_table, recoveries_tables
 from daruma_operator.controller.decide import Decision
 from daruma_operator.controller.loop import Controller, Hooks
 from daruma_operator.controller.observe import Seen
@@ -37,8 +37,6 @@ from daruma_trainer.contract import ExitCode
 
 _FINISH_SECONDS = 15.0
 """After the first Ctrl-C: how long workers and servers have to save what there is."""
-_ENDING = ("SavingResult", "WorkersLeaving")
-"""Reasons of a job whose programs came to their ends."""
 _GRACE_SECONDS = 2.0
 """What still runs at the end gets SIGTERM, and SIGKILL after this."""
 
@@ -92,7 +90,8 @@ def run(
         return ExitCode.FAILED
     if phase is not Phase.SUCCEEDED:
         last = substrate.job.status.last_failure
-        log = out / "logs" if last is None else out / "logs" / f"{last.pod}.log"
+        theirs = last is not None and report["reason"] in ("BackoffLimitExceeded", "ProgramRefused")
+        log = out / "logs" / f"{last.pod}.log" if last is not None and theirs else out / "logs"
         print(f"daruma: the job failed: {report['message']} (log: {log})", file=sys.stderr)
         return ExitCode.FAILED
     return ExitCode.OK
@@ -194,7 +193,7 @@ class _Run:
         self._asked = True
         status = self._substrate.job.status
         loop = asyncio.get_running_loop()
-        if status.reason in _ENDING or status.phase is Phase.SUCCEEDED:
+        if status.reason in ENDING or status.phase is Phase.SUCCEEDED:
             self._warn("the programs are done already: ending; once more to kill")
             loop.call_later(_FINISH_SECONDS, self._aborted.set)
             return

@@ -16,6 +16,8 @@ from daruma_operator.substrate.protocol import Event
 _REFRESH_SECONDS = 0.1
 _LINE_SECONDS = 2.0
 _PHASES = ("detect", "replace", "restore", "resume")
+ENDING = ("SavingResult", "WorkersLeaving")
+"""Reasons of a job whose programs came to their ends."""
 _WAITING = (Phase.PENDING, Phase.STARTING, Phase.RECOVERING)
 """Phases whose message says what is waited for."""
 _STYLES = {"Running": "green", "Recovering": "yellow", "Succeeded": "green", "Failed": "red"}
@@ -71,8 +73,15 @@ def _line(job: TrainingJob, loss: float | None, seconds: float) -> Text:
     status = job.status
     words = [f"{seconds:7.2f} s  {status.phase}", f"servers {status.servers.text or '-'}"]
     words += [f"workers {status.workers.text or '-'}", _progress(job, loss)]
-    why = f": {status.message}" if status.phase in _WAITING and status.message else ""
-    return Text(", ".join(word for word in words if word) + why)
+    why = _why(job)
+    return Text(", ".join(word for word in words if word) + (f": {why}" if why else ""))
+
+
+def _why(job: TrainingJob) -> str:
+    """Say what is waited for, or nothing while the job trains."""
+    status = job.status
+    waits = status.phase in _WAITING or status.reason in ENDING
+    return status.message if waits else ""
 
 
 def _progress(job: TrainingJob, loss: float | None) -> str:
@@ -97,8 +106,8 @@ def _panel(job: TrainingJob, loss: float | None, seconds: float) -> RenderableTy
     grid.add_row("servers", status.servers.text or "-", "")
     grid.add_row("workers", status.workers.text or "-", "")
     grid.add_row("progress", _progress(job, loss) or "-", "")
-    if status.phase in _WAITING and status.message:
-        grid.add_row("now", status.message, "")
+    if why := _why(job):
+        grid.add_row("now", why, "")
     if status.recoveries:
         last = status.recoveries[-1].model_dump(mode="json", by_alias=True)
         grid.add_row("recovery", _who(last), f"{_seconds(last.get('seconds'))} s")

@@ -5,6 +5,8 @@ from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.verdicts import name_of
 from daruma_trainer.contract import Role, indexes
 
+MAX_ERROR = 400
+
 
 def fail(d: Draft, reason: str, message: str) -> None:
     """The job is over, and did not reach its end."""
@@ -42,6 +44,15 @@ def wants_result(d: Draft) -> bool:
     return d.policy.store is not None and d.spec.checkpoint.final and d.status.initialised
 
 
+def save_errors(d: Draft) -> list[str]:
+    """Return why saves fail, by server.
+
+    Of members that count: the last words of one that was lost are of the past.
+    """
+    reports = [(name_of(m), d.seen.report(name_of(m))) for m in d.members(Role.SERVER)]
+    return [f"{name}: {r.save_error}" for name, r in reports if r is not None and r.save_error]
+
+
 def result_saved(d: Draft) -> bool:
     """Whether the final cut is durable."""
     return d.status.result is not None
@@ -64,15 +75,17 @@ def end(d: Draft) -> None:
         return
     if d.status.reason != "SavingResult":
         d.set(phase_since=d.now)
-    d.phase(Phase.RUNNING, "SavingResult", "the workers are done; the final cut is being saved")
+    error = next(iter(save_errors(d)), "")[:MAX_ERROR]
+    text = "the workers are done; the final cut is being saved"
+    d.phase(Phase.RUNNING, "SavingResult", text + (f", again and again: {error}" if error else ""))
     limit = d.spec.recovery.timeouts.progress_seconds
     if d.left(d.status.phase_since, limit) <= 0:
         d.tell("ResultNotSaved", f"the final cut was not durable within {limit:g} s", warning=True)
         fail(
             d,
             "ResultNotSaved",
-            f"the workers are done, but the final cut was not durable within {limit:g} s: see the "
-            "servers' logs, and whether checkpoint.store can be written to",
+            f"the workers are done, but the final cut was not durable within {limit:g} s: "
+            + (error or "see the servers' logs, and whether checkpoint.store can be written to"),
         )
 
 

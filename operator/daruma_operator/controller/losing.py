@@ -11,6 +11,7 @@ from daruma_operator.api.status import (
     MemberStatus,
     Phase,
     Phases,
+    Pushes,
     RecoveryRecord,
     Rework,
     RollbackStatus,
@@ -92,7 +93,6 @@ def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
     ages = [v.age for v in verdicts if v.age is not None]
     age = max(ages, default=0.0)
     number = max((r.id for r in d.status.recoveries), default=0) + 1
-    was = d.seen.job.status
     d.set(
         recovery=RecoveryRecord(
             id=number,
@@ -107,12 +107,22 @@ def _begin(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:
             stage_since=d.now,
             step=job_step(d),
             phases=Phases(detect=age),
-            # What was counted since the last pass is of this loss, not of the one before.
-            base=pushes_of(d) if was.phase is None else was.pushes,
+            base=_base(d),
             losses=tuple(_loss(d, v, epoch) for v in verdicts),
         )
     )
     d.events.append(started(d.record.losses))
+
+
+def _base(d: Draft) -> Pushes:
+    """Return what is counted with the records before: records add up to what the job counts.
+
+    What was counted since the last pass is of this loss.
+    """
+    was = d.seen.job.status
+    if was.phase is None:
+        return pushes_of(d)
+    return was.pushes if was.recoveries else Pushes()
 
 
 def _remember(d: Draft, lost: Sequence[MemberStatus]) -> None:

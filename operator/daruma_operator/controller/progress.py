@@ -6,6 +6,7 @@ from math import exp, isfinite
 from daruma_operator.api.spec import ConsistencyMode
 from daruma_operator.api.status import CheckpointStatus, Phase, Progress, Pushes
 from daruma_operator.controller.draft import Draft
+from daruma_operator.controller.ending import save_errors
 from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import finished, name_of, unreachable
 from daruma_operator.recovery.price import counters
@@ -238,9 +239,7 @@ def _is(d: Draft, member: str, *states: str) -> bool:
 
 
 def _stale_checkpoint(d: Draft) -> None:
-    # Of members that count: the last words of one that was lost are of the past.
-    reports = [(name_of(m), d.seen.report(name_of(m))) for m in d.members(Role.SERVER)]
-    errors = [f"{name}: {r.save_error}" for name, r in reports if r is not None and r.save_error]
+    errors = save_errors(d)
     if errors and not d.is_true("CheckpointStale"):
         d.tell("CheckpointFailed", "; ".join(errors), warning=True)
     d.condition(
@@ -254,7 +253,7 @@ def _stalled(d: Draft) -> None:
     limit = d.spec.recovery.timeouts.progress_seconds
     progress = d.status.progress
     since = progress.updated_at if progress and progress.updated_at else d.status.phase_since
-    stalled = d.left(since, limit) <= 0
+    stalled = d.left(since, limit) <= 0 and d.status.completion_time is None
     if stalled and not d.is_true("Stalled"):
         d.tell("Stalled", f"no new step for {limit:g} s", warning=True)
     d.condition(

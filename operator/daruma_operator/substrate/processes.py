@@ -110,6 +110,7 @@ class ProcessSubstrate:
         await asyncio.gather(*(child.wait(grace_seconds + 5.0) for child in children))
         self._token_file.unlink(missing_ok=True)
         self._members_file.unlink(missing_ok=True)
+        self._members_file.with_suffix(".new").unlink(missing_ok=True)
         self._ports.close()
 
     def kill(self, role: Role, index: int) -> PodFacts | None:
