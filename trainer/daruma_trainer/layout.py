@@ -61,6 +61,11 @@ class TableSpec:
         """Number of blocks; the last may be shorter."""
         return -(-self.rows // self.block_rows)
 
+    def __str__(self) -> str:
+        """Describe it to people who compare it with another one."""
+        blocks = f"{self.block_rows} row{'' if self.block_rows == 1 else 's'} a block"
+        return f"{self.name!r} (shape {self.shape}, {self.rule}, {blocks})"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)

@@ -33,7 +33,7 @@ class Table:
         return self._job.values(self.spec.id, rows)
 
     def push(self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0) -> None:
-        """Send one batch for this table, of all rows (None) or of some: those alone move.
+        """Send one batch for this table, of all rows (None) or of some (rules add and assign).
 
         `delta` has the shape of what `pull` gives for the same rows; each row at most once. No
         rows at all is a batch too: `push([], [])` keeps in step a worker that has nothing to say.
@@ -64,23 +64,27 @@ class Table:
         """Return what `push` would send, for `job.push` of several tables in one batch."""
         if self._adds:
             self._job.check_sum(self.spec)
-        values = np.ascontiguousarray(delta, np.float32).reshape(-1, self.spec.cols)
-        index: Ints | None = None
-        if rows is not None:
-            given = np.asarray(rows, np.int64)
-            order = np.argsort(given)
-            index, values = given[order], values[order]
-            if (
-                len(index) != len(values)
-                or (np.diff(index) <= 0).any()
-                or not ((index >= 0) & (index < self.spec.rows)).all()
-            ):
-                raise ConfigurationError(
-                    f"table {self.spec.name!r}: {len(values)} values for {len(index)} rows; of "
-                    f"{self.spec.rows}, each at most once"
-                )
-        elif len(values) != self.spec.rows:
+        if rows is None:
+            return Update(self.spec.id, lr, self._rows_of(delta, self.spec.rows), None)
+        given: Ints = np.asarray(rows, np.int64)
+        order = np.argsort(given)
+        index, values = given[order], self._rows_of(delta, len(given))[order]
+        if (np.diff(index) <= 0).any():
+            raise ConfigurationError(f"table {self.spec.name!r}: a row is pushed twice in a batch")
+        if len(index) and not 0 <= index[0] <= index[-1] < self.spec.rows:
+            wrong = index[0] if index[0] < 0 else index[-1]
             raise ConfigurationError(
-                f"table {self.spec.name!r}: {len(values)} rows for all {self.spec.rows} of them"
+                f"table {self.spec.name!r} has rows 0 to {self.spec.rows - 1}, and no row {wrong}"
             )
         return Update(self.spec.id, lr, values, index)
+
+    def _rows_of(self, delta: ArrayLike, rows: int) -> Floats:
+        """Return values as (rows, cols); what has another shape is a mistake, whatever its size."""
+        values = np.ascontiguousarray(delta, np.float32)
+        shape, row = np.shape(delta), self.spec.shape[1:]
+        right = {(rows, *row), (rows, self.spec.cols)} | ({row} if rows == 1 else set())
+        if shape not in right and (rows or values.size):
+            raise ConfigurationError(
+                f"table {self.spec.name!r}: values of shape {shape} for {rows} rows of shape {row}"
+            )
+        return values.reshape(rows, self.spec.cols)
