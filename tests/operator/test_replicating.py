@@ -150,7 +150,9 @@ def test_a_lost_replica_is_no_loss_and_is_made_again() -> None:
     world = chained()
     lost = next(m for m in world.status.replicas if m.index == 0)
     world.end_guest(f"server-0-{lost.incarnation}", code=-9)
-    world.tick()
+    told = [e for e in world.tick().events if e.reason == "ReplicaLost"]
+    assert [(e.member, e.warning) for e in told] == [("server-0", True)]
+    assert "(Signal9); server-0 gets another replica" in told[0].message
     assert lost not in world.status.replicas
     assert condition(world, "Replicated") == "False"
     ticks = len(world.decisions)

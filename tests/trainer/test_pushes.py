@@ -154,6 +154,29 @@ def test_an_accumulation_becomes_one_push(combine: str, rule: Rule, value: float
     assert (pushes.acked, pushes.pending, pushes.gap) == (3, 0, 0.0)
 
 
+def test_a_batch_that_two_servers_get_late_is_replayed_once() -> None:
+    pushes = Pushes(Replay())
+    for batch in range(1, 6):
+        made = held(pushes, batch, update(1.0))
+        accumulate(pushes, made, 1)
+        if batch > 2:
+            accumulate(pushes, made, 0)
+        pushes.note_applied(batch, ~(slots_of(1) | slots_of(0)))
+    pushes.seal(0, None, [SGD()])
+    assert pushes.replayed == 3
+    pushes.seal(1, None, [SGD()])
+    assert pushes.replayed == 5
+    pushes.drop_sealed(0, 5)
+    pushes.drop_sealed(1, 5)
+    accumulate(pushes, held(pushes, 6, update(1.0)), 1)
+    pushes.seal(1, None, [SGD()])
+    assert pushes.replayed == 6
+    pushes.drop_all(2)
+    accumulate(pushes, held(pushes, 3, update(1.0)), 1)
+    pushes.seal(1, None, [SGD()])
+    assert pushes.replayed == 7, "after a rollback it is another batch"
+
+
 def test_gradients_ride_on_the_batches_that_follow_while_they_agree() -> None:
     pushes = accumulated(Replay(), SGD(), count=10)
     pushes.seal(1, None, [SGD()])

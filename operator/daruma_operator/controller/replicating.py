@@ -11,7 +11,7 @@ from daruma_operator.api.status import MemberStatus
 from daruma_operator.controller.adopting import AGAIN_SECONDS, guest_report, successor
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.observe import runs
-from daruma_operator.controller.verdicts import losses, name_of
+from daruma_operator.controller.verdicts import described, losses, name_of
 from daruma_operator.names import seat
 from daruma_trainer.contract import Role
 
@@ -31,10 +31,15 @@ def keep_up(d: Draft) -> None:
     kept, timeouts = d.status.replicas, d.spec.recovery.timeouts
     if not kept:
         return
-    lost = [v.member for v in losses(d.seen, kept, timeouts, frozenset())]
-    gone = {name_of(m) for m in lost}
-    if any(runs(d.seen.pod(m.pod)) for m in lost):
-        d.set(replica_ended_at=d.now)
+    lost = losses(d.seen, kept, timeouts, frozenset())
+    gone = {name_of(v.member) for v in lost}
+    for verdict in lost:
+        member = verdict.member
+        if runs(d.seen.pod(member.pod)):
+            d.set(replica_ended_at=d.now)
+            its = seat(member.role, member.index)
+            text = f"{described(member)} was lost ({verdict.reason}); {its} gets another replica"
+            d.tell("ReplicaLost", text, warning=True, member=its)
     heads = {m.index: m.incarnation for m in d.members(Role.SERVER)}
     kept = tuple(
         m for m in kept if name_of(m) not in gone and m.incarnation > heads.get(m.index, 0)

@@ -67,6 +67,8 @@ class Pushes:
         """The last batch that all slots have (with all before it)."""
         self.acked_epoch = 0
         self.replayed = 0
+        self._late: set[int] = set()
+        """Of the replayed those that some server still lacks: it may get them late as well."""
         self.lost: set[int] = set()
         self.others_gap = 0.0
         """Sum of the gaps of the other workers, as servers said last."""
@@ -156,8 +158,15 @@ class Pushes:
                 for table, part in into.parts.items():
                     if rules[table].gradient:
                         part.average(scale_free=scale_free(rules[table]))
-            self.replayed += into.count
+            self._count_late(into)
         self.sealed.setdefault(server, []).append(into)
+
+    def _count_late(self, into: Accumulation) -> None:
+        """A batch is replayed once, however many servers were away."""
+        late = set(range(into.first, into.last + 1))
+        self._late = {batch for batch in self._late if batch > self.acked}
+        self.replayed += len(late - self._late)
+        self._late |= late
 
     def ride(self, held: Held, server: int, copy: HostCopy) -> None:
         """Let a batch that goes to a server take a part of its replay along."""
@@ -255,6 +264,7 @@ class Pushes:
         self.sealed.clear()
         self.open.clear()
         self.rest.clear()
+        self._late.clear()
         self.acked = self._newest = batch
 
     @property

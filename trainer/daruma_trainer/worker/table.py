@@ -33,7 +33,7 @@ class Table:
         return self._job.values(self.spec.id, rows)
 
     def push(self, rows: Sequence[int] | Ints | None, delta: ArrayLike, lr: float = 1.0) -> None:
-        """Send one batch for this table, of all rows (None) or of some (rules add and assign).
+        """Send one batch for this table, of all rows (None) or of some: those alone move.
 
         `delta` has the shape of what `pull` gives for the same rows; each row at most once. No
         rows at all is a batch too: `push([], [])` keeps in step a worker that has nothing to say.
