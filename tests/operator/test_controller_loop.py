@@ -15,8 +15,9 @@ from daruma_operator.controller import gather
 from daruma_operator.controller.agents import Agents, Talk, Targets, news
 from daruma_operator.controller.gather import observe, reachable
 from daruma_operator.errors import ClusterError
+from daruma_operator.substrate.pods import pod_manifest
 from daruma_operator.substrate.protocol import PodPlan
-from daruma_trainer.contract import Report, View
+from daruma_trainer.contract import Report, Role, View
 
 FOREVER = 10**9
 
@@ -126,8 +127,32 @@ def test_what_was_written_is_told_though_an_act_fails(world: LiveWorld) -> None:
         world.fall("server-1")
         operate(substrate, lambda: recovered(world))
     assert failures
-    told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
+    told = ["PodFailed", "PodNotCreated", "RecoveryStarted", "RecoverySucceeded"]
     assert sorted(e.reason for e in substrate.events) == told
+    (refused,) = [e for e in substrate.events if e.reason == "PodNotCreated"]
+    assert refused.message == f"the pod {failures[0]} could not be made: the quota is used up"
+    assert (refused.member, refused.warning) == ("server-1", True)
+
+
+def test_a_template_that_cannot_be_merged_is_told(world: LiveWorld) -> None:
+    substrate = LiveSubstrate(world)
+    create = substrate.create_pod
+    failures: list[str] = []
+
+    async def refuse(job: TrainingJob, plan: PodPlan) -> None:
+        if plan.role is Role.WORKER and not failures:
+            failures.append(plan.name)
+            template = {"spec": {"containers": [3]}}
+            workers = job.spec.workers.model_copy(update={"template": template})
+            update = {"spec": job.spec.model_copy(update={"workers": workers})}
+            pod_manifest(job.model_copy(update=update), plan)
+        await create(job, plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(substrate, "create_pod", refuse)
+        operate(substrate, lambda: trains(world))
+    (refused,) = [e for e in substrate.events if e.reason == "PodNotCreated"]
+    assert "spec.workers.template cannot be merged into it (AttributeError" in refused.message
 
 
 def test_what_was_written_is_told_and_counted_though_the_answer_was_lost(world: LiveWorld) -> None:

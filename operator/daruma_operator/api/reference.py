@@ -24,7 +24,7 @@ spec:
 `servers.template` and `workers.template` are PodTemplateSpecs that are merged into the pods made: containers, initContainers,
 volumes and env by `name`, volumeMounts by `mountPath`, maps by key, other lists appended, scalars replaced. Our container is
 `daruma`. `restartPolicy`, our labels, names, ports and the `DARUMA_*` variables stay ours. They are not checked at the door but
-when the first pod is made: an error stands in the operator's log and the job stays Starting.
+when the first pod is made: the event `PodNotCreated` says what is wrong, and the job stays Pending up to `pendingSeconds`.
 
 ## spec
 """

@@ -15,11 +15,20 @@ from daruma_operator.controller.acts import (
     PutMembership,
 )
 from daruma_operator.controller.agents import Agents, Talk
-from daruma_operator.substrate.protocol import Substrate
+from daruma_operator.errors import ClusterError
+from daruma_operator.substrate.protocol import PodPlan, Substrate
 
 Message = PutMembership | PostRestore | PostCheckpoint
 CREATIONS = 16
 """Pods of one job that are made or removed at the same time."""
+
+
+class PodNotMadeError(ClusterError):
+    """A pod was refused, or its template is wrong: people have to know, not the log alone."""
+
+    def __init__(self, plan: PodPlan, why: str) -> None:
+        super().__init__(f"the pod {plan.name} could not be made: {why}")
+        self.plan = plan
 
 
 async def apply(
@@ -44,7 +53,7 @@ async def apply(
 
     async def create() -> None:
         plans = [act.plan for act in acts if isinstance(act, CreatePod)]
-        await asyncio.gather(*(bounded(partial(substrate.create_pod, job, p)) for p in plans))
+        await asyncio.gather(*(bounded(partial(_make, substrate, job, p)) for p in plans))
         if plans:
             point("pods-created")
 
@@ -60,6 +69,17 @@ async def apply(
     ]
     await asyncio.gather(*deletions)
     return all(told)
+
+
+async def _make(substrate: Substrate, job: TrainingJob, plan: PodPlan) -> None:
+    try:
+        await substrate.create_pod(job, plan)
+    except ClusterError as error:
+        raise PodNotMadeError(plan, str(error)) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # Templates are the user's, and checked by nobody before.
+        part = f"spec.{plan.role.lower()}s.template cannot be merged into it"
+        raise PodNotMadeError(plan, f"{part} ({type(error).__name__}: {error})") from error
 
 
 def _by_member(acts: Iterable[Act]) -> list[list[Message]]:

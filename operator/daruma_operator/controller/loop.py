@@ -14,8 +14,8 @@ from time import perf_counter
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.clock import SteadyClock
-from daruma_operator.controller.agents import Agents
-from daruma_operator.controller.apply import apply
+from daruma_operator.controller.agents import Agents, Talk
+from daruma_operator.controller.apply import PodNotMadeError, apply
 from daruma_operator.controller.decide import Decision, decide
 from daruma_operator.controller.draft import Policy
 from daruma_operator.controller.gather import observe
@@ -23,8 +23,9 @@ from daruma_operator.controller.observe import Seen
 from daruma_operator.controller.queue import WorkQueue
 from daruma_operator.controller.telling import untold
 from daruma_operator.metrics import Metrics
+from daruma_operator.names import seat
 from daruma_operator.settings import Settings
-from daruma_operator.substrate.protocol import JobKey, StatusConflict, Substrate
+from daruma_operator.substrate.protocol import Event, JobKey, StatusConflict, Substrate
 
 LOG = logging.getLogger("daruma.operator")
 
@@ -173,21 +174,32 @@ class Controller:
             self._hooks.point("status-written")
         self._metrics.note_job(key.namespace, key.name, decision.status)
         self._hooks.observer(seen, decision)
-        try:
-            done = await apply(
-                decision.acts, job, self._substrate, self._agents, talk, self._hooks.point
-            )
-        finally:
-            # Status has them: no later pass decides them again.
-            self._known[key] = job.uid
-            for event in (*again, *decision.events):
-                await self._substrate.emit(job, event)
+        done = await self._act(job, decision, talk, again)
         if not done:
             self._queue.add_after(key, self._settings.retry_seconds)
         if decision.after is not None:
             self._queue.add_after(key, decision.after)
         if decision.final:
             self._agents.forget(key)
+
+    async def _act(
+        self, job: TrainingJob, decision: Decision, talk: Talk, events: tuple[Event, ...]
+    ) -> bool:
+        """Do what was decided, and tell people, whatever becomes of it; False: do it again."""
+        try:
+            return await apply(
+                decision.acts, job, self._substrate, self._agents, talk, self._hooks.point
+            )
+        except PodNotMadeError as error:
+            # Named for the epoch, so that repeats are no news.
+            who = seat(error.plan.role, error.plan.index)
+            events += (Event("PodNotCreated", str(error), job.status.epoch, True, who),)
+            raise
+        finally:
+            # Status has them: no later pass decides them again.
+            self._known[JobKey(job.namespace, job.name)] = job.uid
+            for event in (*events, *decision.events):
+                await self._substrate.emit(job, event)
 
     def _count(self, key: JobKey, before: TrainingJob, status: TrainingJobStatus) -> None:
         """Count what a status that was written changed."""
