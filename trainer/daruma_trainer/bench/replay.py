@@ -36,7 +36,7 @@ from daruma_trainer.contract import (
     slots_to_hex,
 )
 from daruma_trainer.identity import Identity
-from daruma_trainer.layout import Ints, TableSpec, choose_block_rows
+from daruma_trainer.layout import Floats, Ints, TableSpec, choose_block_rows
 from daruma_trainer.rules import SGD, Adam, Rule, rule_to_json
 from daruma_trainer.server.background import ByHand
 from daruma_trainer.server.data import DataPlane
@@ -153,6 +153,10 @@ class World:
             self._pull(worker)
         return found
 
+    def updates(self, gradients: Sequence[Floats]) -> tuple[Update, ...]:
+        """Return what a worker pushes of the tables' gradients, each (rows, cols)."""
+        return tuple(Update(i, self._cell.lr, g) for i, g in enumerate(gradients))
+
     @property
     def _rules(self) -> list[Rule]:
         return [self._cell.steps] * len(self._specs)
@@ -161,8 +165,7 @@ class World:
         held, pushes = self._copies[worker], self.pushes[worker]
         batch = self._problem.batch(self._rng, self._batch)
         gradients = self._problem.pushes([table[None] for table in held.data], batch)
-        updates = tuple(Update(i, self._cell.lr, g[0]) for i, g in enumerate(gradients))
-        made = Held(self._batch, 1, updates)
+        made = Held(self._batch, 1, self.updates([gradient[0] for gradient in gradients]))
         pushes.begin(self._batch)
         pushes.hold(made)
         for server in range(SERVERS):
