@@ -190,6 +190,7 @@ def test_without_any_source_the_job_fails_and_says_what_to_do(strategy: str) -> 
         world.remove(name)
     world.tick()
     assert (world.status.phase, world.status.reason) == ("Failed", "StateLost")
+    assert "give the job a checkpoint.store, or keep replicas" in world.status.message
     assert "checkpoint.store" in world.status.message
     assert world.status.recoveries[-1].outcome == "Failed"
     assert any(e.reason == "StateLost" for e in world.decisions[-1].events)
@@ -525,6 +526,16 @@ def test_disruptions_never_count() -> None:
         world.pods[pod.name] = replace(pod, disrupted=True)
         world.running()
     assert world.status.restarts.disruptions == 3
+
+
+def test_what_would_have_brought_lost_state_back_is_what_the_job_lacks() -> None:
+    spec = spec_of(recovery={"strategy": "Partial"})
+    world = World(spec=spec, total=FOREVER, dead_sources=True).running()
+    world.kill("server-1")
+    world.until_phase("Failed")
+    advice = world.status.message.partition("For the next time: ")[2]
+    assert advice.startswith("add Stateless to recovery.fallback")
+    assert "checkpoint.store" not in advice, "it has one"
 
 
 def test_a_loss_before_training_began_is_no_recovery() -> None:

@@ -58,7 +58,7 @@ def tell_damage(d: Draft) -> bool:
         if restore is not None and restore.damaged and restore.recovery == d.record.id:
             found = True
             where = seat(member.role, member.index)
-            text = f"{len(restore.damaged)} in the store of {where}: " + "; ".join(restore.damaged)
+            text = f"what was stored of {where} is not whole: " + "; ".join(restore.damaged)
             d.tell(DAMAGED, text, warning=True, member=where)
     return found
 

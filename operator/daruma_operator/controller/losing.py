@@ -261,8 +261,7 @@ def exhausted(d: Draft, why: str, reasons: str) -> None:
         fail(
             d,
             "StateLost",
-            f"{why}, and nothing can bring the lost parameters back ({reasons}). Give the job a "
-            "checkpoint.store, or set recovery.allowReset to begin again from initial values",
+            f"{why}, and nothing can bring the lost parameters back ({reasons}). {_advice(d)}",
         )
         return
     d.close("Reset", {SourceKind.INITIAL.value: SLOTS})
@@ -279,6 +278,20 @@ def exhausted(d: Draft, why: str, reasons: str) -> None:
         workers=d.status.workers.model_copy(update={"succeeded": 0, "succeeded_indexes": ""}),
     )
     d.phase(Phase.PENDING, "StateLost", "the job begins again from initial values (allowReset)")
+
+
+def _advice(d: Draft) -> str:
+    """Say what would have brought them back."""
+    ways = []
+    if d.policy.store is None:
+        ways.append("give the job a checkpoint.store")
+    sources = {source for name in ladder_of(d.spec) for source in PRESETS[name].sources}
+    if SourceKind.PEER not in sources:
+        ways.append("add Stateless to recovery.fallback, which takes what workers pulled last")
+    if d.spec.replicas == 1:
+        ways.append("keep replicas (strategy: Chain, or recovery.copies)")
+    ways.append("set recovery.allowReset to begin again from initial values")
+    return f"For the next time: {', or '.join(ways)}"
 
 
 def _loss(d: Draft, v: Verdict, epoch: int) -> Loss:
