@@ -57,6 +57,7 @@ class World:
         self.plane = DataPlane(self.membership, 0, incarnation)
         spec = TableSpec(0, "t", (ROWS, COLS), 1, rule_to_json(SGD(momentum=0.9)))
         assert self.plane.add_table(spec) is None
+        self.plane.note_given(np.arange(len(self.plane.slots.ids)))
         self.plane.slots.state[:] = SlotState.READY
         self.saver = Saver(self.plane, self.store, background, self.membership, 0)
         self.told: list[dict[str, Any]] = []

@@ -366,6 +366,7 @@ class SimulatedJob:
         plane.shard.set_whole(k, state.values, state.steps)
         slots.position[k] = state.position
         slots.last[k], slots.window[k] = state.last[state.vector], state.window[state.vector]
+        plane.note_given(k)
         plane.restored(k)
 
     def rolled_back(self) -> None:

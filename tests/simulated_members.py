@@ -143,8 +143,8 @@ class SimulatedWorker(Client):
 
     def step(self) -> None:
         """The program pushes a batch and waits for what follows from it."""
-        job = self.job
-        updates = job.training.updates(job.specs, self.me.index, self.batch + 1)
+        specs = self._live.copy.specs
+        updates = self.job.training.updates(specs, self.me.index, self.batch + 1)
         self.push(updates, self.generation)
         self.pulling = self.pull(pace(self))
 

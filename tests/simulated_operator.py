@@ -199,7 +199,7 @@ class Operator:
         workers = [m for m in self.members.values() if m.role is Role.WORKER]
         reports = {m.id: self.seen[m.id] for m in [*workers, head] if m.id in self.seen}
         since = self.recovery or 0
-        copies = {i: r.copies for i, r in reports.items() if r.epoch >= since and r.copies}
+        copies = {i: r.copies for i, r in reports.items() if r.epoch >= since}
         silent = [m for m in workers if m.id not in copies]
         if any(self.job.has_copy(m) for m in silent):
             if not hurry and self.job.now - self.since < COPIES_SECONDS:

@@ -51,6 +51,7 @@ class World:
         self.plane = DataPlane(new, 0, 1)
         assert self.plane.add_table(TableSpec(0, "t", (64, 2), 1, rule_to_json(SGD()))) is None
         self.k = np.arange(len(self.plane.slots.ids))
+        self.plane.note_given(self.k)
         self.plane.restored(self.k)
         self.covering = Covering(self.plane, new, lambda: self.now)
         self._todo: list[tuple[float, int, Callable[[], None]]] = []

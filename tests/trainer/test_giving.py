@@ -37,7 +37,7 @@ def test_a_copy_is_given_message_by_message_and_without_the_lock(
     turns: list[int] = []
     give, turn = HostCopy.give, Client._turn
 
-    def watched(copy: HostCopy, mask: Any) -> State:
+    def watched(copy: HostCopy, mask: Any) -> list[State]:
         def enter() -> None:
             free.append(client.lock.acquire(timeout=DEADLINE))
             client.lock.release()
@@ -72,6 +72,7 @@ def test_a_copy_is_given_message_by_message_and_without_the_lock(
             copy = client._live.copy
             copy.add(TableSpec(0, "t", (2048, 2), 1, rule_to_json(SGD())))
             copy.arrange()
+            copy.tables[:] = 1
             copy.data[0][:] = np.arange(4096).reshape(2048, 2)
             copy.lineage[:] = 1
         until(lambda: bool(client._live.links), "it connects")

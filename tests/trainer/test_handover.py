@@ -32,6 +32,7 @@ def plane_of() -> DataPlane:
             array[:] = rng.normal(size=array.shape)
         table.steps[:] = rng.integers(0, 100, len(table.steps))
     n = len(plane.slots.ids)
+    plane.note_given(np.arange(n))
     plane.slots.state[:] = SlotState.READY
     plane.slots.position[:] = rng.integers(0, 1000, n)
     plane.slots.last[:] = rng.integers(0, 1000, (n, 1))

@@ -32,7 +32,7 @@ from daruma_trainer.contract import Replay, Settings, WorkersMeanwhile
 from daruma_trainer.wire import Header, Kind
 from simulated_job import SimulatedJob, quiet
 from simulated_members import SimulatedWorker
-from simulated_training import WORKERS
+from simulated_training import TABLES, WORKERS
 from soak import counted
 
 CHAIN = Settings(replicas=2, chain=True, ack="Next", meanwhile=WorkersMeanwhile.WAIT)
@@ -413,6 +413,51 @@ def test_a_table_comes_with_its_values(story: Replication) -> None:
         for member in job.members():
             job.spin(member)
     story.calm()
+
+
+@pytest.mark.parametrize("consistency", ["async", "sync"])
+@pytest.mark.parametrize("mode", ["next", "tail of 3", "copies", "copies, momentum"])
+@pytest.mark.parametrize("comes", ["not at all", "without its values", "to one worker"])
+def test_a_server_is_lost_while_a_table_comes(
+    story: Replication, mode: str, consistency: str, comes: str
+) -> None:
+    """What was covered before is, whoever knows the table by then; and the table has its values."""
+    story.begin(mode, consistency)
+    job = story.job
+    story.run(WORKERS)
+    story.calm()
+    story.crash_ahead()
+    story.calm()
+    job.specs.append(job.training.weights(TABLES))
+    job.cut = None
+    first, second = job.live_workers
+    head = job.heads[0].me.id
+    (first if comes == "to one worker" else second).add_tables()
+    stays = comes == "not at all"
+    for _ in range(12):
+        job.now += 0.03
+        job.move(lambda wire: not (stays and wire.own in job.workers), MANY, MANY)
+        for member in job.members():
+            job.spin(member)
+    plane = job.servers[head].plane
+    assert plane is not None
+    assert (len(plane.shard.tables), bool(plane.given.all())) == {
+        "not at all": (2, True), "without its values": (3, False), "to one worker": (3, True)
+    }[comes]  # fmt: skip
+    if comes == "to one worker" and consistency == "async":
+        for worker in (first, second, second):
+            worker.step()  # of three tables, and of two
+            job.until(lambda: first.idle and second.idle, 20)
+    job.crash(head)
+    job.until(lambda: False, 40)
+    for worker in job.live_workers:
+        if len(worker._live.copy.specs) == TABLES:
+            worker.add_tables()
+    story.calm()
+    assert not job.reported
+    for server in job.heads:
+        assert server.plane is not None
+        assert server.plane.given.all()
 
 
 def test_a_lazy_replica_has_a_new_table_at_once(story: Replication) -> None:

@@ -208,7 +208,10 @@ def test_requests_go_first_until_a_pass_was_held_up_too_long(
     assert not world.saver.pending, "it would never be saved"
 
 
-def test_what_comes_between_the_choice_and_the_copy_is_in_the_copy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_what_comes_between_the_choice_and_the_copy_is_in_the_copy(
+    tmp_path: Path, given: bool
+) -> None:
     world = World(tmp_path)
     world.begin()
     world.background.run()
@@ -218,10 +221,15 @@ def test_what_comes_between_the_choice_and_the_copy_is_in_the_copy(tmp_path: Pat
     late = replace(world.plane.shard.specs[0], id=1, name="late")
     assert world.plane.add_table(late) is None
     world.train(1)
+    if given:
+        world.plane.note_given(np.arange(len(world.plane.slots.ids)))
     while world.saver.pending:
         world.saver.work(idle=True)
     world.background.run()
     manifest = world.newest()
+    if not given:
+        assert len(manifest.tables) == 1, "zeros would come back as its first values"
+        return
     assert [table.name for table in manifest.tables][1:] == ["late"]
     assert any(table == 1 for table, _ in manifest.blocks), "what was never saved goes first"
     blocks, _ = read_blocks(world.store, manifest, manifest.blocks)

@@ -263,6 +263,8 @@ WAS_VACANT = 1
 UNHEARD = 2
 """The same: the server was restored, and no life of this worker has told it since what it can give
 again."""
+PARTIAL = 4
+"""In the answer to any pull: there are values of more tables than the worker knows."""
 
 
 ORIGIN = struct.Struct("<Iq")

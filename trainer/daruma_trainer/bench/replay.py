@@ -102,6 +102,7 @@ class World:
             plane.shard.set_values(
                 every, {i: v[0][layout[i].rows].reshape(-1) for i, v in enumerate(values)}
             )
+            plane.note_given(every)
             plane.slots.state[:] = SlotState.READY
             plane.slots.lineage[:] = 1
         self._copies = [HostCopy(self._member.job_uid, SERVERS, WORKERS) for _ in range(WORKERS)]
@@ -222,7 +223,8 @@ class World:
         source = Source(SourceKind.PEER, slots_to_hex(plane.slots.ids.tolist()), name)
         restorer.begin(Restore(1, 2, me.id, (source,)))
         for ids, number in asked:
-            restorer.on_copy(name, number, self._copies[freshest].give(mask_of(ids)))
+            for state in self._copies[freshest].give(mask_of(ids)):
+                restorer.on_copy(name, number, state)
         if restorer.report is None or not restorer.report.done:
             raise BenchError(f"the server did not come back: {restorer.report}")
         return plane

@@ -55,6 +55,7 @@ class Shard:
             0, "t", (rows, COLS), max(1, block_bytes // (4 * COLS)), rule_to_json(SGD())
         )
         self.plane.add_table(spec)
+        self.plane.note_given(np.arange(len(self.plane.slots.ids)))
         self.plane.slots.state[:] = SlotState.READY
         self.data = self.plane.shard.tables[0].data
         rng = np.random.default_rng(0)

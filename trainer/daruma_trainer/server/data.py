@@ -24,6 +24,7 @@ from daruma_trainer.wire import (
     BITMAP,
     ENTER,
     OWN,
+    PARTIAL,
     PULL,
     UNHEARD,
     WAS_VACANT,
@@ -101,7 +102,7 @@ class Observer(Protocol):
         """The slots `k` changed otherwise."""
 
     def pulled(self, worker: int, k: Ints) -> None:
-        """The slots `k` were sent to a worker, with all tables."""
+        """The slots `k` were sent to a worker, with all that there is of them."""
 
     def resynced(self, worker: int) -> None:
         """A worker began anew: what it was told on its last connection may not have come."""
@@ -145,7 +146,9 @@ class DataPlane:
         """spec.checkpoint.restoreFrom: tables by name; "" while they are read, or what went wrong.
         None: workers give the initial values."""
         self._given: list[SlotMask] = []
-        """For each table, which of this shard's slots were initialised."""
+        """For each table, which of this shard's slots have values of it."""
+        self._lacking = False
+        """Whether some slot lacks some table's."""
 
     # Beginning
 
@@ -183,10 +186,11 @@ class DataPlane:
         except TableTooLargeError as error:
             return refuse(Refusal.TOO_LARGE, str(error))
         self._given.append(np.zeros(len(self.slots.ids), np.bool_))
+        self._lacking = True
         return None
 
     def _wants_values(self, table: int) -> bool:
-        """Whether initial values are still to come. Slots that are restored need none."""
+        """Whether initial values are still to come. Of slots on their way nobody knows yet."""
         return bool((~self._given[table] & (self.slots.state != SlotState.RESTORING)).any())
 
     def init(self, frames: Sequence[Frame]) -> Reply:
@@ -200,15 +204,19 @@ class DataPlane:
             return refuse(Refusal.MALFORMED, problem or "one dense table at a time")
         part = push.tables[0]
         given = self._given[part.table]
-        todo = k[~given[k] & (self.slots.state[k] != SlotState.RESTORING)]
-        if len(todo) == len(k):
-            values = part.values
+        lacks = ~given[k] & (self.slots.state[k] != SlotState.RESTORING)
+        todo = k[lacks]
+        if len(todo):
+            spec = self.shard.specs[part.table]
             if isinstance(self.warm, dict):
-                spec = self.shard.specs[part.table]
-                rows = TableLayout(self.shard.uid, spec, self.slots.ids[k]).rows
-                values = self.warm[spec.name].reshape(-1, spec.cols)[rows].reshape(-1)
-            self.shard.set_values(k, {part.table: values})
-            given[k] = True
+                rows = TableLayout(self.shard.uid, spec, self.slots.ids[todo]).rows
+                values = self.warm[spec.name].reshape(-1, spec.cols)[rows]
+            else:
+                mine = np.repeat(lacks, np.diff(self.shard.row_offsets(part.table, k)))
+                values = part.values.reshape(-1, spec.cols)[mine]
+            self.shard.set_values(todo, {part.table: values})
+            given[todo] = True
+            self._lacking = not self.given.all()
             self.open_slots()
         return Reply(Kind.OK, [b"{}"])
 
@@ -220,8 +228,10 @@ class DataPlane:
         self.slots.lineage[now] = self.incarnation
 
     def restored(self, k: Ints) -> None:
-        """Restoring → Ready, with a lineage of their own."""
-        self.note_given(k)
+        """Restoring → Ready, with a lineage of their own.
+
+        Of tables that their source did not have (`note_given`) the first values come again.
+        """
         self.slots.lineage[k] = self.incarnation
         self.slots.state[k] = SlotState.READY
         if self.observer is not None:
@@ -246,6 +256,8 @@ class DataPlane:
             return refuse(Refusal.MALFORMED, problem)
         self.counts.pushed_bytes += sum(len(f) for f in frames)
         ready = self.slots.ready[k]
+        if self._lacking and not all(self._given[p.table][k[ready]].all() for p in push.tables):
+            return refuse(Refusal.RESTORING, "a table's first values are to come, again")
         seen = self.slots.seen(k, push.worker, push.first, push.last)
         new = np.flatnonzero(ready & (seen == Seen.NEW))
         overlap = ready & (seen == Seen.OVERLAP)
@@ -344,11 +356,12 @@ class DataPlane:
         if late or few or (ends and self.sums.lacks(k)):
             self.pulls.append(Waiting(identity, header, frames))
             return None
+        partial = any(given[k].any() for given in self._given[tables:])
         body = encode_state(self.state(k, tables))
         self.counts.pulled_bytes += sum(len(f) for f in body)
-        if self.observer is not None and tables == len(self.shard.tables):
+        if self.observer is not None and not partial:
             self.observer.pulled(worker_of(identity.decode()), k)
-        return Reply(Kind.STATE, body, told)
+        return Reply(Kind.STATE, body, told | PARTIAL * partial)
 
     def state(self, k: Ints, tables: int) -> State:
         """Return whole slots, with all that belongs to them but the optimizer's state."""
@@ -371,10 +384,17 @@ class DataPlane:
         n = len(self.slots.ids)
         return np.logical_and.reduce(self._given, axis=0) if self._given else np.zeros(n, np.bool_)
 
-    def note_given(self, k: Ints) -> None:
-        """The slots `k` have values of all tables."""
-        for given in self._given:
-            given[k] = True
+    @property
+    def complete_tables(self) -> int:
+        """How many tables have values in every slot: of a later one there is nothing to save."""
+        found = (number for number, given in enumerate(self._given) if not given.all())
+        return next(found, len(self._given))
+
+    def note_given(self, k: Ints, tables: int | None = None) -> None:
+        """The slots `k` have values of the first so many tables (None: of all), and of no other."""
+        for number, given in enumerate(self._given):
+            given[k] = tables is None or number < tables
+        self._lacking = not self.given.all()
 
     def resync(self, identity: bytes, frames: Sequence[Frame]) -> Reply:
         """RESYNC: what a worker neither has nor can push again is marked and counted as lost."""

@@ -52,7 +52,7 @@ def pack(plane: DataPlane, uid: str, index: int) -> Iterator[bytes | bytearray]:
         plane.incarnation,
         0,
         plane.step,
-        tuple(plane.shard.specs),
+        tuple(plane.shard.specs[: plane.complete_tables]),
         Places.of(places),
         states,
     ).encode()
@@ -119,7 +119,7 @@ def _exactly(stream: _Readable, size: int) -> bytes:
 def _blocks(plane: DataPlane) -> Iterator[BlockState]:
     """All blocks, as views: nothing changes a frozen shard."""
     slots = plane.slots
-    for table in plane.shard.tables:
+    for table in plane.shard.tables[: plane.complete_tables]:
         layout = table.layout
         for s in range(len(slots.ids)):
             for b in range(int(layout.slot_blocks[s]), int(layout.slot_blocks[s + 1])):

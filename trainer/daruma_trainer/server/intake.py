@@ -65,9 +65,8 @@ class Intake:
     def whole(self, k: Ints) -> NDArray[np.bool_]:
         """Of which of the slots `k` every block came."""
         found = np.ones(len(k), np.bool_)
-        for i, table in enumerate(self._plane.shard.tables):
-            # A table that was made since the save is not in it.
-            got = self._got[i] if i < len(self._got) else np.zeros(len(table.steps), np.bool_)
+        # A table that was made since the save is not in it: its first values come again.
+        for got, table in zip(self._got, self._plane.shard.tables, strict=False):
             lacking = np.concatenate([[0], np.cumsum(~got)])[table.layout.slot_blocks]
             found &= lacking[k + 1] == lacking[k]
         return found
@@ -89,7 +88,8 @@ class Intake:
     def _begin(self, manifest: Manifest) -> None:
         if self._wanted():
             self.problem = make_tables(self._plane, manifest)
-            self._got = [np.zeros(len(t.steps), np.bool_) for t in self._plane.shard.tables]
+            tables = self._plane.shard.tables[: len(manifest.tables)]
+            self._got = [np.zeros(len(t.steps), np.bool_) for t in tables]
 
     def _take(self, blocks: list[Blocks]) -> None:
         if self.problem or not self._wanted():

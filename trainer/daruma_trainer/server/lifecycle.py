@@ -256,7 +256,7 @@ class Lifecycle:
         self._equip(plane, membership)
         if self.plane is None or self.restorer is None:
             return  # no store, though one is configured: this process ends
-        mine = np.flatnonzero(plane.slots.ready & plane.given)
+        mine = np.flatnonzero(plane.slots.ready)
         plane.slots.state[:] = SlotState.RESTORING
         if self._around.counted_on:
             plane.restored(mine)

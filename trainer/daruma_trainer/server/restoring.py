@@ -178,16 +178,18 @@ class Restorer:
             workers = min(slots.last.shape[1], state.last.shape[1])
             slots.last[k, :workers] = state.last[state.vector][:, :workers]
             slots.window[k, :workers] = state.window[state.vector][:, :workers]
+            self.plane.note_given(k, len(state.values))
             ask.k, ask.since = np.setdiff1d(ask.k, k), now
             if not len(ask.k):
                 self._asks.remove(ask)
             self._bring_moments(k, ask, sum(v.nbytes for v in state.values))
 
     def _set_values(self, k: Ints, state: State) -> str | None:
-        """Write a copy's parameters; says what is wrong with it."""
-        tables = len(self.plane.shard.tables)
-        if len(state.values) != tables:
-            return f"{len(state.values)} of {tables} tables"
+        """Write a copy's parameters; says what is wrong with it.
+
+        A table that it lacks was new, or yet to be declared by that worker: its first values come
+        again. Copies that have it are newer, so asked before.
+        """
         try:
             self.plane.shard.set_values(k, dict(enumerate(state.values)))
         except ValueError as error:
@@ -219,6 +221,7 @@ class Restorer:
             self.plane.shard.reset_optimizer(everything)
             set_blocks(self.plane, result.blocks, moments_only=False)
             set_slots(self.plane, result.manifest, everything)
+            self.plane.note_given(everything, len(result.manifest.tables))
             self.plane.restored(everything)
             done(result.cut)
 
@@ -265,6 +268,7 @@ class Restorer:
             if kind is SourceKind.INITIAL:
                 self._asks.remove(ask)
                 self.plane.shard.reset_optimizer(ask.k)
+                self.plane.note_given(ask.k, 0)
                 self._taken(kind, ask.k, 0, reset=ask.k)
             elif kind is SourceKind.REPLICA:
                 self._asks.remove(ask)
@@ -317,6 +321,7 @@ class Restorer:
         self._damaged(found.damaged)
         whole = ask.k[intake.whole(ask.k)]
         set_slots(self.plane, found.manifest, whole)
+        self.plane.note_given(whole, len(found.manifest.tables))
         self._taken(self._source(ask).kind, whole, intake.size)
         self._next(np.setdiff1d(ask.k, whole), now)
 

@@ -273,7 +273,8 @@ class Saver:
         running = kind == "running"
         base = f"{self._number:010d}" if running else number
         segment = f"{self._folder}/{'segment' if running else 'cut'}-{base}.seg"
-        slots, tables = self._plane.slots, self._tables()
+        slots, complete = self._plane.slots, self._plane.complete_tables
+        tables, chosen = self._tables()[:complete], chosen[:complete]
         pieces, buffer = copy_blocks(tables, chosen, slots, self._buffers)
         # What was applied to a slot without blocks is all that it is: it is as new as the save.
         touched = np.ones(len(slots.ids), np.bool_)
@@ -285,7 +286,7 @@ class Saver:
                 table.changed[mine] = False
         manifest = Manifest(
             self._uid, self._index, self._plane.incarnation, self._number, self._plane.step,
-            tuple(self._plane.shard.specs), Places((), np.zeros(0, ROW)),
+            tuple(self._plane.shard.specs[:complete]), Places((), np.zeros(0, ROW)),
             self._slot_states(touched, running), kind,
         )  # fmt: skip
         name = f"{self._folder}/{'manifest' if running else 'cut'}-{base}.json"

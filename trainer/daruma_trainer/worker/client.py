@@ -402,11 +402,12 @@ class Client:
                 return
             reply = replace(self.header(Kind.COPY), request=request)
         try:
-            body = encode_state(self._live.copy.fetched(wanted))
+            states = self._live.copy.fetched(wanted)
         except ContractError as error:
             LOG.warning("did not give %s what it asked for: %s", link.peer.id, error)
             return
-        link.send(replace(reply, incarnation=link.peer.incarnation), body)
+        for state in states:
+            link.send(replace(reply, incarnation=link.peer.incarnation), encode_state(state))
 
     def _turn(self, ready: Container[object]) -> None:
         if self._sessions is None:

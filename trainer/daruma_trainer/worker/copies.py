@@ -55,6 +55,9 @@ class HostCopy:
         self.window: NDArray[np.uint64] = np.full((SLOTS, workers), (1 << 64) - 1, np.uint64)
         self.tables: Ints = np.zeros(SLOTS, np.int64)
         """How many tables each slot was pulled with."""
+        self.whole: Ints = np.zeros((SLOTS, 2), np.int64)
+        """(lineage, position) as of which each slot has all that its server had of it. Pulls that
+        lack a table which this worker has yet to declare are newer, and have no more of that."""
         self.groups: list[Group] = []
         self.previous = None if keeps_for is None else Previous(self, keeps_for)
         self._versions: tuple[bytes, tuple[Copies, ...]] = b"", ()
@@ -77,8 +80,11 @@ class HostCopy:
                 for part in split_slots(whole)
             ]
 
-    def take(self, state: State) -> Slots:
-        """Overwrite slots by what a server sent; MalformedError if sizes differ. Returns which."""
+    def take(self, state: State, *, partial: bool = False) -> Slots:
+        """Overwrite slots by what a server sent; MalformedError if sizes differ. Returns which.
+
+        `partial`: the server has values of more tables than this worker declared.
+        """
         group = self._group(state.slots)
         if self.previous is not None:
             self.previous.keep(state, group)
@@ -95,6 +101,8 @@ class HostCopy:
         self.tables[slots] = len(state.values)
         self.lineage[slots] = state.lineage
         self.position[slots] = state.position
+        if not partial:
+            self.whole[slots] = np.stack([state.lineage, state.position], axis=1)
         workers = min(self.last.shape[1], state.last.shape[1])
         self.last[slots, :workers] = state.last[state.vector][:, :workers]
         self.window[slots, :workers] = state.window[state.vector][:, :workers]
@@ -110,14 +118,17 @@ class HostCopy:
         older = (state.lineage == lineage) & (state.position < position)
         return bool((older | (state.lineage < lineage)).any())
 
-    def give(self, mask: Slots) -> State:
-        """Return slots for a restoring server.
+    def give(self, mask: Slots) -> list[State]:
+        """Return slots for a restoring server, each with the tables that it was pulled with.
 
         For the thread that calls `take`; tables may be added meanwhile.
         """
-        slots = np.flatnonzero(mask)
-        data = list(self.data)
-        layout = ShardLayout(self._uid, self.specs[: len(data)], slots)
+        counts = np.unique(self.tables[mask & (self.tables > 0)]).tolist()
+        return [self._give(mask & (self.tables == count), count) for count in counts]
+
+    def _give(self, mask: Slots, tables: int) -> State:
+        slots, data = np.flatnonzero(mask), self.data[:tables]
+        layout = ShardLayout(self._uid, self.specs[:tables], slots)
         both = np.hstack([self.last[slots], self.window[slots].view(np.int64)])
         unique, index = np.unique(both, axis=0, return_inverse=True)
         workers = self.last.shape[1]
@@ -131,7 +142,7 @@ class HostCopy:
             tuple(d[t.rows].reshape(-1) for d, t in zip(data, layout.tables, strict=True)),
         )
 
-    def fetched(self, meta: Frame) -> State:
+    def fetched(self, meta: Frame) -> list[State]:
         """Return what a FETCH asks for: the newest, or what was there at some worker's batch."""
         mask = from_bitmap(meta[:BITMAP])
         if len(meta) == BITMAP:
@@ -141,7 +152,7 @@ class HostCopy:
         worker, batch = ORIGIN.unpack(meta[BITMAP:])
         if worker >= self.last.shape[1]:
             raise MalformedError(f"a FETCH for worker {worker}")
-        return self.previous.give(mask, worker, batch)
+        return [self.previous.give(mask, worker, batch)]
 
     def knows(self, slots: Slots, workers: Sequence[int], batch: int) -> bool:
         """Whether these slots have this batch of each of these workers."""
@@ -149,9 +160,8 @@ class HostCopy:
 
     def versions(self, mask: Slots) -> tuple[Copies, ...]:
         """Group these slots by version, for the operator's plan."""
-        # Of a table that came since, this copy has zeros.
-        k = np.flatnonzero(mask & (self.tables == len(self.specs)))
-        lineage, position = self.lineage[k], self.position[k]
+        k = np.flatnonzero(mask & (self.whole[:, 0] > 0))
+        lineage, position = np.ascontiguousarray(self.whole[k].T)
         key = b"".join((k.tobytes(), lineage.tobytes(), position.tobytes()))
         if self._versions[0] != key:
             found = group_versions(k.tolist(), lineage.tolist(), position.tolist())
@@ -184,7 +194,7 @@ class HostCopy:
 
     def forget(self) -> None:
         """Offer nothing of this to anybody: it is of a lineage that is no more (a rollback)."""
-        self.lineage[:] = 0
+        self.lineage[:] = self.whole[:] = 0
         if self.previous is not None:
             self.previous.lineage[:] = 0
 

@@ -31,6 +31,7 @@ from daruma_trainer.wire import (
     ALL_WORKERS,
     ENTER,
     OWN,
+    PARTIAL,
     PULL,
     Frame,
     Header,
@@ -489,9 +490,10 @@ class Sessions:
         if not self._worker.resumed:
             self._worker.position.hear(session.link.peer.index, header.flags)
         state = decode_state(frames)
-        taken = self.copy.take(state)
+        partial = bool(header.flags & PARTIAL)
+        taken = self.copy.take(state, partial=partial)
         settings = self.membership.settings
-        if settings.covers and not settings.chain:
+        if settings.covers and not settings.chain and not partial:
             # This copy counts: others' pushes in it are on one node more.
             have = [state.update.to_bytes(8, "little") + bitmap(taken)]
             whole = replace(self._worker.header(Kind.HAVE), incarnation=header.incarnation)

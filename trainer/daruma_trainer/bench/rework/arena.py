@@ -94,6 +94,7 @@ class Servers:
             plane.shard.set_values(
                 k, {i: v[0][layout[i].rows].reshape(-1) for i, v in enumerate(values)}
             )
+            plane.note_given(k)
             plane.slots.state[:] = SlotState.READY
             plane.slots.lineage[:] = 1
             plane.note_given(k)
@@ -275,7 +276,8 @@ class Saves:
         restorer.begin(Restore(1, 2, _successor(server).id, tuple(sources)))
         if peer is not None:
             for ids, number in asked:
-                restorer.on_copy(WORKER, number, peer.copy.give(mask_of(ids)))
+                for state in peer.copy.give(mask_of(ids)):
+                    restorer.on_copy(WORKER, number, state)
         self._work()
         report = restorer.report
         if report is None or not report.done or report.damaged:
