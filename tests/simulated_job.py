@@ -22,6 +22,7 @@ from daruma_trainer.server import reporting as server_reporting
 from daruma_trainer.server.background import ByHand
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.fencing import Fence
+from daruma_trainer.server.replication import replicator, stream
 from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.reporting import report_of
 from daruma_trainer.wire import State
@@ -71,7 +72,9 @@ class SimulatedJob:
         shared: bool = False,
         single: bool = False,
         servers: int = 1,
+        narrow: bool = False,
     ) -> None:
+        """`narrow`: little may be under way to a replica, whole slots one by one and in turns."""
         self.settings, self.momentum, self.shared = settings, momentum, shared
         self.count = servers
         self.now = 100.0
@@ -102,6 +105,8 @@ class SimulatedJob:
         """By head that was lost: failures before, and how many covered pushes would outlive."""
         self._stack = ExitStack()
         self._patch()
+        if narrow:
+            self._make_narrow()
         self.operator = Operator(self)
         self.operator.begin()
 
@@ -144,6 +149,11 @@ class SimulatedJob:
         )  # fmt: skip
         patches += [(module, "time", clock) for module in timed]
         for module, name, value in patches:
+            self._stack.enter_context(mock.patch.object(module, name, value))
+
+    def _make_narrow(self) -> None:
+        narrower = [(stream, "ROOM", 300), (stream, "AT_ONCE", 1), (stream, "MIN_WINDOW", 0)]
+        for module, name, value in [*narrower, (replicator, "ROOM", 300)]:
             self._stack.enter_context(mock.patch.object(module, name, value))
 
     # Members

@@ -114,6 +114,14 @@ class Wire:
         self.came.extend(list(self.down)[:kept])
         self.down.clear()
 
+    def drop(self, number: int) -> None:
+        """One of the messages on their way is lost, and later ones are not.
+
+        No connection does that. A queue that is full, or a frame that is passed over, would be it.
+        """
+        if len(self.up) > 1:
+            del self.up[number % (len(self.up) - 1)]
+
     def end(self, arrive: int) -> None:
         """Its owner is killed: no more than so many of its messages still arrive."""
         while len(self.up) > arrive:

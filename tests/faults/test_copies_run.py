@@ -4,107 +4,34 @@ Real processes and the real operator; `tests/trainer/test_copies_killed.py` has 
 a simulated network, very often. A killed server's guests, so other servers' replicas, go with it.
 """
 
-import contextlib
-import http.client
-import json
 import math
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import copies_program
 from copies_program import TABLE, WORKERS
-from daruma_trainer.bench.members import processes
-from daruma_trainer.contract import SLOTS, Role
+from daruma_trainer.contract import SLOTS
 from daruma_trainer.layout import TableSpec, choose_block_rows
 from daruma_trainer.rules import Adam, rule_to_json
 from daruma_trainer.server.shard import Shard
 from daruma_trainer.wire import TablePush
-from left_behind import left_by
+from killed_runs import STEPS, Arrays, Killed, missing
 from soak import counted
 
-DEADLINE = 150.0
-STEPS, SERVERS = 60, 2
+SERVERS = 2
 VICTIMS = (("server",), ("worker",), ("server", "worker"))
-MANIFEST = """\
-apiVersion: daruma.dev/v1alpha1
-kind: TrainingJob
-metadata: {{name: copied}}
-spec:
-  program:
-    image: none
-    command: [{command}, gate]
-  servers: {{replicas: 2}}
-  workers: {{replicas: 2, minReplicas: {least}}}
-  consistency: {{mode: {mode}}}
-  recovery: {{strategy: Freshest, copies: 2}}
-"""
 SEEDS, COUNTED = counted("a node killed under `daruma run` with copies: 2, in each cell", 1, 20)
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
-Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
 def run(folder: Path, mode: str, program: list[str], kills: list[str]) -> tuple[Any, Arrays]:
     """Return the report and the tables of a job whose members are killed so."""
-    folder.mkdir()
-    command = ", ".join(json.dumps(word) for word in ["python", *program])
-    text = MANIFEST.format(
-        command=command, mode=mode, least=WORKERS if mode == "Sync" else 1,
-    )  # fmt: skip
-    (folder / "job.yaml").write_text(text)
-    daruma = [sys.executable, "-m", "daruma_operator.cli.main"]
-    orders = [word for kill in kills for word in ("--kill", kill)]
-    with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
-            [*daruma, "run", "job.yaml", "--out", str(folder / "out"), *orders],
-            stdout=output, stderr=subprocess.STDOUT, cwd=folder,
-        )  # fmt: skip
-    try:
-        until_replicated(folder / "out", process)
-        (folder / "gate").touch()
-        assert process.wait(DEADLINE) == 0, (folder / "output").read_text()[-6000:]
-    finally:
-        process.kill()
-        process.wait()
-    assert left_by(folder) == []
-    report = json.loads((folder / "out" / "report.json").read_text())
-    result = [*daruma, "export", report["result"]["uri"], "-o", str(folder / "result")]
-    subprocess.run(result, check=True, timeout=DEADLINE, capture_output=True)
-    return report, load_file(folder / "result")
-
-
-def until_replicated(out: Path, process: "subprocess.Popen[bytes]") -> None:
-    """Wait until each server counts on its replica: what is lost before that was promised less."""
-    end = time.monotonic() + DEADLINE
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            servers = [p for p in processes(out) if p.role is Role.SERVER]
-            views = [p.view()[1] for p in servers]
-            followed = {told.follows for view in views for _, told in view.others.values()}
-            if len(servers) == SERVERS and followed.issuperset(p.id for p in servers):
-                return
-        time.sleep(0.05)
-    raise AssertionError("the replicas are not up to date")
-
-
-def missing(marks: "np.ndarray[Any, Any]", rows: int) -> int:
-    """How many batches some row lacks; none may be there twice, or where it does not belong."""
-    marks = marks.reshape(TABLE, WORKERS, STEPS)
-    assert ((marks == 0) | (marks == 1)).all(), "applied twice"
-    found = 0
-    for worker in range(WORKERS):
-        for batch in range(1, STEPS + 1):
-            mine = copies_program.rows_of(worker, batch, rows)
-            found += not (marks[mine, worker, batch - 1] == 1).all()
-            assert not np.delete(marks[:, worker, batch - 1], mine).any()
-    return found
+    job = Killed("{strategy: Freshest, copies: 2}", mode, program, servers=2, replicas=2)
+    return job.run(folder, kills)
 
 
 @COUNTED

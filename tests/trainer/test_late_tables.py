@@ -98,7 +98,8 @@ class World:
         return [(c.lineage, c.position, len(slots_from_hex(c.slots))) for c in found]
 
     def replace_server(self, *worker: int) -> None:
-        """Its successor takes everything from these workers, the first one first."""
+        """Its successor takes everything from these workers, the first one first; from none: it
+        begins again (allowReset)."""
         membership = replace(self.planes.membership, initialised=True)
         plane, copies = DataPlane(membership, 0, 2), self.copies
         assert plane.add_table(self.planes.spec) is None
@@ -117,6 +118,7 @@ class World:
         named = [WORKERS[w].decode() for w in worker]
         every = slots_to_hex(plane.slots.ids.tolist())
         sources = tuple(Source(SourceKind.PEER, every, name) for name in named)
+        sources = sources or (Source(SourceKind.INITIAL, every),)
         restorer.begin(Restore(1, 2, "server-0-2", sources))
         for member, ids, number in asked:
             for state in copies[int(member.split("-")[1])].give(mask_of(ids)):
@@ -175,6 +177,16 @@ def test_first_values_come_again_where_no_copy_had_them() -> None:
     assert (world.plane.shard.tables[1].data == 8.0).all()
     world.initial(3.0)
     assert (world.plane.shard.tables[1].data == 8.0).all(), "values are given once"
+
+
+def test_what_begins_again_does_so_from_first_values_not_from_zeros() -> None:
+    world = World()
+    world.replace_server()
+    assert world.plane.complete_tables == 0
+    assert world.push(0, 1, 0) is Refusal.RESTORING
+    assert world.create()
+    world.initial(7.0)
+    assert (world.plane.shard.tables[1].data == 7.0).all()
 
 
 def test_of_a_pull_that_was_half_done_each_slot_is_given_with_its_own_tables() -> None:

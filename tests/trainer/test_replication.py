@@ -403,6 +403,22 @@ def test_what_waits_for_a_replica_is_not_covered_before_that_knows() -> None:
     assert head.stream.covered == 2
 
 
+def test_a_replica_hears_that_it_is_counted_on_after_all_that_was_covered_before() -> None:
+    """What is pushed before it has every slot is covered without it: it must not serve without."""
+    head = Head(Settings(replicas=2, copies=2, copies_bytes_per_second=1000.0))
+    head.link.answer(-1, body=NOTHING)
+    head.turn(1.0)
+    assert head.link.kinds == [Kind.FOLLOW, Kind.WHOLE]
+    head.push(1)  # nothing is left of this second's bytes
+    head.link.answer(-1)
+    head.turn()
+    assert head.stream.joined
+    assert head.link.kinds == [Kind.FOLLOW, Kind.WHOLE]
+    head.turn(60.0)
+    assert head.link.kinds == [Kind.FOLLOW, Kind.WHOLE, Kind.WHOLE, Kind.FOLLOW]
+    assert decode_json(head.link.sent[-1][1][0]) == {"number": 3}
+
+
 def test_bytes_a_second_are_limited_and_what_waits_goes_out_whole() -> None:
     head = Head(Settings(replicas=2, copies=2, copies_bytes_per_second=1000.0))
     head.follow()

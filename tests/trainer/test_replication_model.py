@@ -11,9 +11,8 @@ joined. One server or two, each with its replicas in the other's pod; rollbacks;
 Broken on purpose, the protocol is caught here: a push acknowledged before it is forwarded, marks
 that a replica leaves out, uncovered pushes dropped, updates taken from a deposed head, no whole
 slots after a gap, a known next replica not counted on, held pushes not given again, a middle
-replica that answers at once, a floor that leaves the version, a replica that lags and serves.
-Not here, but by `test_replication.py`: a replica that hears too early that it is counted on, and
-a gap in a stream's numbers that nobody notices.
+replica that answers at once, a floor that leaves the version, a replica that lags and serves, one
+that hears too early that it is counted on, a gap in a stream's numbers that nobody notices.
 """
 
 import sys
@@ -31,7 +30,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from daruma_trainer.contract import Replay, Settings, WorkersMeanwhile
 from daruma_trainer.wire import Header, Kind
 from simulated_job import SimulatedJob, quiet
-from simulated_members import SimulatedWorker
+from simulated_members import SimulatedServer, SimulatedWorker
+from simulated_network import Wire
 from simulated_training import TABLES, WORKERS
 from soak import counted
 
@@ -65,6 +65,11 @@ some = st.integers(0, 5)
 bits = st.integers(0, (1 << 48) - 1)
 
 
+def kinds_of(wire: Wire) -> list[Kind]:
+    """What is on its way to a wire's peer."""
+    return [Header.decode(message).kind for message in wire.up]
+
+
 class Bits:
     """Small numbers out of a large one; zeros once it is used up."""
 
@@ -86,6 +91,7 @@ class Replication(RuleBasedStateMachine):
         shared=st.booleans(),
         single=st.booleans(),
         servers=st.integers(1, 2),
+        narrow=st.booleans(),
     )
     def begin(
         self,
@@ -94,10 +100,13 @@ class Replication(RuleBasedStateMachine):
         shared: bool = False,
         single: bool = False,
         servers: int = 1,
+        narrow: bool = False,
     ) -> None:
         config, momentum = MODES[mode]
         config = replace(config, **CONSISTENCY[consistency])
-        self.job = SimulatedJob(config, momentum, shared=shared, single=single, servers=servers)
+        self.job = SimulatedJob(
+            config, momentum, shared=shared, single=single, servers=servers, narrow=narrow
+        )
         assert self.job.until(lambda: quiet(self.job), ROUNDS)
         self.job.save()
 
@@ -140,6 +149,14 @@ class Replication(RuleBasedStateMachine):
         """A connection breaks; it may come back at once."""
         if self.job.wires:
             self.job.wires[wire % len(self.job.wires)].cut(lost, kept)
+
+    @rule(server=st.integers(0, 1), wire=some, number=some)
+    def drop(self, server: int, wire: int, number: int) -> None:
+        """A message to a replica is lost, of a connection that stays."""
+        self.get_ahead(server)
+        streams = [w for w in self.job.wires if set(kinds_of(w)) & {Kind.UPDATE, Kind.WHOLE}]
+        if streams:
+            streams[wire % len(streams)].drop(number)
 
     @rule(wire=some, full=st.booleans())
     def jam(self, wire: int, full: bool) -> None:
@@ -184,9 +201,18 @@ class Replication(RuleBasedStateMachine):
     @rule(server=st.integers(0, 1), arrive=st.integers(0, 2))
     def crash_ahead(self, server: int = 0, arrive: int = 0) -> None:
         """A server is killed that has acknowledged what its replica has yet to get."""
+        job, head = self.job, self.get_ahead(server)
+        if head is not None and job.alive(head.me.id):
+            job.move(lambda w: w.peer.id == head.me.id and w.own in job.workers, MANY, MANY)
+            for worker in job.live_workers:
+                worker.spin()
+            job.crash(head.me.id, arrive)
+
+    def get_ahead(self, server: int) -> SimulatedServer | None:
+        """Let a server have what workers push, and nobody else hear of it."""
         job, heads = self.job, self.job.heads
         if not heads:
-            return
+            return None
         head = heads[server % len(heads)]
         for worker in job.live_workers:
             if worker.idle:
@@ -196,11 +222,7 @@ class Replication(RuleBasedStateMachine):
                 worker.spin()
             job.move(lambda w: w.peer.id == head.me.id and w.own in job.workers, MANY, MANY)
             job.spin(head.me.id)
-        if job.alive(head.me.id):
-            job.move(lambda w: w.peer.id == head.me.id and w.own in job.workers, MANY, MANY)
-            for worker in job.live_workers:
-                worker.spin()
-            job.crash(head.me.id, arrive)
+        return head
 
     @rule(server=st.integers(0, 1))
     def depose(self, server: int = 0) -> None:
@@ -407,7 +429,7 @@ def test_a_table_comes_with_its_values(story: Replication) -> None:
     for turn in range(60):
         job.now += 0.03
         for wire in list(job.wires):
-            kinds = [Header.decode(message).kind for message in wire.up]
+            kinds = kinds_of(wire)
             waits = turn < 30 and Kind.INIT in kinds
             job.move(partial(is_, wire), kinds.index(Kind.INIT) if waits else MANY, MANY)
         for member in job.members():
@@ -458,6 +480,15 @@ def test_a_server_is_lost_while_a_table_comes(
     for server in job.heads:
         assert server.plane is not None
         assert server.plane.given.all()
+
+
+@pytest.mark.parametrize("mode", ["tail of 3", "3 copies, momentum"])
+def test_a_table_comes_to_a_chain_of_three_in_many_messages(story: Replication, mode: str) -> None:
+    """The middle answers for what has come to it, or no more would come."""
+    story.begin(mode, narrow=True)
+    story.run(0)
+    story.add_table()
+    story.calm()
 
 
 def test_a_lazy_replica_has_a_new_table_at_once(story: Replication) -> None:

@@ -143,8 +143,12 @@ class Outflow:
     @property
     def covered(self) -> int:
         """The last update up to which the replica has everything."""
+        return self.covered_in(np.ones(self.slots, np.bool_))
+
+    def covered_in(self, some: NDArray[np.bool_]) -> int:
+        """The last update up to which the replica has everything of these slots."""
         floors = [s.floor for s in self._sent.values()]
-        dirty = self.since[self.since > 0]
+        dirty = self.since[(self.since > 0) & some]
         if len(dirty):
             floors.append(int(dirty.min()))
         return min(floors) - 1 if floors else (self.updates if self.began else 0)

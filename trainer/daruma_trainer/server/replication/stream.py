@@ -110,8 +110,12 @@ class Stream:
 
     @property
     def covered(self) -> int:
-        """The last update up to which the replica has everything."""
-        return self._out.covered
+        """The last update up to which the replica has everything.
+
+        What has yet to come to a replica itself, it need not pass on: the one before it may wait
+        for its answers before it sends the rest.
+        """
+        return self._out.covered_in(self._whole) if self.relays else self._out.covered
 
     @property
     def busy(self) -> bool:
