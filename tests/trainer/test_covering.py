@@ -219,3 +219,13 @@ def test_a_lost_workers_pulls_bring_nothing() -> None:
     world.covering.follow(replace(members, epoch=2, members=found))
     world.run(0.1)
     assert world.sent == 1
+
+
+def test_a_copy_has_what_came_and_no_other_slot() -> None:
+    world = World(("a", "b"))
+    world.push(0, 1)
+    update = world.plane.updates.to_bytes(8, "little")
+    for k, told in ((world.k[:512], {}), (world.k[512:], {0: 1})):
+        world.covering.has("worker-1-1", [b"", update + bitmap(mask_of(world.plane.slots.ids[k]))])
+        world.turn()
+        assert world.told == told

@@ -526,3 +526,15 @@ def test_what_is_covered_is_let_go_though_nobody_acknowledged_it() -> None:
     assert pushes.acked == 1
     pushes.note_covered(0, slots_of(0), 2)
     assert (pushes.acked, pushes.sealed) == (2, {})
+
+
+def test_what_every_slot_has_is_kept_until_it_is_covered() -> None:
+    pushes = Pushes(Replay())
+    made = held(pushes, 1, update(1.0))
+    made.uncovered |= {0, 2}
+    pushes.note_applied(1, np.ones(SLOTS, np.bool_))
+    pushes.note_covered(0, slots_of(0), 1)
+    assert pushes.acked == 0
+    assert list(pushes.held) == [1], "one server alone has it"
+    pushes.note_covered(2, slots_of(2), 1)
+    assert (pushes.acked, pushes.held) == (1, {})

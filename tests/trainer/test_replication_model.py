@@ -491,6 +491,30 @@ def test_a_table_comes_to_a_chain_of_three_in_many_messages(story: Replication, 
     story.calm()
 
 
+def test_a_pull_that_lacks_a_table_covers_nothing(story: Replication) -> None:
+    story.begin("copies")
+    job = story.job
+    story.run(WORKERS)
+    story.calm()
+    first, second = job.live_workers
+    job.specs.append(job.training.weights(TABLES))
+    first.add_tables()
+    assert job.until(lambda: first.idle, 40)
+    seen = []
+    for worker in (first, second):
+        worker.refresh()
+        for _ in range(20):
+            job.now += 0.01
+            job.spin(worker.me.id)
+            seen += [(worker, Kind.HAVE) for w in job.wires if Kind.HAVE in kinds_of(w)]
+            job.round()
+        assert worker.idle
+    assert {worker for worker, _ in seen} == {first}
+    job.cut = None
+    second.add_tables()
+    story.calm()
+
+
 def test_a_lazy_replica_has_a_new_table_at_once(story: Replication) -> None:
     story.begin("every 3, of 3", "async")
     story.add_table()
