@@ -205,7 +205,9 @@ class Operator:
             if not hurry and self.job.now - self.since < COPIES_SECONDS:
                 return
             self.job.fail(len(silent))
-        kinds = {SourceKind.REPLICA, SourceKind.PEER}
+        kinds = {SourceKind.REPLICA}
+        if not self.job.settings.chain:
+            kinds.add(SourceKind.PEER)
         owners = place(UID, self.job.count)
         lost = [s for s in range(SLOTS) if owners[s] == head.index]
         plan = plan_slots(lost, kinds, copies, stored=False, replica=head.id)

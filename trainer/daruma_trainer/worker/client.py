@@ -205,7 +205,7 @@ class Client:
                 if sessions.synced(server):
                     pushes.ride(held, server, sessions.copy)
                     self._todo.append(partial(sessions.send_held, server, held))
-                elif replay and sessions.lacks(server, self.batch, now):
+                elif replay and sessions.may_merge(server, self.batch, now):
                     pushes.accumulate(held, server, sessions.copy, now, sessions.rules)
                 elif replay:
                     pushes.hold_back(server)

@@ -150,7 +150,7 @@ class Sessions:
         """Return the servers that take no pushes now."""
         return [s for s in range(self.membership.servers) if not self.synced(s)]
 
-    def lacks(self, server: int, batch: int, now: float) -> bool:
+    def may_merge(self, server: int, batch: int, now: float) -> bool:
         """Whether this worker's batch may be made one with others that a server lacks.
 
         Where its predecessor's push of that batch reached some slots, it goes out by itself.
