@@ -317,6 +317,9 @@ class SimulatedJob:
     def resumed(self, worker: SimulatedWorker) -> None:
         """A worker knows where it goes on."""
         index, worker.began_at = worker.me.index, worker.batch
+        # What past lives had lost of what comes now is made again (`Report.after`).
+        again = {(index, b) for w, b in self.reported if w == index and b > worker.batch}
+        self.reported -= again if worker.position.after == worker.batch else set()
         for first, last in worker.position._skipped:
             self.skipped |= {(index, b) for b in range(first, last + 1)}
 

@@ -73,6 +73,15 @@ def test_a_push_that_two_servers_lost_in_two_lives_of_its_worker_is_lost_once() 
     assert text == "1-6,9"
 
 
+def test_what_a_later_life_makes_again_is_not_lost() -> None:
+    second = Report("worker-1-5", 1, "Training", lost=1, lost_batches="3", after=4)
+    assert counters({"worker-1-5": second}, ["worker-1-5"], Pushes(), {"1": "2-6"}).lost == 3
+    gone, text = remember(second, "2-6")
+    assert (gone.lost, text) == (0, "2-4")
+    unknown = Report("worker-1-5", 1, "Joining")
+    assert counters({"worker-1-5": unknown}, ["worker-1-5"], Pushes(), {"1": "2-6"}).lost == 5
+
+
 @pytest.mark.parametrize("text", ["1-99999999999", "4-1", "x", "1-2-3", "-5"])
 def test_what_cannot_be_is_not_taken_up(text: str) -> None:
     report = Report("worker-0-1", 1, "Training", lost=3, lost_batches=text)

@@ -659,3 +659,21 @@ def test_a_replica_that_lags_does_not_serve_what_workers_have_newer(story: Repli
     story.crash_head(0)
     story.calm()
     assert not job.reported
+
+
+def test_what_a_later_life_makes_again_is_not_counted_as_lost(story: Replication) -> None:
+    """A worker counted a batch as lost, and died; the server that knew that too. Nobody else does,
+    so the worker's replacement makes it again."""
+    story.begin("every 3, of 3", "bounded, elastic", servers=2)
+    story.run(0)
+    story.add_table()
+    story.calm()
+    story.operate()
+    story.depose(1)
+    story.wait(1.2)
+    for arrive in (2, 1):
+        story.crash_ahead(arrive=arrive)
+        story.calm()
+    story.crash(member=3, arrive=0)
+    story.crash(member=0, arrive=1)
+    story.calm()

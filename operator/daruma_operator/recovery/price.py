@@ -89,7 +89,8 @@ def counters(
             servers = max(servers, report.lost)
         else:
             found = found.plus(counted(report))
-            twice = before.get(member.split("-")[1], frozenset()) & _named(report)
+            past = before.get(member.split("-")[1], frozenset())
+            twice = past - _still_lost(report, past) | past & _named(report)
             found = found.model_copy(update={"lost": found.lost - len(twice)})
     return found.model_copy(update={"lost": max(servers, found.lost)})
 
@@ -105,9 +106,14 @@ def _named(report: Report) -> frozenset[int]:
     return indexes(report.lost_batches) if believed else frozenset()
 
 
+def _still_lost(report: Report, past: frozenset[int]) -> frozenset[int]:
+    """Return which batches that past lives lost the newest one does not make again."""
+    return frozenset(b for b in past if report.after is None or b <= report.after)
+
+
 def remember(report: Report, before: str) -> tuple[Pushes, str]:
     """Return what a lost worker's count adds to `gone`, and to `gone_lost`, which was `before`."""
-    mine, known = _named(report), indexes(before)
+    mine, known = _named(report), _still_lost(report, indexes(before))
     text = index_text(mine | known, MAX_STRETCHES)
     # What it could not name, and what has no place any more, are numbers from now on.
     rest = report.lost - len(mine) + len(mine | known) - len(indexes(text))

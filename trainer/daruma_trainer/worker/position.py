@@ -13,6 +13,8 @@ class Position:
     """Of one incarnation; what it says of batches is counted in its report."""
 
     def __init__(self) -> None:
+        self.after: int | None = None
+        """The batch that this life began after."""
         self.entered = 0
         """The batch it began after, where the others had gone on without it; else 0."""
         self.left_off = 0
@@ -70,6 +72,8 @@ class Position:
             self._skipped.append((batch + 1, front))
             self.left_off, self.entered = batch, front
             batch = front
+        if self.after is None:
+            self.after = batch
         return batch
 
     def _leeway(self, membership: Membership) -> int:

@@ -52,6 +52,7 @@ class Reporter:
             replayed=pushes.replayed,
             lost=len(pushes.lost),
             lost_batches=self._lost_batches(pushes.lost),
+            after=client.position.after,
             skipped=client.position.skipped,
             mixed=len(client.position.mixed),
         )
