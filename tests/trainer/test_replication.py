@@ -452,6 +452,23 @@ def test_a_new_tables_slots_wait_for_its_first_values() -> None:
     assert head.link.kinds == [*[Kind.FOLLOW] * 3, Kind.WHOLE]
 
 
+def test_what_was_under_way_to_a_lazy_replica_is_sent_again_at_once() -> None:
+    """Else it would lack what came until the next time, on top of what it lacks anyway."""
+    head = Head(replace(CHAIN, ack="None", every_updates=3))
+    head.follow()
+    before = versions(head.plane)
+    for batch in range(1, 4):
+        head.push(batch)
+        head.turn()
+    assert head.link.kinds == [*[Kind.FOLLOW] * 2, Kind.WHOLE]
+    head.push(4)
+    head.link.events = ["disconnected", "connected"]
+    head.turn()
+    head.link.answer(-1, body=before)
+    head.turn()
+    assert head.link.kinds[3:5] == [Kind.FOLLOW, Kind.WHOLE]
+
+
 def test_a_lazy_replica_gets_a_new_table_at_once() -> None:
     """Before that it could not be promoted: its slots would lack the table."""
     head = Head(replace(CHAIN, ack="None", every_updates=100))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from daruma_trainer.bench.members import Process
 from daruma_trainer.contract import Role
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 STEPS = 100
 """A job whose workers made more of them each trains."""
 CHAIN = "Chain"

@@ -203,6 +203,8 @@ class Stream:
         self._out.whole &= bool((there.lineage > 0).all())
         same = (there.lineage == slots.lineage) & (there.position == slots.position)
         self._out.begin(same & self._whole & (there.lineage > 0))
+        # Of those that are sent every so many updates: what was under way is due at once.
+        self._flushed, self._flush = self._plane.updates, self._out.since > 0
 
     def _join(self) -> None:
         """Count on the replica once it has everything; it hears of that after it is so."""
