@@ -677,3 +677,13 @@ def test_what_a_later_life_makes_again_is_not_counted_as_lost(story: Replication
     story.crash(member=3, arrive=0)
     story.crash(member=0, arrive=1)
     story.calm()
+
+
+def test_what_a_worker_said_it_holds_is_kept_until_it_is_sent(story: Replication) -> None:
+    """A server and its first replica died: the second one lacks a batch that both had. Its worker
+    said that it holds it, and then heard from the other server, which was the last to take it."""
+    story.begin("every 3, of 3", "async", servers=2, shared=True)
+    story.crash_ahead(server=1, arrive=1)
+    story.decide(choice=335316, hurry=False)
+    story.crash_ahead(server=1, arrive=0)
+    story.calm()

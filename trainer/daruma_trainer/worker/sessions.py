@@ -260,6 +260,10 @@ class Sessions:
                 session.stage = Stage.SYNCED
                 self.send_pulls(server)
                 return
+            if session.fresh:
+                # Its predecessor's acknowledgements went with it: what is held goes out again. From
+                # now on, as the server counts it as none that is lost.
+                self.pushes.hold_again(server, copy.slots_of(server))
             raw = {
                 "worker": self._worker.me.index,
                 "done": self._worker.batch,
@@ -323,13 +327,11 @@ class Sessions:
             self._worker.due[server] = due
         session.stage = Stage.SYNCED
         if session.fresh:
-            # Its predecessor's acknowledgements went with it: what is still held goes out again.
-            mine = self.copy.slots_of(server)
-            self.pushes.hold_again(server, mine)
             session.fresh = False
             wanted, settings = self._worker.wanted, self.membership.settings
             if settings.consistency == "Sync" and not settings.covers and wanted is not None:
-                # What of it is in a step by then, nothing else says.
+                # What is held is in a step by then, nothing else says.
+                mine = self.copy.slots_of(server)
                 wanted.missing |= mine & (bool(self.pushes.held) and not wanted.before)
         self.pushes.seal(server, self.copy.moved(server), self.rules)
         # In the order of their batches: a slot takes what is older than its window for applied.
