@@ -13,6 +13,7 @@ pytestmark = pytest.mark.faults
 MODEL_BYTES = 4 * 813_258
 
 
+@pytest.mark.timeout(900)  # two workers that start torch on a busy machine, three times at most
 def test_a_server_is_held_away_and_what_it_costs_is_seen() -> None:
     scored: list[int]
 
