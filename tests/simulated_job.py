@@ -528,7 +528,8 @@ def quiet(job: SimulatedJob) -> bool:
         and all(job.alive(m.id) and status.told.get(m.id) == status.epoch for m in everybody)
         and job.replicated
         and not any(
-            (w.came and job.alive(w.own)) or (w.connected and (w.up or w.down)) for w in job.wires
+            (w.came and job.alive(w.own) and not w.closed) or (w.connected and (w.up or w.down))
+            for w in job.wires
         )
         and all(w.idle or w.batch >= BATCHES for w in job.live_workers)
     )
