@@ -45,13 +45,13 @@ class Part:
     gap: float = 0.0
     """See `Accumulation.gap`."""
 
-    def average(self, *, scale_free: bool) -> None:
+    def average(self) -> None:
         """Make the sum of gradients their mean.
 
         Over the batches, as many of which then make the sum. But where a rule is scale-free the
         mean is worth one gradient: of a single row that is one of those that it got.
         """
-        if scale_free and self.counts is not None:
+        if self.counts is not None:
             self.values /= np.maximum(self.counts, 1).astype(np.float32)[:, None]
         else:
             self.values *= np.float32(1 / self.weight)
@@ -229,9 +229,9 @@ def _gap(part: Part, rule: Rule, layouts: Sequence[TableLayout], view: Floats) -
     if rule.name == "assign":
         return _change(part, layouts, view)
     steepest = _steepest(rule) if isinstance(rule, Adam) else 1.0
-    size = part.values.size
-    if part.touched is not None:
-        size = int(np.unpackbits(part.touched).sum()) * part.values.shape[1]
+    mask, size = part.mask, part.values.size
+    if mask is not None:
+        size = int(mask.sum()) * part.values.shape[1]
     return part.rates * math.sqrt(size) * steepest
 
 

@@ -15,7 +15,7 @@ from daruma_trainer.contract import SLOTS, Replay
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.rules import Rule
 from daruma_trainer.wire import Slots
-from daruma_trainer.worker.accumulating import Accumulation, scale_free
+from daruma_trainer.worker.accumulating import Accumulation
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.residual import Residual, Ride
 
@@ -157,7 +157,7 @@ class Pushes:
             elif self.limits.combine == "Mean":
                 for table, part in into.parts.items():
                     if rules[table].gradient:
-                        part.average(scale_free=scale_free(rules[table]))
+                        part.average()
             self._count_late(into)
         self.sealed.setdefault(server, []).append(into)
 

@@ -89,7 +89,7 @@ class Residual:
         weight, remembers = 0.0, 1.0
         for table in [t for t in done.parts if rules[t].gradient]:
             part, rule = done.parts.pop(table), rules[table]
-            part.average(scale_free=scale_free(rule))
+            part.average()
             weight = max(weight, part.weight)
             means[table] = Mean(part.values, part.lr, scale_free(rule), part.mask)
             if isinstance(rule, SGD):
