@@ -43,6 +43,8 @@ from daruma_trainer.contract import (
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 EVERYTHING = slots_to_hex(range(SLOTS))
+FOREVER = 10**9
+"""Steps of a job that does not end by itself."""
 
 
 def spec_of(**changes: Any) -> TrainingJobSpec:
@@ -54,6 +56,11 @@ def spec_of(**changes: Any) -> TrainingJobSpec:
         "checkpoint": {"store": "file:///s", "claimName": "c"},
     }
     return TrainingJobSpec.model_validate(raw | changes)
+
+
+def ladder(strategy: str, *fallback: str, **more: object) -> dict[str, object]:
+    """Return `recovery` of a spec."""
+    return {"strategy": strategy, "fallback": list(fallback), **more}
 
 
 @dataclass

@@ -5,13 +5,12 @@ from datetime import timedelta
 
 import pytest
 
-from controller_world import PEER, World, sources_of, spec_of
+from controller_world import FOREVER, PEER, World, sources_of, spec_of
 from daruma_operator.api.status import Phase
 from daruma_operator.controller.acts import CreatePod
 from daruma_operator.substrate.protocol import PodState
 from daruma_trainer.contract import Role, SavedState, SourceKind
 
-FOREVER = 10**9
 PREDECESSOR = SourceKind.PREDECESSOR.value
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from controller_live import DEADLINE, KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
+from controller_world import FOREVER
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.controller import gather
@@ -18,8 +19,6 @@ from daruma_operator.errors import ClusterError
 from daruma_operator.substrate.pods import pod_manifest
 from daruma_operator.substrate.protocol import PodPlan
 from daruma_trainer.contract import Report, Role, View
-
-FOREVER = 10**9
 
 
 @pytest.fixture

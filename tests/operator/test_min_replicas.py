@@ -2,10 +2,8 @@
 
 import pytest
 
-from controller_world import PEER, World, sources_of, spec_of
+from controller_world import FOREVER, PEER, World, sources_of, spec_of
 from daruma_operator.api.status import Condition, Phase
-
-FOREVER = 10**9
 
 
 def missing_one(least: int = 1, workers: int = 3, **spec: object) -> World:

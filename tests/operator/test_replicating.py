@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from controller_world import PEER, RUNNING, World, sources_of, spec_of
+from controller_world import FOREVER, PEER, RUNNING, World, sources_of, spec_of
 from daruma_operator.api.status import MemberStatus, Phase
 from daruma_operator.controller.acts import CreatePod
 from daruma_trainer.contract import Role, SourceKind, Suspect
 
-FOREVER = 10**9
 REPLICA = SourceKind.REPLICA.value
 
 

@@ -4,12 +4,10 @@ from datetime import timedelta
 
 import pytest
 
-from controller_world import World, spec_of
+from controller_world import FOREVER, World, spec_of
 from daruma_operator.api.status import Phase
 from daruma_operator.controller.telling import RECENT_SECONDS, untold
 from daruma_operator.substrate.protocol import Event
-
-FOREVER = 10**9
 
 
 def told(world: World) -> list[Event]:

@@ -1,0 +1,233 @@
+"""Recoveries: where lost slots come from, the stages and their deadlines, and the record of it."""
+
+import math
+
+import pytest
+
+from controller_world import FOREVER, PEER, RUNNING, World, ladder, sources_of, spec_of
+from daruma_operator.api.status import Phase
+from daruma_operator.controller.acts import PutMembership
+from daruma_trainer.contract import SLOTS, Outage
+
+
+def test_a_lost_server_is_restored_from_peers_and_nobody_else_is_touched() -> None:
+    world = World(total=FOREVER).running()
+    others = {n for n in world.pods if n != "j-server-1-1"}
+    world.kill("server-1")
+    decision = world.tick()
+    assert decision.phase is Phase.RECOVERING
+    fence = decision.status.epoch
+    told = [a for a in decision.acts if isinstance(a, PutMembership)]
+    assert {a.member for a in told} == {n.removeprefix("j-") for n in others}
+    owner = told[0].membership.members[1]
+    assert (owner.index, owner.incarnation, owner.address) == (1, fence, None)
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.cause, record.reason, record.outcome) == (
+        "ServerLost", "PeerCopiesFound", "Succeeded",
+    )  # fmt: skip
+    assert list(sources_of(world)) == [PEER]
+    assert record.epoch == fence
+    assert world.status.epoch >= fence + 2
+    assert others <= world.pods.keys()
+    assert world.created.count(f"j-server-1-{fence}") == 1
+    parts = record.phases
+    assert None not in (parts.detect, parts.replace, parts.restore, parts.resume)
+    total = sum(x or 0.0 for x in parts.model_dump().values())
+    assert record.seconds == pytest.approx(total, abs=1e-5)
+
+
+def test_the_delta_is_bounded_by_what_was_acknowledged_since() -> None:
+    world = World(total=FOREVER).running()
+    world.sim("worker-0").step += 3  # three acknowledged pushes that no copy has: Σ = 2p + 3
+    world.kill("server-0")
+    world.running()
+    delta = world.status.recoveries[-1].delta_norm
+    assert delta.kind == "UpperBound"
+    assert delta.value == pytest.approx(3 * 0.5)
+
+
+def test_a_loss_during_a_recovery_joins_it() -> None:
+    world = World(total=FOREVER, holds_pods=True)
+    world.pass_()
+    for name in list(world.pods):
+        world.start(name)
+    world.running()
+    world.kill("server-1")
+    world.tick()
+    world.kill("server-0")
+    world.tick()
+    record = world.status.recovery
+    assert record is not None
+    assert record.indexes == (0, 1)
+    assert len(record.losses) == 2
+    for name in [n for n in world.pods if world.pods[n].state == "Waiting"]:
+        world.start(name)
+    world.running()
+    assert len(world.status.recoveries) == 1
+    assert world.status.recoveries[0].indexes == (0, 1)
+
+
+def test_the_second_server_dies_while_it_is_being_restored() -> None:
+    world = World(total=FOREVER).running()
+    world.kill("server-1")
+    world.tick()
+    world.tick()
+    name = world.kill("server-1")
+    world.running()
+    assert name not in {m.pod for m in world.status.members}
+    assert [r.outcome for r in world.status.recoveries] == ["Succeeded"]
+    assert len(world.status.recoveries[0].losses) == 2
+
+
+def test_a_worker_that_dies_with_a_server_is_no_source() -> None:
+    world = World(total=FOREVER).running()
+    world.kill("server-1")
+    world.kill("worker-0")
+    world.running()
+    plan = world.sim("server-1").plan
+    assert plan is not None
+    assert {s.member for s in plan.sources} == {"worker-1-1", None}
+
+
+def test_all_pods_gone_is_a_disruption_restored_from_the_store() -> None:
+    world = World(total=FOREVER).running()
+    for name in list(world.pods):
+        world.remove(name)
+    decision = world.tick()
+    assert decision.phase is Phase.PENDING
+    world.running()
+    assert list(sources_of(world)) == [RUNNING]
+    assert world.status.recoveries[-1].cause == "AllPodsLost"
+    assert world.status.restarts.counted == ()
+    assert world.status.restarts.disruptions == 5
+
+
+def test_a_store_is_the_peer_of_last_resort() -> None:
+    world = World(spec=spec_of(recovery=ladder("Stateless")), total=FOREVER).running()
+    for name in list(world.pods):
+        world.remove(name)
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.strategy, record.reason) == ("Stateless", "RunningCheckpointFound")
+    assert record.sources == {RUNNING: SLOTS}
+
+
+def test_initial_values_only_where_they_are_allowed() -> None:
+    spec = spec_of(checkpoint={}, recovery={"allowReset": True})
+    world = World(spec=spec, store=None, total=FOREVER).running()
+    for name in list(world.pods):
+        world.remove(name)
+    world.tick()
+    assert (world.status.phase, world.status.initialised) == ("Pending", False)
+    world.running()
+    assert world.status.recoveries[-1].outcome == "Reset"
+    assert world.status.restarts.jobs == 1
+
+
+@pytest.mark.parametrize("strategy", ["Freshest", "Stateless"])
+def test_without_any_source_the_job_fails_and_says_what_to_do(strategy: str) -> None:
+    spec = spec_of(checkpoint={}, recovery=ladder(strategy))
+    world = World(spec=spec, store=None, total=FOREVER).running()
+    for name in list(world.pods):
+        world.remove(name)
+    world.tick()
+    assert (world.status.phase, world.status.reason) == ("Failed", "StateLost")
+    assert "give the job a checkpoint.store, or keep replicas" in world.status.message
+    assert "checkpoint.store" in world.status.message
+    assert world.status.recoveries[-1].outcome == "Failed"
+    assert any(e.reason == "StateLost" for e in world.decisions[-1].events)
+
+
+def test_no_source_left_ends_in_state_lost() -> None:
+    world = World(total=FOREVER).running()
+    world.dead_sources = True
+    world.kill("server-1")
+    world.until_phase("Failed")
+    assert world.status.reason == "StateLost"
+
+
+def test_what_would_have_brought_lost_state_back_is_what_the_job_lacks() -> None:
+    spec = spec_of(recovery={"strategy": "Partial"})
+    world = World(spec=spec, total=FOREVER, dead_sources=True).running()
+    world.kill("server-1")
+    world.until_phase("Failed")
+    advice = world.status.message.partition("For the next time: ")[2]
+    assert advice.startswith("add Stateless to recovery.fallback")
+    assert "checkpoint.store" not in advice, "it has one"
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [("replaceSeconds", "ReplaceTimeout"), ("restoreSeconds", "RestoreTimeout")],
+)
+def test_every_stage_has_a_deadline(setting: str, reason: str) -> None:
+    # A single server: no other could take its slots in.
+    spec = spec_of(recovery={"timeouts": {setting: 5}}, servers={"replicas": 1})
+    world = World(spec=spec, total=FOREVER).running()
+    world.kill("server-0")
+    if setting == "replaceSeconds":
+        world.holds_pods = True
+        world.tick()
+    else:
+        world.tick()
+        world.until(lambda w: w.sim("server-0").plan is not None)
+        world.sim("server-0").state = "Restoring"
+    world.until_phase("Failed", seconds=1.0, ticks=10)
+    assert world.status.reason == reason
+    assert "5 s" in world.status.message
+
+
+def test_workers_that_are_silent_are_waited_for_one_second_and_named() -> None:
+    world = World(total=FOREVER).running()
+    world.kill("server-1")
+    world.tick()
+    world.sim("worker-1").step = 0  # it has no copy to report
+    world.tick(0.1)
+    assert world.sim("server-1").plan is None
+    world.tick(1.0)
+    plan = world.sim("server-1").plan
+    assert plan is not None
+    world.sim("worker-1").step = 1
+    world.until(lambda w: w.status.recovery is None)
+    assert world.status.recoveries[-1].silent == ("worker-1-1",)
+
+
+def test_a_loss_before_training_began_is_no_recovery() -> None:
+    world = World(holds_pods=True)
+    world.pass_()
+    for name in list(world.pods):
+        world.start(name)
+    world.kill("server-0")
+    world.holds_pods = False
+    decision = world.tick()
+    assert decision.phase is Phase.PENDING
+    world.running()
+    assert world.status.recoveries == ()
+    assert world.status.restarts.servers == 1
+
+
+def test_the_record_says_what_the_time_without_a_server_was_to_the_workers() -> None:
+    world = World(total=FOREVER).running()
+    for name, outage in [
+        ("worker-0", Outage(20.0, 0.5, 3.0, 9, over=True)),
+        ("worker-1", Outage(20.0, 1.0, 2.5, 9, over=True)),
+    ]:
+        world.sim(name).outage = outage
+    world.moments = {"reset": 100, "runningCheckpoint": 5}
+    world.kill("server-1")
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.utilisation, record.gap) == (0.95, 3.0)
+    assert record.moments == world.moments
+    # The next is told nothing of it, and a bound that is none is not written down.
+    world.sim("worker-0").outage = Outage(20.0, 0.5, 3.0, record.losses[0].epoch - 1, over=True)
+    world.sim("worker-1").outage = Outage(20.0, 20.1, math.inf, 99)
+    world.kill("server-1")
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.utilisation, record.gap) == (0.0, None)
+    world.kill("worker-1")
+    world.running()
+    record = world.status.recoveries[-1]
+    assert (record.cause, record.utilisation, record.gap) == ("WorkerLost", None, None)
