@@ -12,7 +12,7 @@ from daruma_trainer.server.serve import BATCH, Server
 from daruma_trainer.wire import Frame, Header, Kind, decode_json
 from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.footing import RELAY_AGAIN_SECONDS, RELAY_SECONDS, pace
-from daruma_trainer.worker.sessions import Wanted
+from daruma_trainer.worker.pulling import Wanted
 from simulated_network import Everything
 from simulated_training import BATCHES
 

@@ -71,13 +71,13 @@ def withhold(job: Job, batch: int, lacks: int) -> None:
     """In its first life the last of two workers gives one batch to all servers but one."""
     if FIRST_LIFE and job.index == min(1, job.workers - 1):
         sessions = job._client._live
-        send = sessions.send_held
+        send = sessions.sender.held
 
         def send_some(server: int, held: Held) -> None:
             if (held.batch, server) != (batch, lacks):
                 send(server, held)
 
-        sessions.send_held = send_some  # type: ignore[method-assign]
+        sessions.sender.held = send_some  # type: ignore[method-assign]
 
 
 def apart(batch: str, lacks: str, steps: str) -> None:

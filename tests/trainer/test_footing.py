@@ -9,7 +9,7 @@ from daruma_trainer.errors import DarumaError, GaveUpError, ReplacedError
 from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.footing import align
 from daruma_trainer.worker.position import Position
-from daruma_trainer.worker.sessions import Wanted
+from daruma_trainer.worker.pulling import Wanted
 
 
 class Waiting:

@@ -12,7 +12,7 @@ from daruma_trainer.rules import SGD, Adagrad, Adam, Add, Assign, Rule, rule_to_
 from daruma_trainer.wire import Slots, TablePush
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.pushes import MAX_SEALED, Held, Pushes, Update
-from daruma_trainer.worker.sessions import parts_of
+from daruma_trainer.worker.sending import parts_of
 from soak import counted
 
 SERVERS = 3

@@ -27,7 +27,7 @@ from daruma_trainer.wire import (
 )
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.pushes import Held, Update
-from daruma_trainer.worker.sessions import parts_of
+from daruma_trainer.worker.sending import parts_of
 
 IDS = np.arange(1024)
 ROWS, COLS = 103, 3

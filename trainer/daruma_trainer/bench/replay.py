@@ -45,7 +45,7 @@ from daruma_trainer.server.slots import SlotState
 from daruma_trainer.wire import Header, Kind, Push, TablePush, encode_push, mask_of
 from daruma_trainer.worker.copies import Group, HostCopy
 from daruma_trainer.worker.pushes import Held, Pushes, Update
-from daruma_trainer.worker.sessions import parts_of
+from daruma_trainer.worker.sending import parts_of
 
 SERVERS, WORKERS, LOST = 2, 2, 1
 KILL = 100

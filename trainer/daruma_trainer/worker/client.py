@@ -49,9 +49,10 @@ from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.metrics import exposition
 from daruma_trainer.worker.outages import Outages
 from daruma_trainer.worker.position import Position
+from daruma_trainer.worker.pulling import Wanted
 from daruma_trainer.worker.pushes import Held, Pushes, Update
 from daruma_trainer.worker.reporting import Reporter
-from daruma_trainer.worker.sessions import Sessions, Wanted, replay_of
+from daruma_trainer.worker.sessions import Sessions, replay_of
 from daruma_trainer.worker.waiting import waited_for
 
 LOG = logging.getLogger("daruma")
@@ -166,7 +167,7 @@ class Client:
                 earlier.earlier = None
             wanted = self.wanted
             wanted.earlier = earlier
-            self._todo += [partial(sessions.send_pulls, server) for server in sessions.by_server]
+            self._todo += [partial(sessions.puller.ask, server) for server in sessions.by_server]
         self.wake()
         return wanted
 
@@ -180,7 +181,7 @@ class Client:
             if not further.any() or self._consistency != "Sync":
                 return None
             wanted = self.wanted = Wanted(self.batch, missing=further, before=True)
-            self._todo += [partial(sessions.send_pulls, server) for server in sessions.by_server]
+            self._todo += [partial(sessions.puller.ask, server) for server in sessions.by_server]
         self.wake()
         return wanted
 
@@ -202,9 +203,9 @@ class Client:
             now = time.monotonic()
             replay = self.replays
             for server in range(sessions.membership.servers):
-                if sessions.synced(server):
+                if sessions.synced(server) is not None:
                     pushes.ride(held, server, sessions.copy)
-                    self._todo.append(partial(sessions.send_held, server, held))
+                    self._todo.append(partial(sessions.sender.held, server, held))
                 elif replay and sessions.may_merge(server, self.batch, now):
                     pushes.accumulate(held, server, sessions.copy, now, sessions.rules)
                 elif replay:
@@ -233,7 +234,7 @@ class Client:
     def rebuild(self, server: int, part: Update) -> None:
         """Send a part of a sum, as of the last batch."""
         with self.lock:
-            send = partial(self._live.send_rebuilt, server, (part,), self.batch)
+            send = partial(self._live.sender.rebuilt, server, (part,), self.batch)
             self._todo.append(send)
         self.wake()
 
@@ -301,7 +302,7 @@ class Client:
         sessions = self._live
         limit = sessions.membership.settings.max_uncovered
         return any(
-            sessions.synced(server) and sessions.pushes.uncovered(server) > limit
+            sessions.synced(server) is not None and sessions.pushes.uncovered(server) > limit
             for server in range(sessions.membership.servers)
         )
 

@@ -16,9 +16,9 @@ from daruma_trainer.rules import Rule, rule_from_json, rule_to_json
 from daruma_trainer.worker.batches import batch_indices, batches_in
 from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.footing import align, pace, pull_all, take_position
+from daruma_trainer.worker.pulling import Wanted
 from daruma_trainer.worker.pushes import Update
 from daruma_trainer.worker.rebuilding import Rebuilder, Rebuilders
-from daruma_trainer.worker.sessions import Wanted
 from daruma_trainer.worker.table import Table
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """What a worker that gives up has waited for, in a sentence that says who and why."""
 
 from daruma_trainer.contract import Membership, Role
-from daruma_trainer.worker.sessions import Sessions, Stage, Wanted
+from daruma_trainer.worker.pulling import Wanted
+from daruma_trainer.worker.sessions import Sessions, Stage
 
 MAX_NAMED = 5
 """Members that one sentence names."""
