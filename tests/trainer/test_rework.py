@@ -391,6 +391,10 @@ def test_a_run_goes_on_with_what_was_measured_before(
     assert measured == ["toy", "mlr"] * 2, "of another size"
     assert command.main([*run[1:], "--resume"]) == 2
     assert "another kind of run" in capsys.readouterr().err
+    fewer = json.loads(file.read_text())
+    file.write_text(json.dumps(fewer | {"arms": fewer["arms"][1:]}))
+    assert command.main([*run, "--resume"]) == 2, "of before there was another arm"
+    assert "another kind of run" in capsys.readouterr().err
     assert command.main(["--quick", "--resume"]) == 2
     assert "--json" in capsys.readouterr().err
 

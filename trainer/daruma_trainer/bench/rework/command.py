@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> Result:
         "quick": quick,
         "machine": f"{machine()}, {options.jobs} processes",
         "date": today(),
+        "arms": [arm.key for arm in size.grid.arms()],
         "programs": [],
         "perturbation": [],
         "seconds": 0.0,
@@ -76,7 +77,7 @@ def _before(options: argparse.Namespace, now: Result, size: Size) -> dict[str, d
     if not options.json.exists():
         return {}
     result = json.loads(options.json.read_text())
-    if any(result[key] != now[key] for key in ("benchmark", "quick", "machine")):
+    if any(result.get(key) != now[key] for key in ("benchmark", "quick", "machine", "arms")):
         raise ConfigurationError(f"{options.json} is of another machine, or another kind of run")
     wanted = (size.seeds, size.failures)
     return {p["program"]: p for p in result["programs"] if (p["seeds"], p["failures"]) == wanted}
