@@ -144,6 +144,9 @@ def two_tables(_: str) -> None:
         else:
             sums.push([], [])
         job.barrier()
+        state = {name: values.tolist() for name, values in job.state_dict().items()}
+        if state != {"rows": [[1.0, 2.0]] * job.workers, "sums": [2.0, 7.0, 2.0]}:
+            raise RuntimeError(f"at the end: {state}")
         job.report(batch=job.batch, sum=float(sums.values([1])[0]))
 
 
