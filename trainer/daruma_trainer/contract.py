@@ -409,7 +409,7 @@ def slots_from_hex(text: str) -> list[int]:
         bits = int(text, 16)
     except ValueError as error:
         raise ContractError("a slot bitmap is hexadecimal") from error
-    return [s for s in range(SLOTS) if bits >> s & 1]
+    return [slot for slot, bit in enumerate(reversed(f"{bits:b}")) if bit == "1"]
 
 
 @lru_cache(maxsize=64)

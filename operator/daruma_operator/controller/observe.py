@@ -1,7 +1,8 @@
 """What a decision may look at, gathered. `Seen` is plain data; nothing in it asks anybody."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import MemberStatus
@@ -26,7 +27,7 @@ class Planned:
     restore: Restore
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Seen:
     """Everything that `decide` may look at but the clock."""
 
@@ -58,7 +59,7 @@ class Seen:
 
     def pod(self, name: str) -> PodFacts | None:
         """Return a pod by name."""
-        return next((p for p in self.pods if p.name == name), None)
+        return self._by_name.get(name)
 
     @property
     def doubted(self) -> bool:
@@ -85,14 +86,23 @@ class Seen:
 
     def suspected(self, member: str) -> float | None:
         """Return for how long a member that was heard of suspects this one, or None."""
-        ages = [
-            heard.age + suspect.age
-            for other, heard in self.heard.items()
-            if other != member
-            for suspect in heard.report.suspects
-            if suspect.id == member
-        ]
+        ages = (age for other, age in self.suspicions.get(member, ()) if other != member)
         return max(ages, default=None)
+
+    # Each of a thousand members is asked for, several times a pass.
+
+    @cached_property
+    def suspicions(self) -> Mapping[str, Sequence[tuple[str, float]]]:
+        """By member who suspects it, and for how long: (member, seconds)."""
+        found: dict[str, list[tuple[str, float]]] = {}
+        for other, heard in self.heard.items():
+            for suspect in heard.report.suspects:
+                found.setdefault(suspect.id, []).append((other, heard.age + suspect.age))
+        return found
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, PodFacts]:
+        return {pod.name: pod for pod in self.pods}
 
 
 def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:

@@ -146,17 +146,15 @@ def _taken(pod: PodFacts) -> str:
 def confirmed(seen: Seen, member: MemberStatus) -> bool:
     """Whether a member that the operator reaches cannot reach this one either."""
     name = name_of(member)
-    witnesses = [i for i in seen.reached if i != name]
-    for witness in witnesses:
-        report = seen.report(witness)
-        if report is not None and any(s.id == name for s in report.suspects):
-            return True
+    if any(other in seen.reached and other != name for other, _ in seen.suspicions.get(name, ())):
+        return True
     if member.role is Role.SERVER:
         return False
     # Nobody connects to a worker; servers hear it four times a second.
     heard = seen.heard.get(name)
-    servers = any(w.startswith("server-") for w in witnesses)
-    return servers and heard is not None and heard.age > seen.failing.get(name, 0.0)
+    if heard is None or heard.age <= seen.failing.get(name, 0.0):
+        return False
+    return any(other.startswith("server-") for other in seen.reached)
 
 
 def finished(pod: PodFacts | None) -> bool:
