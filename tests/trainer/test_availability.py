@@ -322,6 +322,25 @@ def test_the_page_says_what_was_measured_and_what_was_not(tmp_path: Path) -> Non
     assert files[1].read_bytes() == before, "the same numbers make the same file"
 
 
+def test_bars_are_judged_where_their_outages_were_measured() -> None:
+    result = a_result() | {"quick": False}
+    assert "## Bars" not in page(result, {})
+    result["runs"] += [
+        a_run(arm, "outage-20", seed, accuracy)
+        for seed in range(2)
+        for arm, accuracy in (("async chain", 0.625), ("stateless", 0.75), ("freshest", 0.5))
+    ]
+    result["runs"].append(a_run("freshest", "outage-60", 0, 0.5))
+    result["runs"][-1]["memory"]["added"] = 13e6
+    made = page(result, {})
+    assert "while a server is away for 20 s | ≥ 95% | 50.0% | **not met** |" in made
+    assert "| stateless: what an outage of 20 s adds to a worker's memory" in made
+    assert "| ≤ 3.1 | 2.8 | met |" in made
+    assert "an outage of 20/60 s adds to a worker's memory, in models | ≤ 3.1 | 2.8/4.0 |" in made
+    assert "| ≥ 0 | +0.125 (async chain) | met |" in made
+    assert "| ≥ 0 | -0.250 (stateless) | **not met** |" in made
+
+
 # The command
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from daruma_trainer.bench.availability.arms import AROUND, SCENARIOS, SERVERS, WORKERS
+from daruma_trainer.bench.availability.findings import bars
 from daruma_trainer.bench.availability.stats import (
     Interval,
     Run,
@@ -81,6 +82,7 @@ def page(result: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         "Made by `daruma bench availability --write`; edit the benchmark, not this page.",
         "",
         *_head(result),
+        *bars(result),
     ]
     for scenario in _scenarios(result):
         lines += _scenario(result, scenario, plots.get(scenario))
@@ -91,7 +93,7 @@ def page(result: Mapping[str, Any], plots: Mapping[str, str]) -> str:
 
 def text(result: Mapping[str, Any]) -> str:
     """Return what the terminal shows: without the method."""
-    lines = _head(result)
+    lines = [*_head(result), *bars(result)]
     for scenario in _scenarios(result):
         lines += _scenario(result, scenario, None)
     return "\n".join(lines + _standing(result))
