@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from daruma_trainer.contract import Member, Membership, Role, Settings, slots_to_hex
+from daruma_trainer.contract import Member, Membership, Role, Settings, indexes, slots_to_hex
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, TableSpec
 from daruma_trainer.rules import Rule, rule_to_json
@@ -106,13 +106,13 @@ class Planes:
     def resync(self, seat: Seat, server: int) -> list[int]:
         """Tell a server of the position; returns the batches that it counts as lost."""
         body = {
-            "worker": seat.index, "done": seat.batch, "held": [],
+            "worker": seat.index, "done": seat.batch, "held": "",
             "slots": slots_to_hex(np.flatnonzero(self.masks[server]).tolist()),
             "entered": seat.position.entered, "left_off": seat.position.left_off,
         }  # fmt: skip
         reply = self.planes[server].resync(seat.id, [b"", encode_json(body)])
         self._answer_waiting(server)
-        return list(decode_json(reply.body[0])["lost"])
+        return sorted(indexes(decode_json(reply.body[0])["lost"]))
 
     def make(self, seat: Seat) -> None:
         """Make the next batch; its pushes are under way to all servers."""

@@ -82,6 +82,14 @@ def test_what_one_server_lacks_of_before_the_skipped_is_lost() -> None:
     assert planes.resync(successor, 1) == [2], "skipped were 3, 4 and 5"
 
 
+def test_however_many_are_lost_the_worker_hears_of_each() -> None:
+    planes = sync(workers=2)
+    seat = planes.seats[0]
+    seat.batch = 5000
+    assert planes.resync(seat, 1) == list(range(2, 5001))
+    assert planes.planes[1].counts.lost == 4999
+
+
 def test_nobody_makes_again_what_others_counted_lost() -> None:
     """A server and a worker are lost at once, but the worker is fenced an epoch later."""
     planes = sync(least=2, workers=2)

@@ -301,7 +301,7 @@ def test_a_batch_that_is_held_is_not_overtaken_by_an_accumulation() -> None:
     pushes.others_gap = 0.0
     assert not pushes.may_accumulate(1, 0.0), "a range with batch 2 in it would hide that"
     pushes.seal(1, None, [SGD()])
-    assert pushes.unsent(1) == [1, 2]
+    assert pushes.unsent(1) == {1, 2}
     assert pushes.may_accumulate(1, 0.0)
 
 
@@ -499,7 +499,7 @@ class Outages(RuleBasedStateMachine):
     @invariant()
     def whatever_is_lacking_can_still_be_given(self) -> None:
         for server, missing in self.lacking.items():
-            can = set(self.pushes.unsent(server))
+            can = self.pushes.unsent(server)
             assert missing <= can
 
 

@@ -361,12 +361,22 @@ def token_for(operator_key: bytes, job_uid: str) -> str:
     return hmac.new(operator_key, job_uid.encode(), hashlib.sha256).hexdigest()
 
 
-def indexes(text: str) -> frozenset[int]:
-    """Read what `index_text` wrote: `0,2-4`."""
+MAX_NAMED = 1_000_000
+"""Batches that one message may name; what comes from the network is not expanded beyond that."""
+
+
+def indexes(text: str, most: int | None = None) -> frozenset[int]:
+    """Read what `index_text` wrote: `0,2-4`. ContractError: it is none, or has more than `most`."""
     found: set[int] = set()
     for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
+        begin, _, end = part.partition("-")
+        try:
+            first, last = int(begin), int(end or begin)
+        except ValueError as error:
+            raise ContractError(f"{part[:40]!r} is no stretch of numbers") from error
+        if last < first or (most is not None and len(found) + last - first >= most):
+            raise ContractError(f"{part[:40]!r} ends before it begins, or is of more than {most}")
+        found |= set(range(first, last + 1))
     return frozenset(found)
 
 

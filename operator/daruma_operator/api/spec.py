@@ -215,7 +215,8 @@ class Checkpoint(SpecModel):
 class Replay(SpecModel):
     """Limits of what a worker accumulates while a server is away."""
 
-    max_pending: int = Field(default=1000, ge=1, le=1_000_000, description="Batches.")
+    # At most what the 16 bits that count a row's gradients hold.
+    max_pending: int = Field(default=1000, ge=1, le=65_535, description="Batches.")
     max_age_seconds: Seconds = 600.0
     combine: Combine = Combine.AUTO
     trust: float = Field(

@@ -6,7 +6,7 @@ from enum import StrEnum
 from math import isfinite, sqrt
 
 from daruma_operator.api.status import Pushes
-from daruma_trainer.contract import Report, index_text, indexes
+from daruma_trainer.contract import MAX_NAMED, ContractError, Report, index_text, indexes
 
 
 class DeltaKind(StrEnum):
@@ -58,8 +58,6 @@ def bound(shards: Iterable[LostShard]) -> Delta:
     return EXACT if exact else Delta(sqrt(total), DeltaKind.UPPER_BOUND)
 
 
-MAX_NAMED = 1_000_000
-"""Lost batches that a report may name; what comes from the network is not expanded beyond that."""
 MAX_STRETCHES = 200
 """Of batches of one worker's past lives that are remembered one by one; of older ones the number
 is."""
@@ -97,13 +95,10 @@ def counters(
 
 def _named(report: Report) -> frozenset[int]:
     """Return the lost batches that a report names; none where it names what cannot be."""
-    stretches = [part.partition("-") for part in report.lost_batches.split(",") if part]
     try:
-        sizes = [int(last or first) - int(first) + 1 for first, _, last in stretches]
-    except ValueError:
+        return indexes(report.lost_batches, min(report.lost, MAX_NAMED))
+    except ContractError:
         return frozenset()
-    believed = min(sizes, default=1) > 0 and sum(sizes) <= min(report.lost, MAX_NAMED)
-    return indexes(report.lost_batches) if believed else frozenset()
 
 
 def _still_lost(report: Report, past: frozenset[int]) -> frozenset[int]:

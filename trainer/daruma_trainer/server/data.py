@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daruma_trainer.applied import Seen
-from daruma_trainer.contract import ContractError, Membership, Role, place, slots_from_hex
+from daruma_trainer.contract import (
+    MAX_NAMED,
+    ContractError,
+    Membership,
+    Role,
+    index_text,
+    indexes,
+    place,
+    slots_from_hex,
+)
 from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
 from daruma_trainer.server.barrier import Barrier, Made, TwoWritersError
 from daruma_trainer.server.rebuilding import Sums
@@ -49,8 +58,6 @@ from daruma_trainer.wire import (
 
 MAX_READS = 256
 """Pulls that wait for a worker's own batch; more are refused, and go to the head."""
-MAX_GAP = 1_000_000
-"""Batches that one resync may mark as lost: the loop stands still while it counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,19 +408,19 @@ class DataPlane:
         raw = decode_json(frames[1])
         try:
             worker, done = int(raw["worker"]), int(raw["done"])
-            held = [int(b) for b in raw["held"]]
+            held = indexes(raw["held"], MAX_NAMED)
             entered, left_off = int(raw.get("entered", 0)), int(raw.get("left_off", 0))
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
             rebuilds = [int(t) for t in raw.get("rebuilds", [])]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise MalformedError(f"not a resync: {error!r}") from error
         if worker != worker_of(identity.decode()) or not 0 <= done < 1 << 40:
             raise MalformedError(f"a resync of worker {worker} up to {done}")
         k = self.slots.index_of(ids)
         k = k[k >= 0]
         k = k[self.slots.ready[k]]
-        if len(k) and done - int(self.slots.last[k, worker].min()) > MAX_GAP:
-            raise MalformedError(f"a resync of more than {MAX_GAP} batches")
+        if len(k) and done - int(self.slots.last[k, worker].min()) > MAX_NAMED:
+            raise MalformedError(f"a resync of more than {MAX_NAMED} batches")
         # From where it left off to where it entered nobody made any: it knows how many those are.
         gaps = self.slots.floor(k, worker, done, held)
         lost = [b for b in gaps if not left_off < b <= entered]
@@ -428,7 +435,7 @@ class DataPlane:
         self.advance()
         self.sums.register(worker, rebuilds)
         answer = {
-            "lost": lost[-1000:],
+            "lost": index_text(lost),
             "complete": self.slots.complete_until(k, worker),
             "rebuild": self.sums.due(worker),
         }

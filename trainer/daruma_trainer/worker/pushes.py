@@ -251,12 +251,12 @@ class Pushes:
         """A batch of this number is about to be held."""
         self._newest = batch
 
-    def unsent(self, server: int) -> list[int]:
+    def unsent(self, server: int) -> set[int]:
         """Return every batch that this worker can still give to a server, for a resync."""
         batches = set(self.held)
         for a in [*self.sealed.get(server, []), *filter(None, [self.open.get(server)])]:
             batches |= set(range(a.first, a.last + 1))
-        return sorted(batches)
+        return batches
 
     def drop_all(self, batch: int) -> None:
         """A rollback: nothing of what was under way counts, and numbers go on after `batch`."""

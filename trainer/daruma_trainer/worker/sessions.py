@@ -15,12 +15,15 @@ import numpy as np
 import zmq
 
 from daruma_trainer.contract import (
+    MAX_NAMED,
     Member,
     Membership,
     Replay,
     Role,
     Settings,
     Suspect,
+    index_text,
+    indexes,
     slots_to_hex,
 )
 from daruma_trainer.errors import ConfigurationError, TableMismatchError
@@ -246,7 +249,7 @@ class Sessions:
             raw = {
                 "worker": self._worker.me.index,
                 "done": self._worker.batch,
-                "held": self.pushes.unsent(server),
+                "held": index_text(self.pushes.unsent(server)),
                 "slots": slots_to_hex(np.flatnonzero(copy.slots_of(server)).tolist()),
                 "rebuilds": sorted(self._worker.rebuilds),
                 "entered": self._worker.position.entered,
@@ -300,7 +303,7 @@ class Sessions:
     ) -> None:
         del header
         raw = decode_json(frames[1])
-        self.pushes.lost |= {int(b) for b in raw.get("lost", [])}
+        self.pushes.lost |= indexes(str(raw.get("lost", "")), MAX_NAMED)
         due = self._worker.rebuilds & {int(t) for t in raw.get("rebuild", [])}
         self._worker.due.pop(server, None)
         if due:

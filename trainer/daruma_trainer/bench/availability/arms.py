@@ -13,7 +13,7 @@ SERVERS = 2
 WORKERS = 2
 JOB = "bench-availability"
 
-PENDING = {"replay": {"maxPending": 100_000}}
+PENDING = {"replay": {"maxPending": 65_535}}
 """So that workers train through the longest outage. They take O(model) memory, however many."""
 
 

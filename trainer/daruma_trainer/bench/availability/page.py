@@ -53,7 +53,7 @@ again after a rollback; those that a recovery lost are shown beside. A synchrono
 **Utilisation** is the share of all workers' time that they were neither blocked in `step()` nor
 away. *During*: while something was away (replaced at once: until the recovery's end, or the run's);
 *before*: until the first fault. Pulling what follows from a push blocks, so it is below 100 % where
-nothing fails. `stateless` and `freshest` run with `replay.maxPending: 100000`, so that workers need
+nothing fails. `stateless` and `freshest` run with `replay.maxPending: 65535`, so that workers need
 not wait however long the outage is.
 
 **Memory**: resident, looked at ten times a second, of a process with those in its pod (a server's
