@@ -134,6 +134,27 @@ def test_of_three_the_last_is_promoted_when_two_are_lost() -> None:
     assert world.status.recoveries[-1].placement == "Promote"
 
 
+def test_nobody_is_promoted_in_a_pod_that_is_lost_too() -> None:
+    world = chained(4, replicas=3)
+    last = max((m for m in world.status.replicas if m.index == 0), key=lambda m: m.incarnation)
+    world.hang_up("server-0")
+    world.hang_up("server-1")
+    world.suspect("server-0-1")
+    world.sim("worker-0").suspects += (Suspect("server-1-1", 0.05, "Disconnected"),)
+    world.tick()
+    assert world.pod("server-1").state == "Running", "its container has not said so yet"
+    assert head(world, 0) == last
+    recovered(world)
+    assert world.status.recoveries[-1].placement == "Promote"
+
+
+def test_a_host_that_does_not_answer_keeps_no_other_chain_waiting() -> None:
+    spec = spec_of(recovery={"strategy": "Chain"}, servers={"replicas": 3})
+    world = World(spec=spec, total=FOREVER).until_phase("Running")
+    world.failing = {"server-2-1": 0.0}
+    world.until(lambda w: {m.index for m in addressed(w)} == {0, 2}, ticks=50)
+
+
 def test_nobody_is_promoted_on_whom_nobody_counts() -> None:
     spec = spec_of(recovery={"strategy": "Chain", "fallback": ["Stateless"]})
     world = World(spec=spec, total=FOREVER, lagging=True).running()

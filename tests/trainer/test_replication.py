@@ -469,6 +469,36 @@ def test_what_was_under_way_to_a_lazy_replica_is_sent_again_at_once() -> None:
     assert head.link.kinds[3:5] == [Kind.FOLLOW, Kind.WHOLE]
 
 
+def test_what_comes_while_a_lazy_replica_is_told_counts_as_what_it_may_lack() -> None:
+    head = Head(replace(CHAIN, ack="None", every_updates=10))
+    head.follow()
+
+    def push(last: int) -> None:
+        for batch in range(head.plane.updates + 1, last + 1):
+            head.push(batch)
+            head.turn()
+
+    def sent() -> int:
+        return head.link.kinds.count(Kind.WHOLE)
+
+    push(9)
+    assert sent() == 0
+    push(13)
+    assert sent() == 1
+    head.link.answer(-1)
+    head.turn()
+    push(16)
+    assert sent() == 1
+    push(17)
+    assert sent() == 2, "not at 20: by then it would lack the 3 that come on the way as well"
+    head.link.answer(-1)
+    head.turn()
+    push(26)
+    assert sent() == 2
+    push(27)
+    assert sent() == 3, "nothing came on the way"
+
+
 def test_a_lazy_replica_gets_a_new_table_at_once() -> None:
     """Before that it could not be promoted: its slots would lack the table."""
     head = Head(replace(CHAIN, ack="None", every_updates=100))

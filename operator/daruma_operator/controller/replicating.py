@@ -45,7 +45,10 @@ def keep_up(d: Draft) -> None:
         m for m in kept if name_of(m) not in gone and m.incarnation > heads.get(m.index, 0)
     )
     found = {name_of(m): guest_report(d, m) for m in kept if m.address is None}
-    if all(guest is not None for guest in found.values()):
+    # All at once, for one epoch; but not for a host that does not answer anyway.
+    hosts = {m.pod: name_of(m) for m in d.members(Role.SERVER) if not m.guest}
+    awaited = {hosts.get(m.pod) for m in kept if m.address is None and not found[name_of(m)]}
+    if not awaited & d.seen.reached:
         kept = tuple(
             m.model_copy(update={"address": guest.address, "node": _node(d, m.pod)}) if guest else m
             for m in kept
@@ -59,8 +62,9 @@ def keep_up(d: Draft) -> None:
 def promote(d: Draft, lost: Collection[MemberStatus]) -> list[MemberStatus]:
     """Let replicas of lost servers be the ones, where there are any; returns who was not helped."""
     helped = []
+    down = {m.pod for m in lost if not m.guest}
     for member in [m for m in lost if m.role is Role.SERVER]:
-        chosen = _candidate(d, member)
+        chosen = _candidate(d, member, down)
         if chosen is None:
             continue
         helped.append(member)
@@ -80,11 +84,15 @@ def promoted(d: Draft, index: int) -> bool:
     return report is not None and report.follows is not None
 
 
-def _candidate(d: Draft, lost: MemberStatus) -> MemberStatus | None:
-    """The first replica that is there; under Chain, that was counted on."""
+def _candidate(d: Draft, lost: MemberStatus, down: Collection[str]) -> MemberStatus | None:
+    """The first replica that is there; under Chain, that was counted on.
+
+    `down`: pods that are lost, too, whatever their containers say so far.
+    """
     for member in chain_of(d, lost.index):
         report = d.seen.report(name_of(member))
-        there = member.address is not None and runs(d.seen.pod(member.pod))
+        alive = member.pod not in down and runs(d.seen.pod(member.pod))
+        there = member.address is not None and alive
         if member.incarnation <= lost.incarnation or report is None or not there:
             continue
         if report.follows is not None or not d.spec.chained:

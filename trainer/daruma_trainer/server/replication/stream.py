@@ -101,6 +101,9 @@ class Stream:
         """How many the stream was begun with."""
         self._retry_at: float | None = None
         self._flushed = 0
+        self._flushing = False
+        self._meanwhile = 0
+        """Updates that came while the last ones of `every` were on their way."""
         self._flush: NDArray[np.bool_] = np.zeros(len(plane.slots.ids), np.bool_)
         """Of those that are sent every so many updates: slots that are to go out now."""
         self._allowance, self._allowed_at = 0.0, clock()
@@ -263,8 +266,13 @@ class Stream:
             return
         wanted = self._whole
         if policy is Send.EVERY and not self.relays:
-            if plane.updates - self._flushed >= self.settings.every_updates or not out.whole:
+            if self._flushing and out.covered >= self._flushed:
+                self._flushing, self._meanwhile = False, plane.updates - self._flushed
+            # Until it has these it lacks what comes meanwhile, too: all that may be so many.
+            due = max(1, self.settings.every_updates - self._meanwhile)
+            if plane.updates - self._flushed >= due or not out.whole:
                 self._flushed, self._flush = plane.updates, out.since > 0
+                self._flushing = True
             wanted = wanted & (self._flush if out.whole else out.unseen)
         elif policy is Send.DEMAND and not (demanded or self.relays):
             return
