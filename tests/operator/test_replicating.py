@@ -65,15 +65,22 @@ def test_replicas_live_in_the_pods_of_the_next_servers() -> None:
     assert len({(m.index, m.incarnation) for m in chain.status.replicas}) == 8
 
 
-def test_on_other_nodes_if_there_are_any() -> None:
+@pytest.mark.parametrize(
+    ("other", "reason"), [("b", "AllReplicas"), ("a", "SameNode")], ids=["two nodes", "one node"]
+)
+def test_on_other_nodes_if_there_are_any(other: str, reason: str) -> None:
     spec = spec_of(recovery={"strategy": "Chain"}, servers={"replicas": 3})
     world = World(spec=spec, total=FOREVER)
     world.tick()
     for name, pod in world.pods.items():
-        node = "b" if name == "j-server-2-1" else "a"
+        node = other if name == "j-server-2-1" else "a"
         world.pods[name] = replace(pod, node=node)
     whole(world.running())
-    assert hosts(world, 0) == ["j-server-2-1"], "server-1 is on its node"
+    if other == "b":
+        assert hosts(world, 0) == ["j-server-2-1"], "server-1 is on its node"
+    (shown,) = [c for c in world.status.conditions if c.type == "Replicated"]
+    assert shown.reason == reason
+    assert ("server-0, server-1, server-2" in shown.message) == (reason == "SameNode")
 
 
 @pytest.mark.parametrize("restarted", [False, True])

@@ -148,16 +148,20 @@ def show_replicas(d: Draft) -> None:
     wanted = d.spec.replicas
     if wanted < 2:
         return
-    whole = 0
+    whole, together = 0, []
     for member in d.members(Role.SERVER):
         chain = chain_of(d, member.index)
         reports = [d.seen.report(name_of(m)) for m in chain[1:]]
         joined = [r for r in reports if r and (r.follows is not None or not d.spec.chained)]
         whole += len(joined) >= wanted - 1
+        nodes = [node for m in chain if (node := _node(d, m.pod)) is not None]
+        if len(set(nodes)) < len(nodes):
+            together.append(seat(Role.SERVER, member.index))
     total = d.spec.servers.replicas
-    d.condition(
-        "Replicated",
-        true=whole == total,
-        reason="AllReplicas" if whole == total else "ReplicasMissing",
-        message=f"{whole} of {total} shards are held by {wanted} servers",
-    )
+    message, reason = f"{whole} of {total} shards have all their replicas", "AllReplicas"
+    if whole < total:
+        reason = "ReplicasMissing"
+    elif together:
+        reason = "SameNode"
+        message += f"; one node's loss takes more than one of {', '.join(together)}"
+    d.condition("Replicated", true=whole == total, reason=reason, message=message)
