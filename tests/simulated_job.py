@@ -316,6 +316,8 @@ class SimulatedJob:
 
     def resumed(self, worker: SimulatedWorker) -> None:
         """A worker knows where it goes on."""
+        assert worker.pushes is not None
+        assert worker.pushes.lost == worker.pushes.lost.up_to(worker.batch), "it makes it again"
         index, worker.began_at = worker.me.index, worker.batch
         # What past lives had lost of what comes now is made again (`Report.after`).
         again = {(index, b) for w, b in self.reported if w == index and b > worker.batch}
@@ -391,7 +393,8 @@ class SimulatedJob:
         self.promises = {p: v for p, v in self.promises.items() if p[2] <= batches[p[1]]}
         self.reported, self.skipped = set(self.cut.reported), set(self.cut.skipped)
         for worker in self.workers.values():
-            worker.void = set() if worker.pushes is None else set(worker.pushes.lost)
+            lost = () if worker.pushes is None else worker.pushes.lost
+            worker.void = {b for b in lost if b <= batches[worker.me.index]}
 
     # What is looked at
 

@@ -9,6 +9,7 @@ from daruma_trainer.errors import DarumaError, ReplacedError
 from daruma_trainer.identity import Identity
 from daruma_trainer.server.data import DataPlane, Reply
 from daruma_trainer.server.serve import BATCH, Server
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Frame, Header, Kind, decode_json
 from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.footing import RELAY_AGAIN_SECONDS, RELAY_SECONDS, pace
@@ -87,7 +88,7 @@ class SimulatedServer(Server):
     def _reply(self, identity: bytes, request: Header, reply: Reply) -> None:
         current = self.generation == self.job.operator.rollback.generation
         if request.kind is Kind.RESYNC and reply.kind is Kind.OK and current:
-            lost = decode_json(reply.body[0])["lost"]
+            lost = list(Stretches.read(decode_json(reply.body[0])["lost"]))
             self.job.lose(self, identity.decode(), lost)
         super()._reply(identity, request, reply)
 

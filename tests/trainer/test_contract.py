@@ -28,8 +28,6 @@ from daruma_trainer.contract import (
     Suspect,
     View,
     agent_address,
-    index_text,
-    indexes,
     place,
     slots_from_hex,
     slots_to_hex,
@@ -117,16 +115,6 @@ def test_a_restore_with_a_damaged_bitmap_is_refused() -> None:
     raw = Restore(1, 4, "server-1-3", (Source(SourceKind.PEER, "00"),)).to_json()
     with pytest.raises(ContractError, match="bitmap"):
         Restore.from_json(raw)
-
-
-def test_sets_of_numbers_are_written_as_stretches_and_read_within_a_bound() -> None:
-    numbers = {0, 2, 3, 4, 9}
-    assert index_text(numbers) == "0,2-4,9"
-    assert indexes("0,2-4,9", 5) == numbers
-    assert indexes("") == frozenset()
-    for text in ("0,2-4,9,11", "0-99999999999999", "4-2", "a-b", "1,,x"):
-        with pytest.raises(ContractError, match=r"stretch|more than 5"):
-            indexes(text, 5)
 
 
 def test_the_agent_is_beside_the_data_port() -> None:

@@ -87,7 +87,28 @@ def test_however_many_are_lost_the_worker_hears_of_each() -> None:
     seat = planes.seats[0]
     seat.batch = 5000
     assert planes.resync(seat, 1) == list(range(2, 5001))
-    assert planes.planes[1].counts.lost == 4999
+    assert planes.planes[1].lost == 4999
+
+
+def test_a_seat_may_be_vacant_for_as_long_as_a_job_takes() -> None:
+    planes = sync(workers=2)
+    seat, plane = planes.seats[0], planes.planes[1]
+    seat.batch = seat.position.entered = 10**9
+    seat.position.left_off = 1
+    assert planes.resync(seat, 1) == []
+    assert plane.lost == 0
+    assert (plane.slots.last[:, 0] == 10**9).all()
+
+
+def test_what_a_rollback_has_made_again_is_not_lost() -> None:
+    planes = sync(workers=2)
+    seat, plane = planes.seats[0], planes.planes[1]
+    seat.batch = 9
+    planes.resync(seat, 1)
+    assert plane.lost == 8
+    plane.slots.last[:] = 4
+    plane.rolled_back(4)
+    assert (plane.lost, plane.step) == (3, 4)
 
 
 def test_nobody_makes_again_what_others_counted_lost() -> None:
@@ -163,7 +184,7 @@ def test_a_replacement_enters_after_the_newest_step_and_what_it_missed_is_counte
     for seat in planes.seats:
         planes.step(seat)
     assert at(planes) == pytest.approx([90.5, 90.5])
-    assert [p.counts.lost for p in planes.planes] == [0, 0]
+    assert [p.lost for p in planes.planes] == [0, 0]
 
 
 def test_a_replacement_that_dies_while_it_enters_leaves_the_seat_vacant_again() -> None:

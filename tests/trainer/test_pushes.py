@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from daruma_trainer.contract import SLOTS, Replay
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import SGD, Adagrad, Adam, Add, Assign, Rule, rule_to_json
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Slots, TablePush
 from daruma_trainer.worker.copies import HostCopy
 from daruma_trainer.worker.pushes import MAX_SEALED, Held, Pushes, Update
@@ -248,7 +249,7 @@ def test_dropped_batches_are_counted_lost_and_change_nothing() -> None:
     pushes.seal(1, None, [SGD()])
     assert not sealed(pushes, 1), "what goes out only marks the batches"
     assert not pushes.rest
-    assert pushes.lost == {1, 2, 3}
+    assert pushes.lost == Stretches.of((1, 3))
     assert pushes.replayed == 0
 
 
@@ -301,7 +302,7 @@ def test_a_batch_that_is_held_is_not_overtaken_by_an_accumulation() -> None:
     pushes.others_gap = 0.0
     assert not pushes.may_accumulate(1, 0.0), "a range with batch 2 in it would hide that"
     pushes.seal(1, None, [SGD()])
-    assert pushes.unsent(1) == {1, 2}
+    assert pushes.unsent(1) == Stretches.of((1, 2))
     assert pushes.may_accumulate(1, 0.0)
 
 
@@ -500,7 +501,7 @@ class Outages(RuleBasedStateMachine):
     def whatever_is_lacking_can_still_be_given(self) -> None:
         for server, missing in self.lacking.items():
             can = self.pushes.unsent(server)
-            assert missing <= can
+            assert missing <= set(can)
 
 
 STORIES, COUNTED = counted("stories of 30 steps: outages and replays", 60, 5_000)

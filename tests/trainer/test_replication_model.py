@@ -296,7 +296,7 @@ class Replication(RuleBasedStateMachine):
         assert len(job.heads) == job.count
         for worker in job.live_workers:
             assert worker.pushes is not None
-            lost = worker.pushes.lost - worker.void
+            lost = set(worker.pushes.lost) - worker.void
             job.reported |= {(worker.me.index, b) for b in lost}
         missing = set()
         for head in job.heads:

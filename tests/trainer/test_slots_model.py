@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from daruma_trainer.applied import FULL, Seen, complete_until, mark, seen
 from daruma_trainer.server.slots import Slots, SlotState
+from daruma_trainer.stretches import Stretches
 from soak import counted
 
 WORKERS = 2
@@ -99,7 +100,9 @@ class Protocol(RuleBasedStateMachine):
         bookkeeping.position[k] = copy.position[k]
         bookkeeping.lineage[k] += 1
         for worker in range(WORKERS):
-            gone = bookkeeping.floor(k, worker, self.batch[worker], list(self.held[worker]))
+            gone = bookkeeping.floor(
+                k, worker, self.batch[worker], Stretches.these(self.held[worker])
+            )
             self.lost |= {(worker, b) for b in gone}
             for batch, missing in self.held[worker].items():
                 have = bookkeeping.seen(k, worker, batch, batch) == Seen.DUPLICATE
@@ -156,5 +159,5 @@ def test_what_is_marked_as_lost_is_another_version() -> None:
     slots = Slots(IDS, 1, SlotState.READY)
     slots.advance(np.array([0, 1]), 0, 1, 1)
     before = slots.position.copy()
-    assert slots.floor(np.arange(4), 0, 1, []) == [1]
+    assert slots.floor(np.arange(4), 0, 1, Stretches()) == Stretches.these([1])
     assert (slots.position - before).tolist() == [0, 0, 1, 1]

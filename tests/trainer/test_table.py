@@ -58,3 +58,10 @@ def test_what_does_not_fit_is_refused(rows: Any, delta: Any, said: str) -> None:
 
 def test_a_table_is_described_for_people() -> None:
     assert str(table(3, 2).spec) == '\'topics\' (shape (3, 2), {"rule": "assign"}, 1 row a block)'
+
+
+@pytest.mark.parametrize("rows", [None, [0, 1, 2]])
+def test_the_program_may_change_what_it_pushed(rows: Any) -> None:
+    """It may go out, or out again, after the program went on."""
+    delta = np.ones((3, 2), np.float32)
+    assert not np.shares_memory(table(3, 2).change(rows, delta).values, delta)

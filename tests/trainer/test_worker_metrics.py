@@ -13,7 +13,7 @@ from daruma_trainer.worker.pushes import Pushes
 
 def test_batches_that_a_failure_touched_are_counted() -> None:
     pushes, position = Pushes(Replay()), Position()
-    pushes.lost |= {3, 4}
+    pushes.lose(3, 4)
     pushes.replayed = 7
     position.mixed.add(9)
     me = Identity("n", "j", Role.WORKER, 1, 1, "")

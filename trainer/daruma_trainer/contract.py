@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from daruma_trainer.parsing import ContractError, parse_message, plain
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.views import (
     Copies,
     Guest,
@@ -361,35 +362,14 @@ def token_for(operator_key: bytes, job_uid: str) -> str:
     return hmac.new(operator_key, job_uid.encode(), hashlib.sha256).hexdigest()
 
 
-MAX_NAMED = 1_000_000
-"""Batches that one message may name; what comes from the network is not expanded beyond that."""
+def indexes(text: str) -> frozenset[int]:
+    """Read what `index_text` wrote: `0,2-4`. ContractError: it is none."""
+    return frozenset(Stretches.read(text))
 
 
-def indexes(text: str, most: int | None = None) -> frozenset[int]:
-    """Read what `index_text` wrote: `0,2-4`. ContractError: it is none, or has more than `most`."""
-    found: set[int] = set()
-    for part in filter(None, text.split(",")):
-        begin, _, end = part.partition("-")
-        try:
-            first, last = int(begin), int(end or begin)
-        except ValueError as error:
-            raise ContractError(f"{part[:40]!r} is no stretch of numbers") from error
-        if last < first or (most is not None and len(found) + last - first >= most):
-            raise ContractError(f"{part[:40]!r} ends before it begins, or is of more than {most}")
-        found |= set(range(first, last + 1))
-    return frozenset(found)
-
-
-def index_text(numbers: Iterable[int], most: int | None = None) -> str:
-    """Write a set of numbers as stretches, ascending; `most`: only so many, the last ones."""
-    runs: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if runs and runs[-1][1] == n - 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    kept = runs if most is None else runs[-most:]
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in kept)
+def index_text(numbers: Iterable[int]) -> str:
+    """Write a set of indexes as stretches, ascending."""
+    return Stretches.these(numbers).text()
 
 
 def slots_to_hex(slots: Sequence[int]) -> str:

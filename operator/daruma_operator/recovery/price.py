@@ -6,7 +6,8 @@ from enum import StrEnum
 from math import isfinite, sqrt
 
 from daruma_operator.api.status import Pushes
-from daruma_trainer.contract import MAX_NAMED, ContractError, Report, index_text, indexes
+from daruma_trainer.contract import ContractError, Report
+from daruma_trainer.stretches import Stretches
 
 
 class DeltaKind(StrEnum):
@@ -77,7 +78,7 @@ def counters(
     as lost; `gone` does not have them.
     """
     servers, found = 0, gone
-    before = {index: indexes(text) for index, text in (gone_lost or {}).items()}
+    before = {index: Stretches.read(text) for index, text in (gone_lost or {}).items()}
     found = found.plus(Pushes(lost=sum(map(len, before.values()))))
     for member in live:
         report = reports.get(member)
@@ -87,31 +88,32 @@ def counters(
             servers = max(servers, report.lost)
         else:
             found = found.plus(counted(report))
-            past = before.get(member.split("-")[1], frozenset())
-            twice = past - _still_lost(report, past) | past & _named(report)
+            past = before.get(member.split("-")[1], Stretches())
+            twice = (past - _still_lost(report, past)) | (past & _named(report))
             found = found.model_copy(update={"lost": found.lost - len(twice)})
     return found.model_copy(update={"lost": max(servers, found.lost)})
 
 
-def _named(report: Report) -> frozenset[int]:
+def _named(report: Report) -> Stretches:
     """Return the lost batches that a report names; none where it names what cannot be."""
     try:
-        return indexes(report.lost_batches, min(report.lost, MAX_NAMED))
+        named = Stretches.read(report.lost_batches)
     except ContractError:
-        return frozenset()
+        return Stretches()
+    return named if len(named) <= report.lost else Stretches()
 
 
-def _still_lost(report: Report, past: frozenset[int]) -> frozenset[int]:
+def _still_lost(report: Report, past: Stretches) -> Stretches:
     """Return which batches that past lives lost the newest one does not make again."""
-    return frozenset(b for b in past if report.after is None or b <= report.after)
+    return past if report.after is None else past.up_to(report.after)
 
 
 def remember(report: Report, before: str) -> tuple[Pushes, str]:
     """Return what a lost worker's count adds to `gone`, and to `gone_lost`, which was `before`."""
-    mine, known = _named(report), _still_lost(report, indexes(before))
-    text = index_text(mine | known, MAX_STRETCHES)
+    mine, known = _named(report), _still_lost(report, Stretches.read(before))
+    text = (mine | known).text(MAX_STRETCHES)
     # What it could not name, and what has no place any more, are numbers from now on.
-    rest = report.lost - len(mine) + len(mine | known) - len(indexes(text))
+    rest = report.lost - len(mine) + len(mine | known) - len(Stretches.read(text))
     return counted(report).model_copy(update={"lost": rest}), text
 
 

@@ -13,12 +13,9 @@ from numpy.typing import NDArray
 
 from daruma_trainer.applied import Seen
 from daruma_trainer.contract import (
-    MAX_NAMED,
     ContractError,
     Membership,
     Role,
-    index_text,
-    indexes,
     place,
     slots_from_hex,
 )
@@ -28,6 +25,7 @@ from daruma_trainer.server.rebuilding import Sums
 from daruma_trainer.server.seats import Seats
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import (
     ALL_WORKERS,
     BITMAP,
@@ -85,7 +83,6 @@ class Counts:
     applied: int = 0
     duplicate: int = 0
     overlap: int = 0
-    lost: int = 0
     pushed_bytes: int = 0
     pulled_bytes: int = 0
 
@@ -139,6 +136,8 @@ class DataPlane:
         self.unheard: set[int] = set()
         """Workers that did not say since the slots were restored what they can give again."""
         self.counts = Counts()
+        self._lost: dict[int, Stretches] = {}
+        """By worker: its batches that were lost here."""
         self.updates = 0
         """How many updates were made to this shard, by this process."""
         self.observer: Observer | None = None
@@ -408,7 +407,7 @@ class DataPlane:
         raw = decode_json(frames[1])
         try:
             worker, done = int(raw["worker"]), int(raw["done"])
-            held = indexes(raw["held"], MAX_NAMED)
+            held = Stretches.read(raw["held"])
             entered, left_off = int(raw.get("entered", 0)), int(raw.get("left_off", 0))
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
             rebuilds = [int(t) for t in raw.get("rebuilds", [])]
@@ -419,12 +418,10 @@ class DataPlane:
         k = self.slots.index_of(ids)
         k = k[k >= 0]
         k = k[self.slots.ready[k]]
-        if len(k) and done - int(self.slots.last[k, worker].min()) > MAX_NAMED:
-            raise MalformedError(f"a resync of more than {MAX_NAMED} batches")
         # From where it left off to where it entered nobody made any: it knows how many those are.
         gaps = self.slots.floor(k, worker, done, held)
-        lost = [b for b in gaps if not left_off < b <= entered]
-        self.counts.lost += len(lost)
+        lost = gaps - Stretches.of((left_off + 1, entered))
+        self._lost[worker] = self._lost.get(worker, Stretches()) | lost
         if self.observer is not None:
             if gaps:
                 self.observer.touched(k)
@@ -435,7 +432,7 @@ class DataPlane:
         self.advance()
         self.sums.register(worker, rebuilds)
         answer = {
-            "lost": index_text(lost),
+            "lost": lost.text(),
             "complete": self.slots.complete_until(k, worker),
             "rebuild": self.sums.due(worker),
         }
@@ -477,6 +474,18 @@ class DataPlane:
         else:
             now = int(self.slots.last.max(axis=0).sum()) // self.workers
         self.step = max(self.step, now)
+
+    @property
+    def lost(self) -> int:
+        """How many pushes were lost here: acknowledged once, and in no copy that was restored."""
+        return sum(len(batches) for batches in self._lost.values())
+
+    def rolled_back(self, step: int) -> None:
+        """All slots are as a cut had them: batches that it lacks are made again, and not lost."""
+        self.step = step
+        for worker, batches in self._lost.items():
+            last = int(self.slots.last[:, worker].max(initial=0))
+            self._lost[worker] = batches.up_to(last)
 
     def complete(self) -> tuple[int, ...]:
         """For each worker the last batch up to which every slot has everything."""

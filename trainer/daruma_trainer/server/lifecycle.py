@@ -396,7 +396,7 @@ class Lifecycle:
                 self._around.publish()
 
         if self.plane is not None:
-            self.plane.step = cut.step
+            self.plane.rolled_back(cut.step)
         if self.cuts is not None:
             self.cuts.rolled_back(name, cut)
         if self.saver is not None:

@@ -143,5 +143,5 @@ def report_of(server: "Server") -> Report:
         moves=life.moves,
         applied=plane.counts.applied,
         duplicate=plane.counts.duplicate,
-        lost=plane.counts.lost,
+        lost=plane.lost,
     )

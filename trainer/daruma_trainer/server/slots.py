@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from daruma_trainer.applied import FULL, complete_until, holes, mark, seen
 from daruma_trainer.contract import Version
 from daruma_trainer.layout import Ints
+from daruma_trainer.stretches import Stretches
 
 
 class SlotState(IntEnum):
@@ -77,26 +78,25 @@ class Slots:
         self.mark(k, worker, first, until)
         self.position[k] += 1
 
-    def floor(self, k: Ints, worker: int, done: int, held: Iterable[int]) -> list[int]:
+    def floor(self, k: Ints, worker: int, done: int, held: Stretches) -> Stretches:
         """Mark all of a worker's batches up to `done` that it does not hold; return the lost ones.
 
         Those were acknowledged to the worker, and no copy that could be reached has them.
         """
-        kept = set(held)
-        lost: set[int] = set()
+        lost = Stretches()
         for entry, where in self._entries(k, worker):
             last, window = entry
-            gaps = {*holes(last, window, 0, last), *range(last + 1, done + 1)} - kept
-            gaps = {b for b in gaps if b <= done}
+            lacks = Stretches.these(holes(last, window, 0, last)) | Stretches.of((last + 1, done))
+            gaps = (lacks - held).up_to(done)
             lost |= gaps
-            for b in sorted(gaps):
-                last, window = mark(last, window, b, b)
+            for first, until in gaps.pairs:
+                last, window = mark(last, window, first, until)
             self.last[k[where], worker] = last
             self.window[k[where], worker] = np.uint64(window)
             if gaps:
                 # No two states of a slot have one version: a replica's would pass for this one.
                 self.position[k[where]] += 1
-        return sorted(lost)
+        return lost
 
     def complete_until(self, k: Ints, worker: int) -> int:
         """Return the largest batch up to which none of the slots misses any of a worker's."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from daruma_trainer.contract import SLOTS
 from daruma_trainer.layout import Floats, Ints, TableLayout
 from daruma_trainer.rules import SGD, Adam, Rule
-from daruma_trainer.wire import TablePush
+from daruma_trainer.wire import Slots, TablePush
 from daruma_trainer.worker.copies import Group
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class Accumulation:
         self.full = False
         """A batch was held beside it: from then on it takes none, or it would overtake that one."""
         self.parts: dict[int, Part] = {}
+        self.unacked: Slots = np.ones(SLOTS, np.bool_)
+        """Once it is sent: slots (of its server) that have not said that they are done with it."""
+        self.overlaps = False
+        """A slot has some of its batches already: they count as lost."""
 
     def add(
         self,

@@ -249,6 +249,8 @@ class Client:
             sessions = self._live
             self.batch = self.position.choose(sessions.copy, sessions.membership, self.me)
             sessions.pushes.drop_all(self.batch)
+            # What a rollback has this worker make again is not lost any more.
+            sessions.pushes.lost = sessions.pushes.lost.up_to(self.batch)
             self.resumed = True
             sessions.begin_all()
         self.wake()

@@ -63,7 +63,7 @@ class Puller:
         for group in copy.groups_of(server):
             if wanted.missing[group.mask].any():
                 flags = ALL_WORKERS * wanted.all_workers | ENTER * (not self._worker.resumed)
-                meta = PULL.pack(wanted.min_step, len(copy.specs), flags)
+                meta = PULL.pack(wanted.min_step, self._worker.announced, flags)
                 meta += bitmap(group.mask & wanted.missing if wanted.before else group.mask)
                 kind = Kind.BEFORE if wanted.before else Kind.PULL
                 take = partial(self._on_state, wanted)
@@ -92,7 +92,7 @@ class Puller:
             if session.token == token and wanted.missing[group.mask].any():
                 ask()
 
-        meta = PULL.pack(worker.batch, len(copy.specs), OWN) + bitmap(group.mask)
+        meta = PULL.pack(worker.batch, worker.announced, OWN) + bitmap(group.mask)
         return self._readers.ask(server, worker.header(Kind.PULL), [meta], take, instead)
 
     def _on_state(

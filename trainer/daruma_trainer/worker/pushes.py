@@ -14,6 +14,7 @@ import numpy as np
 from daruma_trainer.contract import SLOTS, Replay
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.rules import Rule
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Slots
 from daruma_trainer.worker.accumulating import Accumulation
 from daruma_trainer.worker.copies import HostCopy
@@ -69,7 +70,8 @@ class Pushes:
         self.replayed = 0
         self._late: set[int] = set()
         """Of the replayed those that some server still lacks: it may get them late as well."""
-        self.lost: set[int] = set()
+        self.lost = Stretches()
+        """Batches that a slot had acknowledged and has no more, and nobody can give it."""
         self.others_gap = 0.0
         """Sum of the gaps of the other workers, as servers said last."""
         self.widest = 0.0
@@ -148,7 +150,7 @@ class Pushes:
         if self.limits.combine == "Drop":
             # It goes out empty, so that the server marks the batches: later ones build on them.
             into.parts.clear()
-            self.lost |= set(range(into.first, into.last + 1))
+            self.lose(into.first, into.last)
         else:
             if self.limits.combine == "Auto":
                 rest = Residual.of(into, rules, self.limits, moved)
@@ -184,6 +186,8 @@ class Pushes:
 
         Its slots drop what they have already. What was accumulated for it goes out by itself.
         """
+        for done in self.sealed.get(server, []):
+            done.unacked |= slots
         mine = [*self.sealed.get(server, []), *filter(None, [self.open.get(server)])]
         for held in self.held.values():
             if not any(a.first <= held.batch <= a.last for a in mine):
@@ -251,12 +255,14 @@ class Pushes:
         """A batch of this number is about to be held."""
         self._newest = batch
 
-    def unsent(self, server: int) -> set[int]:
+    def lose(self, first: int, last: int) -> None:
+        """These batches were lost, or some part of each was."""
+        self.lost |= Stretches.of((first, last))
+
+    def unsent(self, server: int) -> Stretches:
         """Return every batch that this worker can still give to a server, for a resync."""
-        batches = set(self.held)
-        for a in [*self.sealed.get(server, []), *filter(None, [self.open.get(server)])]:
-            batches |= set(range(a.first, a.last + 1))
-        return batches
+        mine = [*self.sealed.get(server, []), *filter(None, [self.open.get(server)])]
+        return Stretches.these(self.held) | Stretches.of(*((a.first, a.last) for a in mine))
 
     def drop_all(self, batch: int) -> None:
         """A rollback: nothing of what was under way counts, and numbers go on after `batch`."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from daruma_trainer.errors import ConfigurationError
-from daruma_trainer.layout import Ints, TableSpec
+from daruma_trainer.layout import Floats, Ints, TableSpec
 from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.pushes import Update
 
@@ -62,7 +62,7 @@ class Rebuilders:
                 client.rebuild(server, self._part(self._specs[table], rows))
 
     def _part(self, spec: TableSpec, rows: Ints) -> Update:
-        part = np.ascontiguousarray(self._by_table[spec.id](rows), np.float32)
+        part: Floats = np.array(self._by_table[spec.id](rows), np.float32, order="C")
         if part.size != len(rows) * spec.cols:
             raise ConfigurationError(
                 f"table {spec.name!r}: on_restored gave {part.shape} for {len(rows)} rows"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from daruma_trainer.contract import SLOTS, Report, index_text
+from daruma_trainer.contract import SLOTS, Report
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Slots
 from daruma_trainer.worker.sessions import Sessions
 
@@ -23,7 +24,7 @@ class Reporter:
     def __init__(self) -> None:
         self._acked_epoch, self._acked_at = 0, 0.0
         self._shown: tuple[object, ...] = ()
-        self._lost = 0, ""
+        self._lost = Stretches(), ""
 
     def report(self, client: "Client", sessions: Sessions | None) -> Report:
         """Say what this worker is at; `sessions` is None before the first membership."""
@@ -57,9 +58,9 @@ class Reporter:
             mixed=len(client.position.mixed),
         )
 
-    def _lost_batches(self, lost: set[int]) -> str:
-        if len(lost) != self._lost[0]:  # none is ever taken back
-            self._lost = len(lost), index_text(lost, MAX_STRETCHES)
+    def _lost_batches(self, lost: Stretches) -> str:
+        if lost is not self._lost[0]:
+            self._lost = lost, lost.text(MAX_STRETCHES)
         return self._lost[1]
 
     def is_news(self, own: Report) -> bool:

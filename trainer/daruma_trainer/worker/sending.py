@@ -50,15 +50,16 @@ class Sender:
                 self._sessions.ask(session, Kind.PUSH, push, answer, patient=True)
 
     def sealed(self, server: int, done: Accumulation) -> None:
-        """Send what was accumulated while the server was away."""
+        """Send the parts of what was accumulated for a server that it has not acknowledged."""
         session = self._sessions.synced(server)
         if session is None:
             return
         groups = self._sessions.copy.groups_of(server)
         for group, parts in zip(groups, done.cut(groups), strict=True):
-            push = self._push(done.first, done.last, done.count, group, parts)
-            answer = partial(self._on_sealed, server, done.first, done.last)
-            self._sessions.ask(session, Kind.PUSH, push, answer, patient=True)
+            if done.unacked[group.mask].any():
+                push = self._push(done.first, done.last, done.count, group, parts)
+                answer = partial(self._on_sealed, server, done, group.mask)
+                self._sessions.ask(session, Kind.PUSH, push, answer, patient=True)
 
     def rebuilt(self, server: int, parts: Sequence[Update], batch: int) -> None:
         """Send this worker's part of sums that a server cleared, as of a batch.
@@ -90,7 +91,7 @@ class Sender:
         done, overlap = _acknowledged(frames)
         pushes, settings = self._sessions.pushes, self._sessions.membership.settings
         if overlap:
-            pushes.lost.add(batch)
+            pushes.lose(batch, batch)
         pushes.note_applied(batch, done)
         if settings.consistency != "Sync" and not done[mask].all():
             self._sessions.retry(session)
@@ -98,19 +99,25 @@ class Sender:
     def _on_sealed(
         self,
         server: int,
-        first: int,
-        last: int,
+        done: Accumulation,
+        mask: Slots,
         session: "Session",
         header: Header,
         frames: Sequence[Frame],
     ) -> None:
-        del session, header
-        _, overlap = _acknowledged(frames)
+        del header
+        taken, overlap = _acknowledged(frames)
         pushes = self._sessions.pushes
+        done.unacked &= ~taken
         if overlap:
-            pushes.lost |= set(range(first, last + 1))
-        if overlap or not self._sessions.membership.settings.covers:
-            pushes.drop_sealed(server, last)
+            done.overlaps = True
+            pushes.lose(done.first, done.last)
+        if done.unacked[mask].any():
+            self._sessions.retry(session)
+        elif done.unacked[self._sessions.copy.slots_of(server)].any():
+            return  # its other messages are under way
+        elif done.overlaps or not self._sessions.membership.settings.covers:
+            pushes.drop_sealed(server, done.last)
 
 
 def _acknowledged(frames: Sequence[Frame]) -> tuple[Slots, bool]:

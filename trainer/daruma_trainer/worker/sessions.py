@@ -15,20 +15,18 @@ import numpy as np
 import zmq
 
 from daruma_trainer.contract import (
-    MAX_NAMED,
     Member,
     Membership,
     Replay,
     Role,
     Settings,
     Suspect,
-    index_text,
-    indexes,
     slots_to_hex,
 )
 from daruma_trainer.errors import ConfigurationError, TableMismatchError
 from daruma_trainer.links import Answer, Link
 from daruma_trainer.rules import Rule, rule_from_json
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import (
     PULL,
     Frame,
@@ -196,6 +194,7 @@ class Sessions:
         for index, session in list(self.by_server.items()):
             if index not in wanted or wanted[index] != session.link.peer:
                 self._worker.lost_server()
+                session.token += 1  # what was asked for in it is asked for in the next
                 session.link.close()
                 del self.by_server[index]
         for index, member in wanted.items():
@@ -249,7 +248,7 @@ class Sessions:
             raw = {
                 "worker": self._worker.me.index,
                 "done": self._worker.batch,
-                "held": index_text(self.pushes.unsent(server)),
+                "held": self.pushes.unsent(server).text(),
                 "slots": slots_to_hex(np.flatnonzero(copy.slots_of(server)).tolist()),
                 "rebuilds": sorted(self._worker.rebuilds),
                 "entered": self._worker.position.entered,
@@ -303,7 +302,7 @@ class Sessions:
     ) -> None:
         del header
         raw = decode_json(frames[1])
-        self.pushes.lost |= indexes(str(raw.get("lost", "")), MAX_NAMED)
+        self.pushes.lost |= Stretches.read(str(raw.get("lost", "")))
         due = self._worker.rebuilds & {int(t) for t in raw.get("rebuild", [])}
         self._worker.due.pop(server, None)
         if due:

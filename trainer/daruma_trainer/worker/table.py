@@ -80,7 +80,8 @@ class Table:
 
     def _rows_of(self, delta: ArrayLike, rows: int) -> Floats:
         """Return values as (rows, cols); what has another shape is a mistake, whatever its size."""
-        values = np.ascontiguousarray(delta, np.float32)
+        # A copy: it may be sent, and sent again, after the program has changed its own.
+        values: Floats = np.array(delta, np.float32, order="C")
         shape, row = np.shape(delta), self.spec.shape[1:]
         right = {(rows, *row), (rows, self.spec.cols)} | ({row} if rows == 1 else set())
         if shape not in right and (rows or values.size):
