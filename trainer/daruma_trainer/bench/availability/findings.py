@@ -57,15 +57,16 @@ def _accuracy(runs: Sequence[Run]) -> list[str]:
     for arm in THROUGH:
         ours = select(runs, OUTAGE, arm)
         against = {
-            other: made.mean
+            other: made
             for other in names
             if other != arm and (made := paired(ours, select(runs, OUTAGE, other), "end"))
         }
         if against:
-            worst = min(against, key=against.__getitem__)
+            worst = min(against, key=lambda other: against[other].mean)
+            least, half = against[worst].mean, against[worst].half
             what = f"{arm}: accuracy {AROUND[1]:g} s after an outage of 20 s, less another system's"
-            said = f"{against[worst]:+.3f} ({worst})"
-            rows.append(_row(what, "≥ 0", said, against[worst] >= 0))
+            said = f"{least:+.3f}{'' if half is None else f' ± {half:.3f}'} ({worst})"
+            rows.append(_row(what, "≥ 0", said, least >= 0))
     return rows
 
 

@@ -60,8 +60,9 @@ not wait however long the outage is.
 with the replicas that it hosts for others); pages that they share count in each. *Added*: how much
 more a worker that lived through had during an outage than before it, each without the highest
 twentieth of the looks (moments of torch's own steps, of which a long outage shows more); of all
-workers and outages the largest. **Bytes**: what servers counted, read every second and just before
-each kill; pushes and pulls are of the wire, *replica* went to replicas, *checkpoint* to the store.
+workers and outages the largest. *At the highest*: with those looks, of the model. **Bytes**: what
+servers counted, read every second and just before each kill; pushes and pulls are of the wire,
+*replica* went to replicas, *checkpoint* to the store.
 
 **Phases** are the operator's record: failure to detection, to a replacement that runs (with the
 time that it was held away), to all slots being back, to the first new step that all slots have. A
@@ -176,7 +177,7 @@ def _accuracy(result: Mapping[str, Any], name: str, runs: Sequence[Run]) -> list
 
 def _during(runs: Sequence[Run], model: float) -> list[str]:
     head = ["arm", "utilisation", "before", "during", "pushes lost", "replayed", "added memory",
-            "of the model"]  # fmt: skip
+            "of the model", "at the highest"]  # fmt: skip
     body = []
     for arm in _arms(runs):
         own = [r for r in runs if r["arm"] == arm]
@@ -188,8 +189,8 @@ def _during(runs: Sequence[Run], model: float) -> list[str]:
                 *(_number(interval(float(r["pushes"][key]) for r in own), ".1f")
                   for key in ("lost", "replayed")),
                 _megabytes(interval(r["memory"]["added"] for r in own)),
-                _percent(interval(None if (b := r["memory"]["added"]) is None else b / model
-                                  for r in own)),
+                *(_percent(interval(None if (b := r["memory"][key]) is None else b / model
+                                    for r in own)) for key in ("added", "added_highest")),
             ]
         )  # fmt: skip
     return _table(head, body)

@@ -161,6 +161,7 @@ def _memory(seen: Seen, windows: Sequence[tuple[float, float]]) -> dict[str, int
         for role in ("server", "worker")
     }
     added: list[int] = []
+    highest: list[int] = []
     for member in {m for _, m, _ in seen.sampler.memory if m.startswith("worker")}:
         own = [(t, b) for t, m, b in seen.sampler.memory if m == member]
         for begin, end in windows:
@@ -169,7 +170,10 @@ def _memory(seen: Seen, windows: Sequence[tuple[float, float]]) -> dict[str, int
             if before and during:
                 # Moments of a step count in both, but a long outage has more of them to see.
                 added.append(round(np.percentile(during, 95) - np.percentile(before, 95)))
-    return {**peak, "added": max(added, default=None)}
+                highest.append(max(during) - max(before))
+    return {
+        **peak, "added": max(added, default=None), "added_highest": max(highest, default=None)
+    }  # fmt: skip
 
 
 def _train(
