@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from daruma_trainer.contract import Role, Settings
+from daruma_trainer.identity import Identity
 from daruma_trainer.rules import SGD
 from daruma_trainer.server.seats import Seats
 from daruma_trainer.wire import Push, TablePush, mask_of
@@ -109,6 +110,24 @@ def test_what_a_rollback_has_made_again_is_not_lost() -> None:
     plane.slots.last[:] = 4
     plane.rolled_back(4)
     assert (plane.lost, plane.step) == (3, 4)
+
+
+def test_after_a_rollback_all_past_lives_batches_are_made_again_from_there_on() -> None:
+    planes = sync(workers=2)
+    for _ in range(3):
+        for seat in planes.seats:
+            planes.step(seat)
+    planes.lose(1)
+    planes.tell(0)
+    planes.tell(1)
+    late = planes.seats[1]
+    planes.enter(late)
+    assert late.position.after == 4
+    late.position.mixed = {2, 4}
+    late.copy.last[:], late.copy.window[:] = 3, 7
+    me = Identity("n", "j", Role.WORKER, 1, late.incarnation, "t", ("h", 1))
+    assert late.position.choose(late.copy, planes.membership, me) == 3
+    assert (late.position.after, late.position.mixed) == (3, {2})
 
 
 def test_nobody_makes_again_what_others_counted_lost() -> None:

@@ -149,8 +149,8 @@ class Report:
     lost_batches: str = ""
     """Workers: which were lost, `1-4,9`; of very many stretches the newest."""
     after: int | None = None
-    """Workers: the batch that this life began after. What past ones lost of later ones it makes
-    again; None: it does not know yet."""
+    """Workers: the batch that this life began after, or went back to in a rollback. What past ones
+    lost of later ones it makes again; None: it does not know yet."""
     skipped: int = 0
     """Workers: batches that nobody made while the seat was vacant and the others went on."""
     mixed: int = 0

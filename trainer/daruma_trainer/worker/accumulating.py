@@ -132,8 +132,10 @@ class Accumulation:
     def nbytes(self) -> int:
         """Bytes of the arrays that are kept."""
         return sum(
-            part.values.nbytes + (0 if part.touched is None else part.touched.nbytes)
+            array.nbytes
             for part in self.parts.values()
+            for array in (part.values, part.touched, part.counts)
+            if array is not None
         )
 
     def cut(self, groups: Sequence[Group]) -> list[tuple[TablePush, ...]]:

@@ -14,7 +14,7 @@ class Position:
 
     def __init__(self) -> None:
         self.after: int | None = None
-        """The batch that this life began after."""
+        """The batch that this life began after, or went back to in a rollback."""
         self.entered = 0
         """The batch it began after, where the others had gone on without it; else 0."""
         self.left_off = 0
@@ -72,8 +72,8 @@ class Position:
             self._skipped.append((batch + 1, front))
             self.left_off, self.entered = batch, front
             batch = front
-        if self.after is None:
-            self.after = batch
+        self.after = batch if self.after is None else min(self.after, batch)
+        self.mixed = {b for b in self.mixed if b <= batch}
         return batch
 
     def _leeway(self, membership: Membership) -> int:
