@@ -322,8 +322,7 @@ class SimulatedJob:
         # What past lives had lost of what comes now is made again (`Report.after`).
         again = {(index, b) for w, b in self.reported if w == index and b > worker.batch}
         self.reported -= again if worker.position.after == worker.batch else set()
-        for first, last in worker.position._skipped:
-            self.skipped |= {(index, b) for b in range(first, last + 1)}
+        self.skipped |= {(index, b) for b in worker.position.skipped}
 
     def lose(self, server: SimulatedServer, worker: str, batches: list[int]) -> None:
         """A server counts batches as lost that a worker says it cannot give again."""

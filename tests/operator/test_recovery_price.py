@@ -9,6 +9,7 @@ from daruma_operator.recovery.price import (
     EXACT,
     UNKNOWN,
     DeltaKind,
+    Gone,
     LostShard,
     bound,
     counters,
@@ -56,43 +57,55 @@ def test_a_push_is_lost_once() -> None:
         "worker-9-1": Report("worker-9-1", 1, "Training", lost=99, replayed=99),
     }
     live = [m for m in reports if m != "worker-9-1"]
-    nothing = Pushes()
+    nothing = Gone()
     assert counters(reports, live, nothing) == Pushes(lost=4, replayed=7, skipped=6, mixed=1)
     assert counters(reports, ["worker-0-1", "worker-7-7"], nothing) == Pushes(lost=3, replayed=2)
 
 
 def test_a_push_that_two_servers_lost_in_two_lives_of_its_worker_is_lost_once() -> None:
     first = Report("worker-1-1", 1, "Training", lost=4, lost_batches="1-4", replayed=1)
-    gone, text = remember(first, "")
+    gone = remember(Gone(), "1", first)
     second = Report("worker-1-5", 1, "Training", lost=5, lost_batches="3-6,9")
-    assert counters({"worker-1-5": second}, ["worker-1-5"], gone, {"1": text}) == Pushes(
-        lost=7, replayed=1
-    )
-    more, text = remember(second, text)
-    assert counters({}, [], gone.plus(more), {"1": text}) == Pushes(lost=7, replayed=1)
-    assert text == "1-6,9"
+    assert counters({"worker-1-5": second}, ["worker-1-5"], gone) == Pushes(lost=7, replayed=1)
+    more = remember(gone, "1", second)
+    assert counters({}, [], more) == Pushes(lost=7, replayed=1)
+    assert more.lost == {"1": "1-6,9"}
 
 
 def test_what_a_later_life_makes_again_is_not_lost() -> None:
+    past = Gone(lost={"1": "2-6"})
     second = Report("worker-1-5", 1, "Training", lost=1, lost_batches="3", after=4)
-    assert counters({"worker-1-5": second}, ["worker-1-5"], Pushes(), {"1": "2-6"}).lost == 3
-    gone, text = remember(second, "2-6")
-    assert (gone.lost, text) == (0, "2-4")
+    assert counters({"worker-1-5": second}, ["worker-1-5"], past).lost == 3
+    gone = remember(past, "1", second)
+    assert (gone.pushes.lost, gone.lost) == (0, {"1": "2-4"})
     unknown = Report("worker-1-5", 1, "Joining")
-    assert counters({"worker-1-5": unknown}, ["worker-1-5"], Pushes(), {"1": "2-6"}).lost == 5
+    assert counters({"worker-1-5": unknown}, ["worker-1-5"], past).lost == 5
+
+
+def test_what_a_rollback_has_made_again_is_not_skipped() -> None:
+    """A life skipped 50 to 100; all went back to 40, and the next one entered after 60."""
+    first = Report("worker-1-1", 1, "Training", skipped=51, skipped_batches="50-100", after=0)
+    gone = remember(Gone(), "1", first)
+    assert counters({}, [], gone) == Pushes(skipped=51)
+    second = Report("worker-1-5", 1, "Training", skipped=20, skipped_batches="41-60", after=60)
+    assert counters({"worker-1-5": second}, ["worker-1-5"], gone) == Pushes(skipped=20)
+    gone = remember(gone, "1", second)
+    assert (gone.skipped, gone.pushes) == ({"1": "41-60"}, Pushes())
+    third = Report("worker-1-9", 1, "Training", skipped=1, skipped_batches="70", after=70)
+    assert counters({"worker-1-9": third}, ["worker-1-9"], gone) == Pushes(skipped=21)
 
 
 @pytest.mark.parametrize("text", ["1-99999999999", "4-1", "x", "1-2-3", "-5"])
 def test_what_cannot_be_is_not_taken_up(text: str) -> None:
     report = Report("worker-0-1", 1, "Training", lost=3, lost_batches=text)
-    assert counters({"worker-0-1": report}, ["worker-0-1"], Pushes(), {"0": "1-9"}).lost == 12
+    assert counters({"worker-0-1": report}, ["worker-0-1"], Gone(lost={"0": "1-9"})).lost == 12
 
 
 def test_of_too_many_the_number_alone_is_remembered() -> None:
     lost = index_text(range(1, 1001, 2))
-    gone, text = remember(Report("w-0-1", 1, "Training", lost=507, lost_batches=lost), "")
-    assert text.count(",") < 200
-    assert counters({}, [], gone, {"0": text}).lost == 507
+    gone = remember(Gone(), "0", Report("w-0-1", 1, "Training", lost=507, lost_batches=lost))
+    assert gone.lost["0"].count(",") < 200
+    assert counters({}, [], gone).lost == 507
 
 
 def test_what_a_lost_worker_had_counted_still_counts() -> None:
@@ -101,6 +114,6 @@ def test_what_a_lost_worker_had_counted_still_counts() -> None:
         "worker-0-7": Report("worker-0-7", 1, "Training", lost=1, skipped=2),
     }
     gone = Pushes(lost=5, replayed=1, skipped=3)
-    found = counters(reports, reports, gone)
+    found = counters(reports, reports, Gone(gone))
     assert found == Pushes(lost=6, replayed=1, skipped=5)
     assert found.since(gone) == Pushes(lost=1, skipped=2)

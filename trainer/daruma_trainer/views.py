@@ -153,6 +153,8 @@ class Report:
     lost of later ones it makes again; None: it does not know yet."""
     skipped: int = 0
     """Workers: batches that nobody made while the seat was vacant and the others went on."""
+    skipped_batches: str = ""
+    """Workers: which these were, as in `lost_batches`."""
     mixed: int = 0
     """Workers: batches made of values of two steps (`Sync`), as nobody had those of one."""
     acked_epoch: int = 0

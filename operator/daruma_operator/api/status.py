@@ -282,6 +282,8 @@ class TrainingJobStatus(StatusModel):
     gone_lost: dict[str, str] = Field(default_factory=dict)
     """By worker index, which batches those lives had counted as lost: another server may lose them
     once more, and the life that follows then counts them, too."""
+    gone_skipped: dict[str, str] = Field(default_factory=dict)
+    """The same of batches that those lives skipped: a rollback may have them made again."""
     last_failure: Failure | None = None
     recovery: RecoveryRecord | None = None
     recoveries: tuple[RecoveryRecord, ...] = ()

@@ -22,7 +22,7 @@ from daruma_operator.controller.ending import fail
 from daruma_operator.controller.failures import MAX_COUNTED, count, over_limit, sentence
 from daruma_operator.controller.membership import ladder_of
 from daruma_operator.controller.observe import runs
-from daruma_operator.controller.progress import job_step, pushes_of
+from daruma_operator.controller.progress import gone_of, job_step, pushes_of
 from daruma_operator.controller.replicating import promote, promoted
 from daruma_operator.controller.telling import CUT_NOT_LOADED, HAND_BACK, lost, started
 from daruma_operator.controller.verdicts import PROCESS_ENDED, Verdict, name_of
@@ -130,12 +130,8 @@ def _remember(d: Draft, lost: Sequence[MemberStatus]) -> None:
     for member in lost:
         report = d.seen.report(name_of(member))
         if member.role is Role.WORKER and report is not None:
-            index = str(member.index)
-            gone, batches = remember(report, d.status.gone_lost.get(index, ""))
-            d.set(
-                gone=d.status.gone.plus(gone),
-                gone_lost=d.status.gone_lost | {index: batches},
-            )
+            gone = remember(gone_of(d), str(member.index), report)
+            d.set(gone=gone.pushes, gone_lost=gone.lost, gone_skipped=gone.skipped)
 
 
 def _join(d: Draft, verdicts: Sequence[Verdict], epoch: int) -> None:

@@ -9,7 +9,7 @@ from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import save_errors
 from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import finished, name_of, unreachable
-from daruma_operator.recovery.price import counters
+from daruma_operator.recovery.price import Gone, counters
 from daruma_trainer.contract import TRAINS, Report, Role, index_text, indexes
 
 SPEED_SECONDS = 5.0
@@ -61,11 +61,16 @@ def goes_on(d: Draft) -> bool:
     return working(d) >= d.spec.workers.min_replicas
 
 
+def gone_of(d: Draft) -> Gone:
+    """Return what workers had counted that are gone."""
+    return Gone(d.status.gone, d.status.gone_lost, d.status.gone_skipped)
+
+
 def pushes_of(d: Draft) -> Pushes:
     """Return what became of the job's pushes so far."""
     reports = {i: heard.report for i, heard in d.seen.heard.items()}
     live = [name_of(m) for m in d.status.members]
-    return counters(reports, live, d.status.gone, d.status.gone_lost)
+    return counters(reports, live, gone_of(d))
 
 
 def attribute(d: Draft) -> None:

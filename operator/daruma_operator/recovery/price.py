@@ -1,7 +1,7 @@
 """What a recovery cost. Everything here was measured, or says that it is a bound or unknown."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import isfinite, sqrt
 
@@ -64,22 +64,27 @@ MAX_STRETCHES = 200
 is."""
 
 
-def counters(
-    reports: Mapping[str, Report],
-    live: Iterable[str],
-    gone: Pushes,
-    gone_lost: Mapping[str, str] | None = None,
-) -> Pushes:
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """What workers had counted that are gone."""
+
+    pushes: Pushes = field(default_factory=Pushes)
+    """Without the batches below."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """By worker index, which batches its past lives counted as lost: `1-4,9`."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """The same of those that they skipped."""
+
+
+def counters(reports: Mapping[str, Report], live: Iterable[str], gone: Gone) -> Pushes:
     """Return what became of pushes, as the members that live count them and those did that died.
 
     A push is lost once if any slot lost it. Servers tell a worker which of its batches they lost,
     and it counts each once; what a worker did not come to say is in the servers' counts alone, of
-    which the largest is taken. `gone_lost`: by worker index which batches its past lives counted
-    as lost; `gone` does not have them.
+    which the largest is taken.
     """
-    servers, found = 0, gone
-    before = {index: Stretches.read(text) for index, text in (gone_lost or {}).items()}
-    found = found.plus(Pushes(lost=sum(map(len, before.values()))))
+    servers, found = 0, gone.pushes
+    workers: dict[str, Report] = {}
     for member in live:
         report = reports.get(member)
         if report is None:
@@ -87,34 +92,65 @@ def counters(
         if member.startswith("server-"):
             servers = max(servers, report.lost)
         else:
+            workers[member.split("-")[1]] = report
             found = found.plus(counted(report))
-            past = before.get(member.split("-")[1], Stretches())
-            twice = (past - _still_lost(report, past)) | (past & _named(report))
-            found = found.model_copy(update={"lost": found.lost - len(twice)})
+    lost = sum(len(_besides(workers.get(i), text, _lost)) for i, text in gone.lost.items())
+    skipped = sum(len(_besides(workers.get(i), text, _skipped)) for i, text in gone.skipped.items())
+    found = found.plus(Pushes(lost=lost, skipped=skipped))
     return found.model_copy(update={"lost": max(servers, found.lost)})
 
 
-def _named(report: Report) -> Stretches:
-    """Return the lost batches that a report names; none where it names what cannot be."""
+def remember(gone: Gone, index: str, report: Report) -> Gone:
+    """Return `gone` with what a lost worker of this index had counted."""
+    lost, unnamed_lost = _remembered(report, gone.lost.get(index, ""), _lost)
+    skipped, unnamed_skipped = _remembered(report, gone.skipped.get(index, ""), _skipped)
+    # What it could not name, and what has no place any more, are numbers from now on.
+    numbers = {"lost": unnamed_lost, "skipped": unnamed_skipped}
+    return Gone(
+        gone.pushes.plus(counted(report).model_copy(update=numbers)),
+        {**gone.lost, index: lost},
+        {**gone.skipped, index: skipped},
+    )
+
+
+Counted = Callable[[Report], tuple[Stretches, int]]
+"""Which batches a worker names that met one fate, and how many it counts."""
+
+
+def _lost(report: Report) -> tuple[Stretches, int]:
+    return _named(report.lost_batches, report.lost), report.lost
+
+
+def _skipped(report: Report) -> tuple[Stretches, int]:
+    return _named(report.skipped_batches, report.skipped), report.skipped
+
+
+def _named(text: str, most: int) -> Stretches:
+    """Return the batches that a report names; none where it names what cannot be."""
     try:
-        named = Stretches.read(report.lost_batches)
+        named = Stretches.read(text)
     except ContractError:
         return Stretches()
-    return named if len(named) <= report.lost else Stretches()
+    return named if len(named) <= most else Stretches()
 
 
-def _still_lost(report: Report, past: Stretches) -> Stretches:
-    """Return which batches that past lives lost the newest one does not make again."""
-    return past if report.after is None else past.up_to(report.after)
+def _still(report: Report | None, past: str) -> Stretches:
+    """Return which batches of past lives the newest one does not make again."""
+    batches = Stretches.read(past)
+    return batches if report is None or report.after is None else batches.up_to(report.after)
 
 
-def remember(report: Report, before: str) -> tuple[Pushes, str]:
-    """Return what a lost worker's count adds to `gone`, and to `gone_lost`, which was `before`."""
-    mine, known = _named(report), _still_lost(report, Stretches.read(before))
-    text = (mine | known).text(MAX_STRETCHES)
-    # What it could not name, and what has no place any more, are numbers from now on.
-    rest = report.lost - len(mine) + len(mine | known) - len(Stretches.read(text))
-    return counted(report).model_copy(update={"lost": rest}), text
+def _besides(report: Report | None, past: str, fate: Counted) -> Stretches:
+    """Return which batches of past lives count besides those that the newest one counts."""
+    still = _still(report, past)
+    return still if report is None else still - fate(report)[0]
+
+
+def _remembered(report: Report, past: str, fate: Counted) -> tuple[str, int]:
+    """Return the batches of past lives, this one's with them, and how many have no name there."""
+    (mine, number), still = fate(report), _still(report, past)
+    text = (mine | still).text(MAX_STRETCHES)
+    return text, number - len(mine) + len(mine | still) - len(Stretches.read(text))
 
 
 def counted(report: Report) -> Pushes:

@@ -24,7 +24,7 @@ def exposition(client: "Client") -> bytes:
         batches = {
             "lost": 0 if pushes is None else len(pushes.lost),
             "replayed": 0 if pushes is None else pushes.replayed,
-            "skipped": client.position.skipped,
+            "skipped": len(client.position.skipped),
             "mixed": len(client.position.mixed),
         }
 

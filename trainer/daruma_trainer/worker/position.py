@@ -5,6 +5,7 @@ import numpy as np
 from daruma_trainer.applied import complete_until
 from daruma_trainer.contract import Membership, Role
 from daruma_trainer.identity import Identity
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import UNHEARD, WAS_VACANT
 from daruma_trainer.worker.copies import HostCopy
 
@@ -25,8 +26,8 @@ class Position:
         """Batches made of values of two steps, as nobody had those of one (`Sync`)."""
         self._unheard: set[int] = set()
         """Servers that were restored when no life of this worker could tell them what it had."""
-        self._skipped: list[tuple[int, int]] = []
-        """Batches that nobody made: first and last of each stretch, ascending."""
+        self.skipped = Stretches()
+        """Batches that nobody made."""
 
     def hear(self, server: int, flags: int) -> None:
         """Take what a server's answer to a pull says, before there is a position."""
@@ -66,10 +67,10 @@ class Position:
             known[:] = True
         batch = int(done[known].min() if known.any() else done.max())
         # A rollback may have brought back what was skipped.
-        self._skipped = [(a, min(b, batch)) for a, b in self._skipped if a <= batch]
+        self.skipped = self.skipped.up_to(batch)
         front = int(copy.last.max())
         if membership.elastic and front - batch > self._leeway(membership):
-            self._skipped.append((batch + 1, front))
+            self.skipped |= Stretches.of((batch + 1, front))
             self.left_off, self.entered = batch, front
             batch = front
         self.after = batch if self.after is None else min(self.after, batch)
@@ -82,8 +83,3 @@ class Position:
         # Who makes a batch is one further than those it knows of are behind; but where a seat was
         # vacant, somebody may be making the next one already.
         return membership.settings.max_staleness + (bounded and not self.was_vacant)
-
-    @property
-    def skipped(self) -> int:
-        """How many batches nobody made."""
-        return sum(b - a + 1 for a, b in self._skipped)

@@ -54,7 +54,8 @@ class Reporter:
             lost=len(pushes.lost),
             lost_batches=self._lost_batches(pushes.lost),
             after=client.position.after,
-            skipped=client.position.skipped,
+            skipped=len(client.position.skipped),
+            skipped_batches=client.position.skipped.text(MAX_STRETCHES),
             mixed=len(client.position.mixed),
         )
 
