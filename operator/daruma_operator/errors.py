@@ -4,8 +4,10 @@ DarumaError
 ├── ManifestError              fix the spec; `daruma` exits with 2, one line a problem
 ├── UsageError                 fix the command line; exit code 2
 ├── EnvironmentLacksError      install or free something; exit code 3
-└── ClusterError               the API server did not do what was asked; the pass is repeated with
-                               a growing delay
+├── ClusterError               the API server did not do what was asked; the pass is repeated with
+│                              a growing delay
+└── UnreadableJobError         the job is there, but this version cannot read it: people were told,
+                               and it is read again when it changes
 
 `substrate.protocol.StatusConflict` stands beside this tree: it is an outcome, not a fault.
 """
@@ -29,3 +31,7 @@ class EnvironmentLacksError(DarumaError):
 
 class ClusterError(DarumaError):
     """The substrate could not do what was asked."""
+
+
+class UnreadableJobError(DarumaError):
+    """A job's status, or each spec of it that was seen, is of another version of Daruma."""

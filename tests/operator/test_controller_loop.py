@@ -8,16 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from controller_live import DEADLINE, KEY, SETTINGS, TOKEN, LiveSubstrate, LiveWorld, operate
+from controller_live import (
+    DEADLINE,
+    KEY,
+    SETTINGS,
+    TOKEN,
+    LiveSubstrate,
+    LiveWorld,
+    Operator,
+    operate,
+)
 from controller_world import FOREVER
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.controller import gather
 from daruma_operator.controller.agents import Agents, Talk, Targets, news
 from daruma_operator.controller.gather import observe, reachable
-from daruma_operator.errors import ClusterError
+from daruma_operator.errors import ClusterError, UnreadableJobError
 from daruma_operator.substrate.pods import pod_manifest
-from daruma_operator.substrate.protocol import PodPlan
+from daruma_operator.substrate.protocol import JobKey, PodPlan
 from daruma_trainer.contract import Report, Role, View
 
 
@@ -198,6 +207,42 @@ def test_a_status_write_that_loses_leads_to_no_act(world: LiveWorld) -> None:
     operate(substrate, lambda: recovered(world))
     assert substrate.acts_after_conflict == 0
     assert len(world.created) == 6
+
+
+def test_a_job_that_cannot_be_read_for_a_while_is_not_given_up(
+    world: LiveWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    substrate = LiveSubstrate(world)
+    read, refused = substrate.read_job, 0
+    begun: list[JobKey] = []
+    begin = Agents.begin
+
+    async def unreadable(key: JobKey) -> TrainingJob | None:
+        nonlocal refused
+        if trains(world) and refused < 5:
+            refused += 1
+            world.changed()
+            raise UnreadableJobError("written by a newer operator")
+        return await read(key)
+
+    def noted(agents: Agents, key: JobKey, uid: str, token: str) -> Talk:
+        begun.append(key)
+        return begin(agents, key, uid, token)
+
+    def over() -> bool:
+        if refused == 5 and not world.status.recoveries and len(world.created) == 5:
+            world.fall("server-1")
+        return recovered(world)
+
+    monkeypatch.setattr(substrate, "read_job", unreadable)
+    monkeypatch.setattr(Agents, "begin", noted)
+    operator = Operator(substrate)
+    asyncio.run(operator.run_until(over))
+    assert begun == [KEY], "what members said was forgotten"
+    errors = operator.metrics.registry.get_sample_value(
+        "daruma_reconcile_errors_total", {"error": "UnreadableJobError"}
+    )
+    assert errors == refused == 5
 
 
 class Asking(Agents):

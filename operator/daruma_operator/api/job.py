@@ -33,7 +33,10 @@ class TrainingJob(BaseModel):
 
     @classmethod
     def from_wire(cls, raw: Mapping[str, Any]) -> "TrainingJob":
-        """Parse an object of the API server; pydantic.ValidationError if it is none of ours."""
+        """Parse an object of the API server; pydantic.ValidationError if it is none of ours.
+
+        Unknown fields are passed over: a newer definition fills its defaults into old objects.
+        """
         meta = raw["metadata"]
         return cls(
             name=meta["name"],
@@ -43,7 +46,7 @@ class TrainingJob(BaseModel):
             resource_version=meta.get("resourceVersion", ""),
             created_at=meta.get("creationTimestamp"),
             deletion_timestamp=meta.get("deletionTimestamp"),
-            spec=TrainingJobSpec.model_validate(raw["spec"]),
+            spec=TrainingJobSpec.model_validate(raw.get("spec"), extra="ignore"),
             status=TrainingJobStatus.model_validate(raw.get("status") or {}),
         )
 

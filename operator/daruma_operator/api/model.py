@@ -7,7 +7,7 @@ from pydantic.alias_generators import to_camel
 
 
 class SpecModel(BaseModel):
-    """Part of a spec: unknown fields are refused."""
+    """Part of a spec: unknown fields are refused in a manifest, and passed over in a cluster."""
 
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid"

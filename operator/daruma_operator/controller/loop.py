@@ -22,6 +22,7 @@ from daruma_operator.controller.gather import observe
 from daruma_operator.controller.observe import Seen
 from daruma_operator.controller.queue import WorkQueue
 from daruma_operator.controller.telling import untold
+from daruma_operator.errors import UnreadableJobError
 from daruma_operator.metrics import Metrics
 from daruma_operator.names import seat
 from daruma_operator.settings import Settings
@@ -122,6 +123,9 @@ class Controller:
             except StatusConflict:
                 # Somebody else changed the job: what was decided is void, and nothing was done.
                 self._queue.add(key)
+            except UnreadableJobError as error:
+                # It is not gone: its members train, and their polls go on.
+                self._metrics.reconcile_errors.labels(type(error).__name__).inc()
             except Exception as error:  # noqa: BLE001 - the reconcile edge
                 self._failed(key, error)
             finally:

@@ -16,13 +16,13 @@ from typing import Any
 
 import aiohttp
 from kubernetes.aio import client
-from pydantic import ValidationError
 
 from daruma_operator.api.job import GROUP, PLURAL, VERSION, TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
-from daruma_operator.errors import ClusterError
+from daruma_operator.errors import ClusterError, UnreadableJobError
 from daruma_operator.substrate.pods import LABEL, owner, pod_facts, pod_manifest, token_secret
 from daruma_operator.substrate.protocol import Event, JobKey, PodFacts, PodPlan, StatusConflict
+from daruma_operator.substrate.reading import Reader
 from daruma_trainer.contract import STORE_MOUNT, token_for
 
 LOG = logging.getLogger("daruma.operator")
@@ -45,6 +45,9 @@ class KubernetesSubstrate:
         self._namespaces = tuple(namespaces)
         self._key: bytes | None = None
         self._tokens: dict[str, str] = {}
+        self._reader = Reader()
+        self._told: dict[JobKey, str] = {}
+        """What of a job cannot be read, as people were told."""
         self.contact = time.monotonic()
         """When the API server last answered: an operator that is deaf must not look healthy."""
 
@@ -64,7 +67,7 @@ class KubernetesSubstrate:
         return keys
 
     async def read_job(self, key: JobKey) -> TrainingJob | None:
-        """See the Protocol. A job whose spec this version cannot read is left alone, and logged."""
+        """See the Protocol."""
         try:
             raw = await self._call(
                 self._jobs.get_namespaced_custom_object(
@@ -72,12 +75,28 @@ class KubernetesSubstrate:
                 )
             )
         except NotFoundError:
+            raw = None
+        if raw is None or raw["metadata"].get("deletionTimestamp") is not None:
+            self._reader.forget(key)
+            self._told.pop(key, None)
             return None
-        try:
-            return TrainingJob.from_wire(raw)
-        except ValidationError as error:
-            LOG.error("%s: not a spec of this version, left alone: %s", key, error)
-            return None
+        return await self._read(key, raw)
+
+    async def _read(self, key: JobKey, raw: Mapping[str, Any]) -> TrainingJob:
+        """Parse a job; tell people once what of it cannot be read."""
+        reading = self._reader.read(raw)
+        if reading.problem is None:
+            self._told.pop(key, None)
+        elif self._told.get(key) != reading.problem:
+            LOG.error("%s: cannot be read: %s", key, reading.problem)
+            # The generation for the epoch: the status may be what cannot be read.
+            meta = raw["metadata"]
+            event = Event("JobNotRead", reading.problem, meta.get("generation", 1), warning=True)
+            await self._tell(key, meta["uid"], event)
+            self._told[key] = reading.problem
+        if reading.job is None:
+            raise UnreadableJobError(f"{key}: {reading.problem}")
+        return reading.job
 
     async def list_pods(self, job: TrainingJob) -> Sequence[PodFacts]:
         """See the Protocol."""
@@ -117,7 +136,7 @@ class KubernetesSubstrate:
             )
         except NotFoundError as error:
             raise StatusConflict from error
-        return TrainingJob.from_wire(raw)
+        return await self._read(JobKey(job.namespace, job.name), raw)
 
     async def token(self, job: TrainingJob) -> str:
         """See the Protocol."""
@@ -160,17 +179,20 @@ class KubernetesSubstrate:
 
     async def emit(self, job: TrainingJob, event: Event) -> None:
         """See the Protocol."""
+        await self._tell(JobKey(job.namespace, job.name), job.uid, event)
+
+    async def _tell(self, key: JobKey, uid: str, event: Event) -> None:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         # The uid: events of an earlier job of this name outlive it.
-        parts = [job.name, event.reason.lower(), str(event.epoch), event.member, job.uid[:8]]
+        parts = [key.name, event.reason.lower(), str(event.epoch), event.member, uid[:8]]
         name = ".".join(part for part in parts if part)
         body = {
             "apiVersion": "v1",
             "kind": "Event",
-            "metadata": {"name": name, "namespace": job.namespace},
+            "metadata": {"name": name, "namespace": key.namespace},
             "involvedObject": {
-                "apiVersion": f"{GROUP}/{VERSION}", "kind": "TrainingJob", "name": job.name,
-                "namespace": job.namespace, "uid": job.uid,
+                "apiVersion": f"{GROUP}/{VERSION}", "kind": "TrainingJob", "name": key.name,
+                "namespace": key.namespace, "uid": uid,
             },
             "reason": event.reason,
             "message": event.message[:1024],
@@ -183,10 +205,10 @@ class KubernetesSubstrate:
         }  # fmt: skip
         try:
             await self._create(
-                self._core.create_namespaced_event(job.namespace, body, _preload_content=False)
+                self._core.create_namespaced_event(key.namespace, body, _preload_content=False)
             )
         except (ClusterError, StatusConflict) as error:
-            LOG.warning("%s/%s: event %s not told: %s", job.namespace, job.name, name, error)
+            LOG.warning("%s: event %s not told: %s", key, name, error)
 
     def store_uri(self, job: TrainingJob) -> str | None:
         """See the Protocol: file:///p is p within the claim."""

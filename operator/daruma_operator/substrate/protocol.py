@@ -92,7 +92,11 @@ class Substrate(Protocol):
         """Return every job there is, for the periodic repair."""
 
     async def read_job(self, key: JobKey) -> TrainingJob | None:
-        """Return the job as it is now (never from a cache), or None if it is gone."""
+        """Return the job as it is now (never from a cache), or None if it is gone.
+
+        A spec that this version cannot read is told to people, and the last one holds that it
+        could; UnreadableJobError where there is none, or where the status cannot be read.
+        """
 
     async def list_pods(self, job: TrainingJob) -> Sequence[PodFacts]:
         """Return all pods of the job, ended and terminating ones too."""
