@@ -192,6 +192,9 @@ BAD: list[Case] = [
     ),
 ]
 
+BAD_NAMES = ["a" * 53, "a.b", "a" * 70]
+"""Names of jobs that both refuse: no label or name of a pod can be made of them."""
+
 
 def manifest(spec: dict[str, Any], name: Any = "bad") -> dict[str, Any]:
     """Wrap a spec into a TrainingJob."""

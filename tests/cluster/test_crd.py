@@ -8,7 +8,7 @@ import pytest
 from render import render
 from testcluster import Cluster, locked
 
-from bad_manifests import BAD, PROGRAM, manifest
+from bad_manifests import BAD, BAD_NAMES, PROGRAM, STORE, manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +37,33 @@ def test_the_api_server_refuses_bad_manifests_in_words(
     done = with_crd.apply(manifest(spec, name="bad"), check=False)
     assert done.returncode != 0, f"{name} was accepted"
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_the_api_server_refuses_names_that_are_no_labels(with_crd: Cluster, name: str) -> None:
+    done = with_crd.apply(manifest({"program": PROGRAM}, name=name), check=False)
+    assert done.returncode != 0
+    assert "write at most 52" in done.stderr
+
+
+def test_the_longest_name_is_taken_and_its_store_stays(with_crd: Cluster) -> None:
+    name = "a" * 52
+    with_crd.apply(manifest({"program": PROGRAM, "checkpoint": STORE}, name=name))
+    try:
+        for field, value in (("claimName", "d"), ("store", "file:///d")):
+            patch = json.dumps({"spec": {"checkpoint": {field: value}}})
+            done = with_crd.kubectl("patch", "tj", name, "--type=merge", "-p", patch, check=False)
+            assert done.returncode != 0
+            assert f"spec.checkpoint.{field} is immutable" in done.stderr
+    finally:
+        with_crd.kubectl("delete", "tj", name, "--timeout=30s")
+
+
+def test_the_api_server_keeps_no_field_that_the_types_lack(with_crd: Cluster) -> None:
+    job = manifest({"program": {**PROGRAM, "env": [{"name": "A", "vlaue": "b"}]}}, name="vlaue")
+    done = with_crd.apply(job, check=False)
+    assert done.returncode != 0
+    assert 'unknown field "spec.program.env[0].vlaue"' in done.stderr
 
 
 def test_a_minimal_manifest_gets_its_defaults_from_the_api_server(with_crd: Cluster) -> None:

@@ -1,13 +1,14 @@
 """Tests of the API types: they agree with the CRD, and say what is wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from bad_manifests import BAD, PROGRAM, manifest
+from bad_manifests import BAD, BAD_NAMES, PROGRAM, manifest
 from daruma_operator.api.crd import HEADER, crd
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.load import MAX_BYTES, load_manifest, parse_manifest
@@ -45,6 +46,33 @@ def test_the_schema_is_structural() -> None:
     for node in nodes(schema):
         assert not {"$ref", "anyOf", "title", "prefixItems", "const"} & set(node), node
         assert "type" in node, node
+
+
+def test_the_schema_keeps_no_field_that_the_types_lack() -> None:
+    """What only the types refuse would be stored, and no operator could read it."""
+    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    for node in nodes(schema):
+        assert not {"properties", "x-kubernetes-preserve-unknown-fields"} <= set(node), node
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_are_no_labels_are_refused_here_and_at_the_door(name: str) -> None:
+    with pytest.raises(ManifestError, match="write at most 52 lower-case letters"):
+        parse_manifest(json.dumps(manifest({"program": PROGRAM}, name)), "x.yaml")
+    (rule,) = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["x-kubernetes-validations"]
+    (pattern,) = re.findall(r"^self\.metadata\.name\.matches\('(.+)'\)$", rule["rule"])
+    assert not re.fullmatch(pattern, name)
+    assert re.fullmatch(pattern, "a" * 52)
+
+
+def test_where_a_store_lies_and_who_may_reach_it_is_never_changed() -> None:
+    spec = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    rules = {rule["message"]: rule["rule"] for rule in spec["x-kubernetes-validations"]}
+    for field in ("store", "claimName", "secretRef"):
+        (held,) = [rules[m] for m in rules if m.startswith(f"spec.checkpoint.{field} is immutable")]
+        # Given, changed or taken away.
+        assert f"has(self.checkpoint.{field}) == has(oldSelf.checkpoint.{field})" in held
+        assert f"self.checkpoint.{field} == oldSelf.checkpoint.{field}" in held
 
 
 def test_templates_and_resources_have_no_default() -> None:

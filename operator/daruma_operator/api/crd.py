@@ -6,6 +6,8 @@ from typing import Any
 import yaml
 
 from daruma_operator.api.job import GROUP, KIND, PLURAL, VERSION
+from daruma_operator.api.model import cel
+from daruma_operator.api.rules import OF_THE_OBJECT
 from daruma_operator.api.spec import TrainingJobSpec
 from daruma_operator.api.status import TrainingJobStatus
 
@@ -33,6 +35,7 @@ def crd() -> dict[str, Any]:
         "type": "object",
         "description": "A parameter-server training job that survives the loss of its members.",
         "required": ["spec"],
+        **cel(*OF_THE_OBJECT),
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},

@@ -10,11 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from daruma_operator.api.job import API_VERSION, KIND, TrainingJob
+from daruma_operator.api.rules import NAME_FORM, NAME_PATTERN
 from daruma_operator.api.spec import TrainingJobSpec
 from daruma_operator.api.wrong import sentence
 from daruma_operator.errors import ManifestError
 
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
 MAX_BYTES = 1 << 20
 """The API server takes no larger object either."""
 
@@ -70,11 +70,8 @@ def parse_manifest(text: bytes | str, name: str, *, local: bool = False) -> Trai
         value = meta.get(field) or "default"
         if not isinstance(value, str):
             raise ManifestError(f"{name}: metadata.{field} {value!r:.80}: write it in quotes")
-        if not _LABEL.fullmatch(value):
-            raise ManifestError(
-                f"{name}: metadata.{field} {value!r:.80} is no DNS label: write at most 52 "
-                "lower-case letters, digits and dashes, with no dash at either end"
-            )
+        if not re.fullmatch(NAME_PATTERN, value):
+            raise ManifestError(f"{name}: metadata.{field} {value!r:.80} {NAME_FORM}")
     unknown = sorted(set(raw) - {"apiVersion", "kind", "metadata", "spec", "status"})
     if unknown:
         raise ManifestError(f"{name}: unknown field {unknown[0]!r} at the top level")

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from daruma_operator.api.crd import COLUMNS, crd
@@ -32,12 +33,13 @@ when the first pod is made: the event `PodNotCreated` says what is wrong, and th
 
 def reference() -> str:
     """Return the whole guide."""
-    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    whole = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    schema = whole["properties"]
     lines = [INTRODUCTION, "| field | type | default | bounds | |", "|---|---|---|---|---|"]
     lines += [_row(path, node) for path, node in _leaves(schema["spec"], "")]
     lines += ["", "## What is refused at the door", ""]
-    rules = schema["spec"]["x-kubernetes-validations"]
-    lines += [f"* {rule['message']}." for rule in rules]
+    rules = [node["x-kubernetes-validations"] for node in (whole, schema["spec"])]
+    lines += [f"* {rule['message']}." for rule in chain(*rules)]
     lines += ["", "## status", "", "| field | type |", "|---|---|"]
     lines += [f"| `{path}` | {_type(node)} |" for path, node in _leaves(schema["status"], "")]
     names = [f"{name} (`-o wide`)" if wide else name for name, _, _, wide in COLUMNS]

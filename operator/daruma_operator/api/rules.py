@@ -5,6 +5,16 @@
 
 from daruma_operator.api.model import rule
 
+NAME_PATTERN = "^[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?$"
+"""Of a job: pods' names and labels are made of it, which may be no longer than 63 characters."""
+NAME_FORM = (
+    "is no DNS label: write at most 52 lower-case letters, digits and dashes, with no dash at "
+    "either end"
+)
+OF_THE_OBJECT = (
+    rule(f"self.metadata.name.matches('{NAME_PATTERN}')", f"metadata.name {NAME_FORM}"),
+)
+
 IMMUTABLE = "is immutable: make another TrainingJob instead"
 
 STORE_FORM = (
@@ -152,6 +162,12 @@ OF_A_CHANGE = (
         "(!has(self.checkpoint.store) || "
         "self.checkpoint.store == oldSelf.checkpoint.store)",
         f"spec.checkpoint.store {IMMUTABLE}",
+    ),
+    rule(
+        "has(self.checkpoint.claimName) == has(oldSelf.checkpoint.claimName) && "
+        "(!has(self.checkpoint.claimName) || "
+        "self.checkpoint.claimName == oldSelf.checkpoint.claimName)",
+        f"spec.checkpoint.claimName {IMMUTABLE}",
     ),
     rule(
         "has(self.checkpoint.secretRef) == has(oldSelf.checkpoint.secretRef) && "

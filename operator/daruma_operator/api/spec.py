@@ -80,8 +80,6 @@ class CleanPodPolicy(StrEnum):
 class EnvVar(SpecModel):
     """One environment variable of the program; as in a container's env."""
 
-    model_config = ConfigDict(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
-
     name: str = Field(min_length=1, max_length=256, pattern="^[ -<>-~]+$")
     value: str | None = Field(default=None, max_length=65536)
     value_from: dict[str, Any] | None = Field(default=None, json_schema_extra=free())
