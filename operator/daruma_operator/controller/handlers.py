@@ -68,6 +68,9 @@ def registry(enqueue: Callable[[JobKey], None], heard: Callable[[], None]) -> ko
         settings.scanning.disabled = True
         settings.watching.server_timeout = 300
         settings.watching.client_timeout = 330
+        # `labels` above picks what is handled; the API server would send every pod of the cluster.
+        settings.watching.label_selectors["", "v1", "pods"] = f"{LABEL}/job"
+        settings.watching.chunk_size = 500
         settings.posting.enabled = False
         settings.process.ultimate_exiting_timeout = 25
         settings.queueing.worker_limit = None
