@@ -79,7 +79,8 @@ def test_every_object_is_valid_and_knows_its_namespace(values: dict[str, Any]) -
             continue
         kubernetes_validate.validate(document, SCHEMA, strict=True)
         if not document["kind"].startswith("Cluster"):
-            assert document["metadata"]["namespace"] == "daruma-system"
+            known = {"daruma-system", *values.get("watchNamespaces", ())}
+            assert document["metadata"]["namespace"] in known
 
 
 def test_install_yaml_is_valid() -> None:
@@ -97,6 +98,7 @@ def test_install_yaml_is_valid() -> None:
         ({"logLevel": "LOUD"}, "logLevel"),
         ({"image": {"repo": "x"}}, "image"),
         ({"watchNamespaces": "team-a"}, "watchNamespaces"),
+        ({"watchNamespaces": ["team-*"]}, "watchNamespaces"),
         ({"service": {"port": 0}}, "port"),
         ({"unheard": True}, "unheard"),
     ],
@@ -108,24 +110,67 @@ def test_a_wrong_value_is_refused_and_named(values: dict[str, Any], field: str) 
     assert field in done.stderr
 
 
-def test_the_operator_may_do_what_it_does_and_nothing_else() -> None:
-    def allowed(kind: str) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for rule in the(kind)["rules"]:
-            for resource in rule["resources"]:
-                found.setdefault(resource, set()).update(rule["verbs"])
-        return found
+JOB_RULES = {
+    "trainingjobs": {"get", "list", "watch"},
+    "trainingjobs/status": {"patch"},
+    "pods": {"list", "watch", "create", "delete"},
+    "secrets": {"create"},
+    "events": {"create"},
+}
 
-    assert allowed("ClusterRole") == {
-        "trainingjobs": {"get", "list", "watch"},
-        "trainingjobs/status": {"patch"},
-        "pods": {"list", "watch", "create", "delete"},
-        "secrets": {"create"},
-        "events": {"create"},
+
+def allowed(role: dict[str, Any]) -> dict[str, set[str]]:
+    """Return the verbs of a role by resource."""
+    found: dict[str, set[str]] = {}
+    for rule in role["rules"]:
+        for resource in rule["resources"]:
+            found.setdefault(resource, set()).update(rule["verbs"])
+    return found
+
+
+def bound(documents: list[dict[str, Any]]) -> set[tuple[str, str | None]]:
+    """Return the roles that the operator's account has: kind and name, and in which namespace."""
+    found = set()
+    for document in documents:
+        if document["kind"].endswith("Binding"):
+            account = {"kind": "ServiceAccount", "name": "daruma-operator"}
+            assert document["subjects"] == [account | {"namespace": "daruma-system"}]
+            role = f"{document['roleRef']['kind']} {document['roleRef']['name']}"
+            found.add((role, document["metadata"].get("namespace")))
+    return found
+
+
+def roles(documents: list[dict[str, Any]]) -> dict[tuple[str, str | None], dict[str, Any]]:
+    """Return the roles, named as `bound` does."""
+    return {
+        (f"{d['kind']} {d['metadata']['name']}", d["metadata"].get("namespace")): d
+        for d in documents
+        if d["kind"].endswith("Role")
     }
-    assert allowed("Role") == {"leases": {"create", "get", "update"}, "secrets": {"get"}}
-    named = [r for r in the("Role")["rules"] if "create" not in r["verbs"]]
+
+
+def test_the_operator_may_do_what_it_does_and_nothing_else() -> None:
+    documents = rendered()
+    made = roles(documents)
+    own = made[("Role daruma-operator", "daruma-system")]
+    assert allowed(made[("ClusterRole daruma-operator", None)]) == JOB_RULES
+    assert allowed(own) == {"leases": {"create", "get", "update"}, "secrets": {"create", "get"}}
+    named = [rule for rule in own["rules"] if "create" not in rule["verbs"]]
     assert all(rule.get("resourceNames") for rule in named), "reads are of named objects only"
+    assert bound(documents) == made.keys()
+
+
+def test_with_namespaces_to_watch_the_operator_has_no_rights_in_others() -> None:
+    watched = ["team-a", "daruma-system", "team-a"]
+    documents = rendered({"watchNamespaces": watched})
+    made = roles(documents)
+    own = made.pop(("Role daruma-operator", "daruma-system"))
+    assert allowed(own)["secrets"] == {"create", "get"}, "its key is made in its own namespace"
+    assert made.keys() == {("Role daruma-operator-jobs", name) for name in watched}
+    assert all(allowed(role) == JOB_RULES for role in made.values())
+    assert bound(documents) == {*made, ("Role daruma-operator", "daruma-system")}
+    names = [(d["kind"], d["metadata"].get("namespace"), d["metadata"]["name"]) for d in documents]
+    assert len(set(names)) == len(names)
 
 
 def test_the_operators_pod_is_restricted() -> None:

@@ -73,8 +73,8 @@ def test_a_spec_that_cannot_be_read_is_told_once_and_the_one_before_holds(
         with_substrate(api, story)
     assert len(caplog.records) == 1
     (event,) = api.events
-    assert event["metadata"]["name"] == "j.jobnotread.2.12345678"
-    assert (event["reason"], event["type"]) == ("JobNotRead", "Warning")
+    assert event["metadata"]["name"] == "j.editnotread.2.12345678"
+    assert (event["reason"], event["type"]) == ("EditNotRead", "Warning")
     assert event["involvedObject"]["uid"] == "12345678-uid"
     for part in ("spec.recovery.strategy", '"Auto"', "run the version", "generation 1 holds"):
         assert part in event["message"]
@@ -99,6 +99,7 @@ def test_a_job_that_could_never_be_read_is_not_gone(uid: str) -> None:
 
     with_substrate(api, story)
     (event,) = api.events
+    assert event["reason"] == "JobNotRead"
     assert "nobody looks after the job" in event["message"]
 
 

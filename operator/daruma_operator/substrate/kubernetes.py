@@ -90,8 +90,11 @@ class KubernetesSubstrate:
         elif self._told.get(key) != reading.problem:
             LOG.error("%s: cannot be read: %s", key, reading.problem)
             # The generation for the epoch: the status may be what cannot be read.
-            meta = raw["metadata"]
-            event = Event("JobNotRead", reading.problem, meta.get("generation", 1), warning=True)
+            meta, lost = raw["metadata"], reading.job is None
+            generation = meta.get("generation", 1)
+            event = Event(
+                "JobNotRead" if lost else "EditNotRead", reading.problem, generation, True
+            )
             await self._tell(key, meta["uid"], event)
             self._told[key] = reading.problem
         if reading.job is None:
