@@ -4,6 +4,7 @@ Real Helm renders it. It is built from its Go module once and cached, so without
 """
 
 import json
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -89,6 +90,19 @@ def test_install_yaml_is_valid() -> None:
     assert {d["kind"] for d in documents} >= {"Namespace", "Deployment", "ClusterRole", "Service"}
     for document in documents:
         kubernetes_validate.validate(document, SCHEMA, strict=True)
+
+
+def test_the_claim_is_valid() -> None:
+    claim = yaml.safe_load((parts.ROOT / "manifests/claim.yaml").read_text())
+    kubernetes_validate.validate(claim, SCHEMA, strict=True)
+
+
+def test_the_image_that_the_readme_sets_is_the_operators() -> None:
+    readme = (parts.ROOT / "README.md").read_text().replace("$R", "registry.example.com/mine")
+    (command,) = re.findall(r"^helm install (daruma .*)$", readme, re.MULTILINE)
+    done = helm("template", *command.split(), "--kube-version", parts.KUBERNETES)
+    assert done.returncode == 0, done.stderr
+    assert 'image: "registry.example.com/mine/operator:0.1.0"' in done.stdout
 
 
 @pytest.mark.parametrize(
