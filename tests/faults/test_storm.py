@@ -73,7 +73,7 @@ CELLS = (
 )
 COUNT, STORM = counted("recoveries in storms of kills, all strategies in turn", 50, 500)
 BLOWS = math.ceil(COUNT / len(CELLS))
-STEPS, THINK_MS = 500, 5 * BLOWS
+STEPS, THINK_MS = max(500, 30 * BLOWS), 5 * BLOWS
 """Of each worker at most, and how long a step takes in the beginning: longer and longer, so that
 none comes to its end while the storm lasts."""
 MORE_DESCRIPTORS, MORE_KIB = 16, 48 * 1024
