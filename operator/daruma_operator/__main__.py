@@ -7,11 +7,9 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Awaitable, Sequence
 
 import kopf
-from aiohttp import web
 from kubernetes.aio import client
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 from prometheus_client import start_http_server
@@ -20,13 +18,12 @@ from daruma_operator.clock import utc_now
 from daruma_operator.controller.handlers import registry
 from daruma_operator.controller.loop import Controller
 from daruma_operator.election import Election
+from daruma_operator.health import Signs, serve_health
 from daruma_operator.metrics import Metrics
 from daruma_operator.settings import Settings
 from daruma_operator.substrate.kubernetes import KubernetesSubstrate
 
 LOG = logging.getLogger("daruma.operator")
-DEAF_SECONDS = 900.0
-"""Without a word from the API server for so long (jobs are listed every 600 s) it is unhealthy."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -73,13 +70,15 @@ async def operate(options: argparse.Namespace) -> int:
     metrics = Metrics()
     start_http_server(int(options.metrics_port), registry=metrics.registry)
     async with client.ApiClient() as api:
-        substrate = KubernetesSubstrate(api, options.namespace, namespaces)
-        metrics.watch_age.set_function(lambda: time.monotonic() - substrate.contact)
-        health = await _serve_health(int(options.health_port), substrate)
+        signs = Signs()
+        substrate = KubernetesSubstrate(api, options.namespace, namespaces, signs.answered)
+        metrics.watch_age.set_function(signs.watch_age_seconds)
+        health = await serve_health(int(options.health_port), signs)
         identity = os.environ.get("POD_ID") or socket.gethostname()
-        election = Election(api, options.namespace, identity, utc_now)
+        # A candidate that waits for its turn asks for nothing else.
+        election = Election(api, options.namespace, identity, utc_now, signs.answered)
         try:
-            return await _lead(election, substrate, metrics, namespaces, stop)
+            return await _lead(election, substrate, metrics, namespaces, signs, stop)
         finally:
             await health.cleanup()
 
@@ -89,18 +88,16 @@ async def _lead(
     substrate: KubernetesSubstrate,
     metrics: Metrics,
     namespaces: Sequence[str],
+    signs: Signs,
     stop: asyncio.Event,
 ) -> int:
     if not await _first(stop, election.won()):
         return 0
     metrics.leader.set(1)
     controller = Controller(substrate, Settings(), metrics)
-
-    def heard() -> None:
-        substrate.contact = time.monotonic()
-
+    signs.watched()
     watching = kopf.operator(
-        registry=registry(controller.enqueue, heard),
+        registry=registry(controller.enqueue, signs.watched),
         clusterwide=not namespaces,
         namespaces=list(namespaces),
         standalone=True,
@@ -135,23 +132,6 @@ async def _first(stop: asyncio.Event, other: Awaitable[None]) -> bool:
         future.cancel()
     await asyncio.gather(task, stopped, return_exceptions=True)
     return won
-
-
-async def _serve_health(port: int, substrate: KubernetesSubstrate) -> web.AppRunner:
-    async def healthz(_request: web.Request) -> web.Response:
-        silent = time.monotonic() - substrate.contact
-        if silent > DEAF_SECONDS:
-            return web.Response(
-                status=503, text=f"no word from the API server for {silent:.0f} s\n"
-            )
-        return web.Response(text="ok\n")
-
-    app = web.Application()
-    app.router.add_get("/healthz", healthz)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "0.0.0.0", port).start()  # noqa: S104 - the pod's own address
-    return runner
 
 
 if __name__ == "__main__":

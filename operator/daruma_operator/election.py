@@ -22,15 +22,21 @@ _FAULTS = (client.ApiException, aiohttp.ClientError, OSError, TimeoutError)
 
 
 class Election:
-    """One candidate."""
+    """One candidate. `answered` is called whenever the API server did what was asked."""
 
     def __init__(
-        self, api: client.ApiClient, namespace: str, identity: str, clock: Callable[[], datetime]
+        self,
+        api: client.ApiClient,
+        namespace: str,
+        identity: str,
+        clock: Callable[[], datetime],
+        answered: Callable[[], None] = lambda: None,
     ) -> None:
         self._leases = client.CoordinationV1Api(api)
         self._namespace = namespace
         self._identity = identity
         self._clock = clock
+        self._answered = answered
         self._seen: tuple[str, float] | None = None
         """The holder's last renewal, and when this process first saw it: no clock of another
         machine is trusted, and none that can be set."""
@@ -64,10 +70,12 @@ class Election:
 
     async def _attempt(self) -> bool:
         try:
-            return await asyncio.wait_for(self._take(), RETRY_SECONDS)
+            taken = await asyncio.wait_for(self._take(), RETRY_SECONDS)
         except _FAULTS as error:
             LOG.warning("the lease could not be renewed: %r", error)
             return False
+        self._answered()
+        return taken
 
     async def _take(self) -> bool:
         stamp = self._clock().isoformat(timespec="microseconds").replace("+00:00", "Z")

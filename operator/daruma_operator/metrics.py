@@ -109,7 +109,10 @@ class Metrics:
             registry=r,
         )
         self.watch_age = Gauge(
-            "daruma_watch_age_seconds", "Since the API server's last word.", registry=r
+            "daruma_watch_age_seconds",
+            "Since the watch last showed a change of a job or a pod; 0 where this operator does "
+            "not lead. Where no job runs, nothing changes.",
+            registry=r,
         )
         self.leader = Gauge("daruma_leader", "1 if this operator leads.", registry=r)
         self.build_info = Gauge("daruma_build_info", "Always 1.", ["version"], registry=r)

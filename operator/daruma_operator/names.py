@@ -3,6 +3,9 @@
 from daruma_operator.substrate.protocol import PodPlan
 from daruma_trainer.contract import Role, member_id
 
+KEY_SECRET = "daruma-operator-key"  # noqa: S105 - a name
+"""Holds the operator's key, in its own namespace: every job's token follows from it."""
+
 
 def pod_name(job: str, role: Role, index: int, incarnation: int) -> str:
     """Name a pod for its incarnation, so that a replacement never waits for a name.

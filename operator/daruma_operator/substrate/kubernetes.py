@@ -9,8 +9,7 @@ import base64
 import json
 import logging
 import secrets
-import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +19,7 @@ from kubernetes.aio import client
 from daruma_operator.api.job import GROUP, PLURAL, VERSION, TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.errors import ClusterError, UnreadableJobError
+from daruma_operator.names import KEY_SECRET
 from daruma_operator.substrate.pods import LABEL, owner, pod_facts, pod_manifest, token_secret
 from daruma_operator.substrate.protocol import Event, JobKey, PodFacts, PodPlan, StatusConflict
 from daruma_operator.substrate.reading import Reader
@@ -27,29 +27,33 @@ from daruma_trainer.contract import STORE_MOUNT, token_for
 
 LOG = logging.getLogger("daruma.operator")
 MERGE = "application/merge-patch+json"
-KEY_SECRET = "daruma-operator-key"  # noqa: S105 - a name
 PAGE = 500
 REQUEST_SECONDS = 15.0
 COMPONENT = "daruma-operator"
 
 
 class KubernetesSubstrate:
-    """Implements `substrate.protocol.Substrate` on an API server."""
+    """Implements `substrate.protocol.Substrate` on an API server.
+
+    `answered` is called whenever that did what was asked.
+    """
 
     def __init__(
-        self, api: client.ApiClient, own_namespace: str, namespaces: Sequence[str]
+        self,
+        api: client.ApiClient,
+        own_namespace: str,
+        namespaces: Sequence[str],
+        answered: Callable[[], None] = lambda: None,
     ) -> None:
         self._core = client.CoreV1Api(api)
         self._jobs = client.CustomObjectsApi(api)
         self._own = own_namespace
         self._namespaces = tuple(namespaces)
         self._key: bytes | None = None
-        self._tokens: dict[str, str] = {}
+        self._answered = answered
         self._reader = Reader()
         self._told: dict[JobKey, str] = {}
         """What of a job cannot be read, as people were told."""
-        self.contact = time.monotonic()
-        """When the API server last answered: an operator that is deaf must not look healthy."""
 
     async def list_jobs(self) -> Sequence[JobKey]:
         """See the Protocol."""
@@ -143,8 +147,7 @@ class KubernetesSubstrate:
 
     async def token(self, job: TrainingJob) -> str:
         """See the Protocol."""
-        if job.uid in self._tokens:
-            return self._tokens[job.uid]
+        # What is there already is left as it is, and not read: it follows from the key.
         token = token_for(await self._operator_key(), job.uid)
         body = {
             "apiVersion": "v1",
@@ -157,7 +160,6 @@ class KubernetesSubstrate:
             "stringData": {"token": token},
         }
         await self._create(self._core.create_namespaced_secret(job.namespace, body))
-        self._tokens[job.uid] = token
         return token
 
     async def create_pod(self, job: TrainingJob, plan: PodPlan) -> None:
@@ -265,7 +267,7 @@ class KubernetesSubstrate:
             raise _translated(error) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise ClusterError(f"the API server did not answer: {error!r}") from error
-        self.contact = time.monotonic()
+        self._answered()
         return answer
 
 
