@@ -1,7 +1,8 @@
 """Do what was decided. Nothing here decides; what fails is tried again by the next pass."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,15 @@ from daruma_operator.controller.acts import (
 )
 from daruma_operator.controller.agents import Agents, Talk
 from daruma_operator.errors import ClusterError
-from daruma_operator.substrate.protocol import PodPlan, Substrate
+from daruma_operator.substrate.protocol import Event, JobKey, PodPlan, Substrate
 
+LOG = logging.getLogger("daruma.operator")
 Message = PutMembership | PostRestore | PostCheckpoint
+Work = Callable[[], Coroutine[Any, Any, None]]
 CREATIONS = 16
-"""Pods of one job that are made or removed at the same time."""
+"""Pods of one job that are made or removed at the same time, and events that are told."""
+EVENTS_SECONDS = 10.0
+"""What a pass may take to tell people: an API server that hangs must not hold up a recovery."""
 
 
 class PodNotMadeError(ClusterError):
@@ -41,34 +46,75 @@ async def apply(
 ) -> bool:
     """Do all acts, those that do not wait for each other at once; False if a member refused.
 
-    A member has its membership before anything else. Nothing waits for a pod to be deleted.
+    A member has its membership before anything else. Nothing waits for a pod to be deleted, and
+    what fails holds up nothing else: under a quota, a pod that is refused may be waiting for one
+    that is deleted here. Then the first failure is raised. Nothing goes on after the return.
     """
     acts = list(acts)
-    gate = asyncio.Semaphore(CREATIONS)
+    plans = [act.plan for act in acts if isinstance(act, CreatePod)]
+    messages = _by_member(acts)
+    refused: list[str] = []
 
-    async def bounded(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def create() -> None:
+        if plans:
+            await _equip(substrate, job, plans[0])
+            failures = await _together(partial(_make, substrate, job, p) for p in plans)
+            point("pods-created")
+            _raise_first(failures)
+
+    async def tell(each: list[Message]) -> None:
+        if not await _tell(agents, talk, each):
+            refused.append(each[0].member)
+
+    talks = [partial(tell, each) for each in messages]
+    failures = await _together([create, *talks], at_once=1 + len(talks))
+    for kind, name in ((PutMembership, "membership-sent"), (PostRestore, "restore-sent")):
+        if any(isinstance(act, kind) for act in acts):
+            point(name)
+    failures += await _together(
+        partial(substrate.delete_pod, job, a.name, a.uid, a.grace_seconds)
+        for a in acts
+        if isinstance(a, DeletePod)
+    )
+    _raise_first(failures)
+    return not refused
+
+
+async def announce(job: TrainingJob, substrate: Substrate, events: Sequence[Event]) -> None:
+    """Tell people, in about this order; what was not told in time is not told."""
+    try:
+        async with asyncio.timeout(EVENTS_SECONDS):
+            _raise_first(await _together(partial(substrate.emit, job, e) for e in events))
+    except TimeoutError:
+        where, limit = JobKey(job.namespace, job.name), EVENTS_SECONDS
+        LOG.warning("%s: not all of %d events were told in %g s", where, len(events), limit)
+
+
+async def _together(works: Iterable[Work], at_once: int = CREATIONS) -> list[Exception]:
+    """Do all, begun in this order; returns what failed, once none is under way any more."""
+    gate = asyncio.Semaphore(at_once)
+
+    async def bounded(work: Work) -> None:
         # Made only here: a pass may be cancelled while it waits.
         async with gate:
             await work()
 
-    async def create() -> None:
-        plans = [act.plan for act in acts if isinstance(act, CreatePod)]
-        await asyncio.gather(*(bounded(partial(_make, substrate, job, p)) for p in plans))
-        if plans:
-            point("pods-created")
+    results = await asyncio.gather(*(bounded(work) for work in works), return_exceptions=True)
+    _raise_first(r for r in results if not isinstance(r, Exception | None))
+    return [r for r in results if isinstance(r, Exception)]
 
-    talks = [_tell(agents, talk, each) for each in _by_member(acts)]
-    _, *told = await asyncio.gather(create(), *talks)
-    for kind, name in ((PutMembership, "membership-sent"), (PostRestore, "restore-sent")):
-        if any(isinstance(act, kind) for act in acts):
-            point(name)
-    deletions = [
-        bounded(partial(substrate.delete_pod, job, a.name, a.uid, a.grace_seconds))
-        for a in acts
-        if isinstance(a, DeletePod)
-    ]
-    await asyncio.gather(*deletions)
-    return all(told)
+
+def _raise_first(failures: Iterable[BaseException]) -> None:
+    for error in failures:
+        raise error
+
+
+async def _equip(substrate: Substrate, job: TrainingJob, plan: PodPlan) -> None:
+    """Make sure that new pods find the job's token: somebody may have removed it since."""
+    try:
+        await substrate.token(job)
+    except ClusterError as error:
+        raise PodNotMadeError(plan, f"the job's token cannot be put there: {error}") from error
 
 
 async def _make(substrate: Substrate, job: TrainingJob, plan: PodPlan) -> None:

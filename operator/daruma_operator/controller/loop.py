@@ -15,7 +15,7 @@ from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.clock import SteadyClock
 from daruma_operator.controller.agents import Agents, Talk
-from daruma_operator.controller.apply import PodNotMadeError, apply
+from daruma_operator.controller.apply import PodNotMadeError, announce, apply
 from daruma_operator.controller.decide import Decision, decide
 from daruma_operator.controller.draft import Policy
 from daruma_operator.controller.gather import observe
@@ -178,11 +178,12 @@ class Controller:
             self._hooks.point("status-written")
         self._metrics.note_job(key.namespace, key.name, decision.status)
         self._hooks.observer(seen, decision)
+        if decision.after is not None:
+            # Before anything can fail: deadlines do not wait for that to be repeated.
+            self._queue.add_after(key, decision.after)
         done = await self._act(job, decision, talk, again)
         if not done:
             self._queue.add_after(key, self._settings.retry_seconds)
-        if decision.after is not None:
-            self._queue.add_after(key, decision.after)
         if decision.final:
             self._agents.forget(key)
 
@@ -202,8 +203,7 @@ class Controller:
         finally:
             # Status has them: no later pass decides them again.
             self._known[JobKey(job.namespace, job.name)] = job.uid
-            for event in (*events, *decision.events):
-                await self._substrate.emit(job, event)
+            await announce(job, self._substrate, (*events, *decision.events))
 
     def _count(self, key: JobKey, before: TrainingJob, status: TrainingJobStatus) -> None:
         """Count what a status that was written changed."""
