@@ -68,12 +68,16 @@ class LiveWorld(World):
             return Outcome()
 
     def publish(self) -> None:
-        """Members tell each other everything at once."""
+        """Members tell each other everything at once, but what copies they offer."""
         now = time.monotonic()
         heard = {i: (now, self.report(s)) for i, s in self.sims.items() if self.runs(s)}
         for member, cell in self.cells.items():
             if member in heard:
-                others = {i: h for i, h in heard.items() if i != member}
+                others = {
+                    i: (at, replace(report, copies=()))
+                    for i, (at, report) in heard.items()
+                    if i != member
+                }
                 membership = self.sims[member].membership
                 epoch = 0 if membership is None else membership.epoch
                 cell.publish(epoch, heard[member][1], others)

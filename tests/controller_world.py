@@ -125,6 +125,8 @@ class World:
     """Nobody initialises the servers."""
     holds_pods: bool = False
     """New pods stay Waiting."""
+    guests_at: str | None = None
+    """Where hosts say that their guests listen, if not in their own pods."""
     lost_acts: bool = False
     """What a decision announces is not done."""
     lagging: bool = False
@@ -138,6 +140,7 @@ class World:
     saving: dict[str, str] = field(default_factory=dict)
     failing: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    denied: set[str] = field(default_factory=set)
     silent: dict[str, float] = field(default_factory=dict)
     """Members whose agents answer while their loops stand still: for how long."""
     created: list[str] = field(default_factory=list)
@@ -171,6 +174,7 @@ class World:
             dict(self.delivered),
             dict(self.planned),
             dict(self.saving),
+            frozenset(self.denied),
         )
 
     def runs(self, sim: Sim) -> bool:
@@ -333,7 +337,8 @@ class World:
                 self.sims[member.id] = Sim(
                     Role.SERVER, member.index, member.incarnation, host=own.pod
                 )
-                kept.append(Guest(member.id, f"10.9.{member.incarnation}.1:7072"))
+                host = self.guests_at or (own.address or "").rpartition(":")[0]
+                kept.append(Guest(member.id, f"{host}:{7072 + 2 * member.incarnation}"))
         sim.guests = tuple(kept)
 
     def end_guest(self, guest: str, code: int | None = None) -> None:

@@ -279,3 +279,31 @@ def test_a_worker_lost_meanwhile_makes_a_hand_back_no_loss_of_servers() -> None:
     world.kill("worker-0")
     recovered(world, 2)
     assert world.status.recoveries[-1].cause == "HandBack"
+
+
+def test_a_guest_that_is_said_to_be_elsewhere_is_not_spoken_to() -> None:
+    """The job's token goes with all that it is told."""
+    world = adopting(holds_pods=True)
+    world.guests_at = "192.0.2.1"
+    world.kill("server-1")
+    world.until(lambda w: any(s.guests for s in w.sims.values()))
+    for _ in range(10):
+        world.tick()
+    (guest,) = [m for m in world.status.members if m.guest]
+    assert guest.address is None
+    world.until_phase("Failed", seconds=10.0)
+    assert world.status.reason == "ReplaceTimeout"
+    assert f"in the pod {guest.pod}, was not heard of" in world.status.message
+
+
+@pytest.mark.parametrize("port", ["", "x", "-1", "65535", "9" * 5000, "\u0663"])
+def test_a_guests_port_is_one(port: str) -> None:
+    world = adopting(holds_pods=True)
+    world.kill("server-1")
+    world.until(lambda w: any(s.guests for s in w.sims.values()))
+    (host,) = [s for s in world.sims.values() if s.guests]
+    address = world.pods[f"j-{host.id}"].address or ""
+    host.guests = (replace(host.guests[0], address=f"{address.rpartition(':')[0]}:{port}"),)
+    for _ in range(3):
+        world.tick()
+    assert [m.address for m in world.status.members if m.guest] == [None]

@@ -18,7 +18,7 @@ from controller_live import (
     Operator,
     operate,
 )
-from controller_world import FOREVER
+from controller_world import FOREVER, spec_of
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.controller import gather
@@ -133,9 +133,9 @@ def test_what_was_written_is_told_though_an_act_fails(world: LiveWorld) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(substrate, "create_pod", refuse)
         world.fall("server-1")
-        operate(substrate, lambda: recovered(world))
+        told = ["PodFailed", "PodNotCreated", "RecoveryStarted", "RecoverySucceeded"]
+        operate(substrate, lambda: recovered(world) and len(substrate.events) == len(told))
     assert failures
-    told = ["PodFailed", "PodNotCreated", "RecoveryStarted", "RecoverySucceeded"]
     assert sorted(e.reason for e in substrate.events) == told
     (refused,) = [e for e in substrate.events if e.reason == "PodNotCreated"]
     assert refused.message == f"the pod {failures[0]} could not be made: the quota is used up"
@@ -245,6 +245,28 @@ def test_a_job_that_cannot_be_read_for_a_while_is_not_given_up(
     assert errors == refused == 5
 
 
+def test_an_operator_that_made_itself_another_key_says_so() -> None:
+    spec = spec_of(recovery={"timeouts": {"detectSeconds": 0.2}})
+    world = LiveWorld(spec=spec, total=FOREVER)
+    substrate = LiveSubstrate(world)
+    operate(substrate, lambda: trains(world))
+    made = list(world.created)
+
+    async def another(job: TrainingJob) -> str:
+        return "another-token"
+
+    def said() -> list[str]:
+        return [c.reason for c in world.status.conditions if c.type == "Unreachable"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(substrate, "token", another)
+        operate(substrate, lambda: said() == ["TokenRefused"] and bool(substrate.events))
+    assert [e.reason for e in substrate.events] == ["TokenRefused"]
+    operate(substrate, lambda: said() == ["Reached"])
+    assert world.created == made
+    world.close()
+
+
 class Asking(Agents):
     """Notes who was asked at once."""
 
@@ -274,6 +296,7 @@ def test_what_a_worker_said_just_before_its_end_is_asked_for(
         pods = tuple(replace(p, exit_code=exit_code) if "worker-0" in p.name else p for p in pods)
         agents.asked = frozenset()
         await observe(world.job, pods, talk, agents)
+        assert talk.members == 5, "so many a view may tell of"
         await agents.close()
         return agents.asked
 

@@ -231,3 +231,23 @@ def test_the_record_says_what_the_time_without_a_server_was_to_the_workers() -> 
     world.running()
     record = world.status.recoveries[-1]
     assert (record.cause, record.utilisation, record.gap) == ("WorkerLost", None, None)
+
+
+def test_a_lost_workers_recovery_has_a_deadline_too() -> None:
+    world = World(total=FOREVER).running()
+    world.failing["server-1-1"] = 0.0  # the operator alone cannot tell it of the new epoch
+    world.kill("worker-0")
+    world.until_phase("Failed", seconds=10.0)
+    assert world.status.reason == "RestoreTimeout"
+    assert world.status.message == "the servers were not Ready within 300 s: server-1-1"
+    assert [r.outcome for r in world.status.recoveries] == ["Failed"]
+
+
+def test_an_operator_that_hears_nobody_ends_no_recovery() -> None:
+    world = World(total=FOREVER).running()
+    world.kill("worker-0")
+    world.tick()
+    world.failing = dict.fromkeys(world.sims, 0.0)
+    for _ in range(100):
+        world.tick(10.0)
+    assert world.status.phase is Phase.RECOVERING

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from daruma_trainer.contract import Report
+from daruma_trainer.contract import SLOTS, Copies, Report, slots_to_hex
 from daruma_trainer.server.reporting import Reports
 
 TRAINING = Report("worker-0-1", 1, "Training", step=3, metrics={"loss": 0.5})
@@ -32,3 +32,12 @@ def test_the_results_metrics_cannot_for_the_worker_ends_once_they_are_heard() ->
     reports.take(left)
     assert reports.take(replace(left, metrics={"loss": 0.5, "test_accuracy": 0.96}))
     assert not reports.take(replace(left, metrics={"loss": 0.5, "test_accuracy": 0.96}))
+
+
+def test_reports_are_handed_on_without_the_copies_that_they_offer() -> None:
+    """Of many workers, to be handed on by many servers, they would be megabytes."""
+    reports = Reports()
+    reports.take(TRAINING)
+    offer = replace(TRAINING, copies=(Copies(1, 3, slots_to_hex(range(SLOTS))),))
+    assert not reports.take(offer), "the operator hears it from the worker itself"
+    assert reports.others("server-0-1")["worker-0-1"][1] == TRAINING

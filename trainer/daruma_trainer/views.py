@@ -120,7 +120,7 @@ class Report:
     suspects: tuple[Suspect, ...] = ()
     copies: tuple[Copies, ...] = ()
     """Workers, while a recovery goes on: the slot versions of the copy they keep for it. Promoted
-    replicas: those of the slots that wait for a plan."""
+    replicas: those of the slots that wait for a plan. In a member's own view alone."""
     follows: str | None = None
     """Replicas: the member before it in its chain, whose acknowledgements wait for it."""
     running: SavedState | None = None

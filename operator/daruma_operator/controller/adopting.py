@@ -24,11 +24,14 @@ from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.names import pod_name, seat
 from daruma_operator.recovery.strategies import PRESETS
-from daruma_operator.substrate.protocol import PodState
+from daruma_operator.substrate.protocol import PodFacts, PodState
 from daruma_trainer.contract import Guest, Role
 
 AGAIN_SECONDS = 5.0
 """After a pod that was to take slots back, or a replica, ended by itself: others are made then."""
+
+_PORTS = (1 << 16) - 1
+"""The agent's is the one above."""
 
 
 def successor(d: Draft, role: Role, index: int, epoch: int) -> MemberStatus:
@@ -78,13 +81,27 @@ def adopt_instead(d: Draft, waiting: Collection[MemberStatus]) -> bool:
 
 
 def guest_report(d: Draft, member: MemberStatus) -> Guest | None:
-    """What a guest's host says of it."""
+    """What a guest's host says of it.
+
+    It is spoken to where its host says that it listens, with the job's token: nowhere but there.
+    """
+    pod = d.seen.pod(member.pod)
     for host in d.members(Role.SERVER):
         if host.pod == member.pod and not host.guest:
             report = d.seen.report(name_of(host))
             guests = () if report is None else report.guests
-            return next((g for g in guests if g.id == name_of(member)), None)
+            found = next((g for g in guests if g.id == name_of(member)), None)
+            here = found is not None and pod is not None and _is_in(found, pod)
+            return found if here else None
     return None
+
+
+def _is_in(guest: Guest, pod: PodFacts) -> bool:
+    """Whether a guest's address is a port of its host's."""
+    host, _, port = guest.address.rpartition(":")
+    its = (pod.address or "").rpartition(":")[0]
+    number = int(port) if port.isascii() and port.isdigit() and len(port) < 6 else _PORTS
+    return bool(host) and host == its and number < _PORTS
 
 
 def hands_over(d: Draft) -> bool:

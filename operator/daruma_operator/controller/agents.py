@@ -7,6 +7,7 @@ long as something happens, every member that can be reached is polled.
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,12 +19,22 @@ from daruma_operator.controller.acts import PostCheckpoint, PostRestore, PutMemb
 from daruma_operator.controller.observe import Heard, Planned, merge
 from daruma_operator.settings import Settings
 from daruma_operator.substrate.protocol import JobKey
-from daruma_trainer.contract import MAX_CONTROL_BYTES, ContractError, View
+from daruma_trainer.contract import ContractError, View
 
 LOG = logging.getLogger("daruma.operator")
 Targets = Mapping[str, str]
 """Agents' `host:port` by member id."""
-FAILURES = (aiohttp.ClientError, OSError, TimeoutError, ContractError, ValueError)
+FAILURES = (
+    aiohttp.ClientError, OSError, TimeoutError, ContractError, ValueError, RecursionError,
+)  # fmt: skip
+MAX_ERROR_BYTES = 300
+"""Of the text with which a command is refused."""
+_PIECE = 1 << 16
+_DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+MEMBER_BYTES = 16 << 10
+"""A view may be this long for each member of the job: no report has more than about 5 KB but for
+what the program reports."""
+LEAST_VIEW_BYTES = 1 << 20
 PATIENCE = 100
 SLOWER = 10
 """A member that does not answer is asked this many times less often after PATIENCE failures."""
@@ -39,6 +50,8 @@ class Silence:
     """The loop's time of the first question in vain."""
     refused: bool
     """Whether its host answered the last one: nobody listens there."""
+    denied: bool
+    """Whether itself did: the token is another job's, or of another operator's key."""
 
 
 @dataclass(slots=True)
@@ -48,6 +61,8 @@ class Talk:
     key: JobKey
     uid: str
     token: str
+    members: int = 0
+    """Servers, replicas and workers that the job asks for."""
     views: dict[str, tuple[float, View]] = field(default_factory=dict)
     """When (the loop's time) each view came."""
     failing: dict[str, Silence] = field(default_factory=dict)
@@ -65,12 +80,13 @@ class Talk:
                 del told[gone]
 
     def fails(self, member: str, error: Exception) -> bool:
-        """Note that a member did not answer; True if that, or that it is refused, is new."""
+        """Note that a member did not answer; True if that, or how it is refused, is new."""
         refused = isinstance(error, OSError) and error.errno == errno.ECONNREFUSED
+        denied = isinstance(error, aiohttp.ClientResponseError) and error.status in _DENIED
         known = self.failing.get(member)
         since = _now() if known is None else known.since
-        self.failing[member] = Silence(since, refused)
-        return known is None or refused > known.refused
+        self.failing[member] = Silence(since, refused, denied)
+        return known is None or refused > known.refused or denied > known.denied
 
     def heard(self, now: float) -> dict[str, Heard]:
         """Merge what all said."""
@@ -208,11 +224,14 @@ class Agents:
             params={"after": str(after), "wait": str(wait)},
             headers={"Authorization": f"Bearer {talk.token}"},
             timeout=timeout,
+            allow_redirects=False,
         ) as response:
             response.raise_for_status()
-            if (response.content_length or 0) > MAX_CONTROL_BYTES:
-                raise ContractError(f"a view of {response.content_length} bytes")
-            return View.from_json(await response.json(content_type=None))
+            limit = max(LEAST_VIEW_BYTES, talk.members * MEMBER_BYTES)
+            body = await _read(response, limit)
+            if len(body) > limit:
+                raise ContractError(f"a view of more than {limit} bytes")
+            return View.from_json(json.loads(body))
 
     async def _command(
         self, talk: Talk, method: str, agent: str, what: str, body: object, member: str
@@ -225,10 +244,11 @@ class Agents:
                 json=body,
                 headers={"Authorization": f"Bearer {talk.token}"},
                 timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 if response.status == HTTPStatus.NO_CONTENT:
                     return True
-                text = (await response.text())[:300]
+                text = (await _read(response, MAX_ERROR_BYTES)).decode(errors="replace")
                 LOG.warning("%s refused a %s: %s %s", member, what, response.status, text)
         except FAILURES as error:
             LOG.debug("%s did not take a %s: %r", member, what, error)
@@ -236,8 +256,26 @@ class Agents:
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            # Pods run anybody's programs. What one of them sends is not unpacked, no cookie of its
+            # is kept, and where it would send a request on to, the job's token is not taken.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                headers={"Accept-Encoding": "identity"},
+            )
         return self._session
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Return a body, of one that is longer than `limit` bytes one more, whatever its head says.
+
+    A connection with more to read is closed, not used again.
+    """
+    found = bytearray()
+    while len(found) <= limit and (piece := await response.content.read(_PIECE)):
+        found += piece
+    return bytes(found[: limit + 1])
 
 
 def news(old: View, new: View) -> bool:

@@ -22,6 +22,8 @@ async def observe(job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk, agen
     if job.status.phase in FINAL:
         agents.follow(talk, {}, calm=True)
         return Seen(job, pods)
+    spec = job.spec
+    talk.members = spec.servers.replicas * spec.replicas + spec.workers.replicas
     targets = reachable(job, pods)
     seen = _seen(job, pods, talk)
     if is_calm(seen, targets):
@@ -100,6 +102,7 @@ def _seen(job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk) -> Seen:
         reached=frozenset(m for m in talk.views if m not in talk.failing),
         failing={m: now - silence.since for m, silence in talk.failing.items()},
         refused=frozenset(m for m, silence in talk.failing.items() if silence.refused),
+        denied=frozenset(m for m, silence in talk.failing.items() if silence.denied),
         delivered=dict(talk.delivered),
         planned={m: replace(p, age=now - at) for m, (at, p) in talk.planned.items()},
         saving=dict(talk.saving),

@@ -1,7 +1,7 @@
 """What a decision may look at, gathered. `Seen` is plain data; nothing in it asks anybody."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from daruma_operator.api.job import TrainingJob
@@ -46,6 +46,8 @@ class Seen:
     planned: Mapping[str, Planned] = field(default_factory=dict)
     saving: Mapping[str, str] = field(default_factory=dict)
     """The number of the final cut that each server was told to take."""
+    denied: frozenset[str] = frozenset()
+    """Those of `failing` that are there, but do not take the operator's token."""
 
     def report(self, member: str) -> Report | None:
         """Return what a member said last."""
@@ -106,8 +108,12 @@ class Seen:
 
 
 def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
-    """Merge views of known ages: of each member the freshest words, its own or handed on."""
+    """Merge views of known ages: of each member the freshest words, its own or handed on.
+
+    Copies are in a member's own view alone; they stand as long as its epoch is the same.
+    """
     found: dict[str, Heard] = {}
+    offered: dict[str, Report] = {}
 
     def take(age: float, report: Report) -> None:
         known = found.get(report.id)
@@ -116,8 +122,14 @@ def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
 
     for age, view in views:
         take(age + view.still, view.own)
+        if view.own.copies:
+            offered[view.own.id] = view.own
         for told, report in view.others.values():
             take(age + told, report)
+    for member, own in offered.items():
+        heard = found[member]
+        if heard.report is not own and heard.report.epoch == own.epoch:
+            found[member] = Heard(heard.age, replace(heard.report, copies=own.copies))
     return found
 
 

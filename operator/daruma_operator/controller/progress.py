@@ -1,5 +1,6 @@
 """How far a job is, as its members say: steps, loss, saves, who is ready. Pure."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from math import exp, isfinite
 
@@ -8,10 +9,13 @@ from daruma_operator.api.status import CheckpointStatus, Phase, Progress, Pushes
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import save_errors
 from daruma_operator.controller.telling import HAND_BACK
-from daruma_operator.controller.verdicts import finished, name_of, unreachable
+from daruma_operator.controller.verdicts import denying, finished, name_of, unreachable
+from daruma_operator.names import KEY_SECRET
 from daruma_operator.recovery.price import Gone, counters
 from daruma_trainer.contract import TRAINS, Report, Role, index_text, indexes
 
+TOKEN_REFUSED = "TokenRefused"  # noqa: S105 - a reason
+_MOST_NAMED = 5
 SPEED_SECONDS = 5.0
 """Steps per second are averaged over about this long."""
 
@@ -228,14 +232,33 @@ def show(d: Draft) -> None:
         reason="MembersLost" if active else "WorkersMissing" if alone else "Complete",
         message=message or ("the job goes on with less than it asked for" if active else ""),
     )  # fmt: skip
-    lonely = unreachable(d.seen, d.spec.recovery.timeouts.detect_seconds)
-    d.condition(
-        "Unreachable", true=bool(lonely), reason="OperatorAlone" if lonely else "Reached",
-        message=f"the operator cannot reach {', '.join(lonely)}; the other members can"
-        if lonely else "",
-    )  # fmt: skip
+    _unreachable(d)
     _stale_checkpoint(d)
     _stalled(d)
+
+
+def _unreachable(d: Draft) -> None:
+    """Say whom the operator alone cannot reach; nobody is replaced for that."""
+    limit = d.spec.recovery.timeouts.detect_seconds
+    denied, alone = denying(d.seen, limit), unreachable(d.seen, limit)
+    reason = message = ""
+    if denied:
+        reason, message = TOKEN_REFUSED, _refusal(denied)
+        if not any(c.reason == TOKEN_REFUSED for c in d.status.conditions):
+            d.tell(TOKEN_REFUSED, message, warning=True)
+    elif alone:
+        reason = "OperatorAlone"
+        message = f"the operator cannot reach {', '.join(alone)}; the other members can"
+    d.condition("Unreachable", true=bool(reason), reason=reason or "Reached", message=message)
+
+
+def _refusal(members: Sequence[str]) -> str:
+    more = f" and {len(members) - _MOST_NAMED} more" if len(members) > _MOST_NAMED else ""
+    return (
+        f"{', '.join(members[:_MOST_NAMED])}{more} refuse the operator's token: the operator's key "
+        f"(the Secret {KEY_SECRET} in its namespace) is not the one that the job was started with; "
+        "put that one back and restart the operator, or delete the job and create it again"
+    )
 
 
 def _is(d: Draft, member: str, *states: str) -> bool:

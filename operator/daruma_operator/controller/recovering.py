@@ -53,7 +53,7 @@ def recover(d: Draft) -> None:
         waited = _replacements(d)
         waiting = [m for m in waited if m.address is None]
         silent = [m for m in waited if d.seen.report(name_of(m)) is None]
-        if silent and _replace_expired(d, waiting or silent):
+        if (late := waiting or silent) and _replace_expired(d, late):
             return
         if waiting:
             _message(d, "waiting for replacements to run")
@@ -68,6 +68,9 @@ def recover(d: Draft) -> None:
             _message(d, "waiting for replacements to start")
             return
         if not _restored(d):
+            # An operator that hears nobody knows of nobody's failure.
+            if record.role is Role.WORKER and d.seen.reached and _stage_expired(d):
+                return
             _waits(d)
             return
     _resumed(d)
@@ -232,8 +235,12 @@ def _stage_expired(d: Draft) -> bool:
     if d.left(d.record.stage_since, limit) > 0:
         return False
     away = store_away(d)
-    why = f"the lost slots were not Ready within {limit:g} s{'' if away is None else f'; {away}'}"
-    if d.record.cause == HAND_BACK:
+    what = "lost slots" if d.record.role is Role.SERVER else "servers"
+    why = f"the {what} were not Ready within {limit:g} s{'' if away is None else f'; {away}'}"
+    if d.record.role is Role.WORKER:
+        # They lost nothing: no rung would bring them anything.
+        fail(d, "RestoreTimeout", f"{why}: {', '.join(_unready(d))}")
+    elif d.record.cause == HAND_BACK:
         _next_rung(d, f"the slots were not handed back within {limit:g} s", expired=True)
     elif d.record.rung < len(d.spec.recovery.fallback):
         climb(d, d.record.rung + 1, why)
@@ -291,16 +298,19 @@ def _missing(d: Draft) -> int:
 
 
 def _restored(d: Draft) -> bool:
-    for member in d.members(Role.SERVER):
-        report = d.seen.report(name_of(member))
-        if (
-            report is None
-            or report.state != "Ready"
-            or report.epoch < d.status.epoch
-            or report.generation != d.status.rollback.generation
-        ):
-            return False
-    return True
+    return not _unready(d)
+
+
+def _unready(d: Draft) -> list[str]:
+    """Servers that do not serve all their slots in the present epoch, or were not heard."""
+    return [
+        name_of(member)
+        for member in d.members(Role.SERVER)
+        if (report := d.seen.report(name_of(member))) is None
+        or report.state != "Ready"
+        or report.epoch < d.status.epoch
+        or report.generation != d.status.rollback.generation
+    ]
 
 
 # Resume

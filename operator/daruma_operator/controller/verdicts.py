@@ -104,6 +104,8 @@ def _silent(seen: Seen, member: MemberStatus, timeouts: Timeouts, pod: PodFacts)
     """Judge a member from which others get no answer by what the operator gets."""
     name = name_of(member)
     failing, age = seen.failing.get(name), seen.suspected(name)
+    if name in seen.denied:
+        return None  # it is there: who may not ask it knows nothing else of it
     if failing is not None:
         lost = failing >= timeouts.detect_seconds
         return Verdict(member, UNRESPONSIVE, False, age or failing, pod) if lost else None
@@ -164,6 +166,16 @@ def finished(pod: PodFacts | None) -> bool:
         and pod.state is PodState.TERMINATED
         and pod.exit_code == ExitCode.OK
         and not (pod.deleting or pod.disrupted)
+    )
+
+
+def denying(seen: Seen, detect_seconds: float) -> tuple[str, ...]:
+    """Members that do not take the operator's token: for a moment an address may be another's."""
+    names = [name_of(m) for m in seen.job.status.members]
+    return tuple(
+        name
+        for name in names
+        if name in seen.denied and seen.failing.get(name, 0.0) >= detect_seconds
     )
 
 

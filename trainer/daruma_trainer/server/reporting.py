@@ -27,7 +27,12 @@ class Reports:
     _heard: dict[str, tuple[float, Report]] = field(default_factory=dict)
 
     def take(self, report: Report) -> bool:
-        """Keep a report; True if it says something that the operator waits for."""
+        """Keep a report; True if it says something that the operator waits for.
+
+        Without the copies that it offers: the operator asks each member for its own, and all of
+        them from every server would be many times as long as all the rest.
+        """
+        report = replace(report, copies=()) if report.copies else report
         before = self._heard.get(report.id)
         self._heard[report.id] = (time.monotonic(), report)
         if before is None:
@@ -35,12 +40,12 @@ class Reports:
         old = before[1]
         return (
             (
-                old.state, old.epoch, old.final, old.acked_epoch, old.copies, old.error,
-                old.waiting, old.stop, old.follows,
+                old.state, old.epoch, old.final, old.acked_epoch, old.error, old.waiting,
+                old.stop, old.follows,
             )
             != (
-                report.state, report.epoch, report.final, report.acked_epoch, report.copies,
-                report.error, report.waiting, report.stop, report.follows,
+                report.state, report.epoch, report.final, report.acked_epoch, report.error,
+                report.waiting, report.stop, report.follows,
             )
             or {s.id for s in old.suspects} != {s.id for s in report.suspects}
             # The result's metrics: the worker ends as soon as we answer.
