@@ -1,13 +1,17 @@
 """Recoveries: where lost slots come from, the stages and their deadlines, and the record of it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from controller_world import FOREVER, PEER, RUNNING, World, ladder, sources_of, spec_of
 from daruma_operator.api.status import Phase
 from daruma_operator.controller.acts import PutMembership
-from daruma_trainer.contract import SLOTS, Outage
+from daruma_operator.controller.observe import Heard
+from daruma_operator.controller.sourcing import copies_of
+from daruma_operator.controller.verdicts import name_of
+from daruma_trainer.contract import SLOTS, Outage, Role
 
 
 def test_a_lost_server_is_restored_from_peers_and_nobody_else_is_touched() -> None:
@@ -251,3 +255,18 @@ def test_an_operator_that_hears_nobody_ends_no_recovery() -> None:
     for _ in range(100):
         world.tick(10.0)
     assert world.status.phase is Phase.RECOVERING
+
+
+def test_copies_count_from_the_epoch_in_which_they_were_offered() -> None:
+    """Whatever newer epoch others heard of from the worker since."""
+    world = World(total=FOREVER).running()
+    world.kill("server-1")
+    world.tick()
+    record, seen = world.status.recovery, world.seen()
+    assert record is not None
+    (worker,) = [m for m in world.status.members if m.role is Role.WORKER and m.index == 0]
+    report = replace(world.report(world.sim("worker-0")), epoch=record.epoch + 2)
+    for epoch, offered in ((record.epoch - 1, ()), (record.epoch, report.copies)):
+        heard = {name_of(worker): Heard(0.0, report, epoch)}
+        assert copies_of(replace(seen, heard=heard), record, worker) == offered
+    assert report.copies

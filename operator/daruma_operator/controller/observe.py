@@ -17,6 +17,13 @@ class Heard:
     age: float
     """Seconds since it said so."""
     report: Report
+    offered: int | None = None
+    """Epoch in which it said what copies it holds, if not in the report's."""
+
+    @property
+    def copies_epoch(self) -> int:
+        """Epoch in which it held the report's copies."""
+        return self.report.epoch if self.offered is None else self.offered
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,8 @@ class Seen:
 def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
     """Merge views of known ages: of each member the freshest words, its own or handed on.
 
-    Copies are in a member's own view alone; they stand as long as its epoch is the same.
+    Copies are in a member's own view alone. Others may have heard of a newer epoch from it by now:
+    it keeps what it offered until the recovery ends.
     """
     found: dict[str, Heard] = {}
     offered: dict[str, Report] = {}
@@ -128,8 +136,9 @@ def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
             take(age + told, report)
     for member, own in offered.items():
         heard = found[member]
-        if heard.report is not own and heard.report.epoch == own.epoch:
-            found[member] = Heard(heard.age, replace(heard.report, copies=own.copies))
+        if heard.report is not own:
+            report = replace(heard.report, copies=own.copies)
+            found[member] = Heard(heard.age, report, own.epoch)
     return found
 
 

@@ -43,8 +43,8 @@ def survivors(status: TrainingJobStatus) -> tuple[MemberStatus, ...]:
 
 def copies_of(seen: Seen, record: RecoveryRecord, member: MemberStatus) -> tuple[Copies, ...]:
     """Return what a worker said it holds, in this recovery's epoch or later."""
-    report = seen.report(name_of(member))
-    return () if report is None or report.epoch < record.epoch else report.copies
+    heard = seen.heard.get(name_of(member))
+    return () if heard is None or heard.copies_epoch < record.epoch else heard.report.copies
 
 
 def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str, Plan]:
