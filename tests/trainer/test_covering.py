@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from daruma_trainer.contract import Member, Membership, Role, Settings
+from daruma_trainer.contract import Member, Membership, Role, Rollback, Settings
 from daruma_trainer.layout import TableSpec
 from daruma_trainer.rules import SGD, rule_to_json
 from daruma_trainer.server.data import DataPlane
@@ -219,6 +219,51 @@ def test_a_lost_workers_pulls_bring_nothing() -> None:
     world.covering.follow(replace(members, epoch=2, members=found))
     world.run(0.1)
     assert world.sent == 1
+
+
+def go_back(world: World) -> None:
+    """All members go back to a cut of the beginning."""
+    world.covering.follow(
+        replace(world.covering._membership, epoch=2, rollback=Rollback(1, "cuts/0.json"))
+    )
+
+
+def replace_both(world: World) -> None:
+    """Both workers are replaced, and their successors make their batches again."""
+    old = world.covering._membership
+    found = tuple(replace(m, incarnation=2) if m.role is Role.WORKER else m for m in old.members)
+    world.covering.follow(replace(old, epoch=2, members=found))
+    for worker in range(2):
+        world.covering.again(worker)
+
+
+@pytest.mark.parametrize("happens", [go_back, replace_both])
+def test_batches_that_come_again_have_a_pace_too(happens: Callable[[World], None]) -> None:
+    """Nobody rests who makes older numbers again; and hardly anything is sent, as before."""
+    world = World(["a", "b"])
+    for worker in range(2):
+        trains(world, worker, lambda _: 1.0, 0.4)
+    world.run(STEPS + 5.0)
+    happens(world)
+    world.sent = 0
+    for worker in range(2):
+        trains(world, worker, lambda _: 1.0, 0.4, steps=STEPS // 2)
+    world.run(STEPS // 2 - 1.5)
+    assert world.sent <= 2
+
+
+def test_a_worker_that_begins_a_session_anew_makes_no_step_by_that() -> None:
+    """What it holds goes out again; it rests no less for that, and its pace stays what it is."""
+    world = World(["a", "b"])
+    for batch in (1, 2, 3):
+        world.push(0, batch)
+        world.run(1.0)
+    demand = world.covering._demand
+    world.covering.again(0)
+    assert not demand.rests(0, world.now + 0.9)
+    world.run(5.0)
+    world.covering.again(0)
+    assert demand.rests(0, world.now)
 
 
 def test_a_copy_has_what_came_and_no_other_slot() -> None:

@@ -190,6 +190,24 @@ def test_the_cut_before_the_newest_stays_until_a_newer_is_complete(tmp_path: Pat
     assert cut_files(world) == own_files(world) == numbers[1:]
 
 
+@pytest.mark.parametrize("servers", [1, 2], ids=["all exist", "none exists: a shard gives no part"])
+def test_cuts_that_are_over_take_no_memory(tmp_path: Path, servers: int) -> None:
+    world = World(tmp_path, servers, running=False)
+    world.cuts.take(cuts.FIRST)
+    for _ in range(40):
+        cut_at(world, 4)
+        assert len(world.cuts._taken) <= 2
+        assert len(world.cuts._parts) <= cuts.MAX_OPEN
+    world.cuts.take_final("f")
+    cut_at(world, 4)
+    world.train(4)
+    before = world.saver.bytes_total
+    for asked_for_again in (cuts.FIRST, "f", number(164)):
+        world.cuts.take(asked_for_again)
+    world.background.run()
+    assert world.saver.bytes_total == before, "each is taken once"
+
+
 def test_what_killed_coordinators_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
     world = World(tmp_path, running=False)
     cut_at(world, 4)

@@ -50,6 +50,7 @@ class Cuts:
     final: str | None = None
     abandoned: int = 0
     _taken: set[str] = field(default_factory=set)
+    """Cuts that this shard was copied for: the last one, and those that may be asked for again."""
     _parts: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     _holding: str = ""
     _held_since: float | None = None
@@ -145,7 +146,8 @@ class Cuts:
             if self._final_part is not None and self._final_part["number"] == number:
                 self._hand_in(self._final_part)  # the coordinator may not have heard it
             return
-        self._taken.add(number)
+        # Numbers ascend: none of those before it comes again, but the first and the result's.
+        self._taken = {number} | self._taken & {FIRST, self._final_number}
         self._writing += 1
         step, batches = self.plane.step, self.plane.complete()
         rollbacks = self._rollbacks

@@ -43,8 +43,10 @@ class Covering:
         for worker in self._membership.of(Role.WORKER):
             if new.member(Role.WORKER, worker.index) != worker:
                 self._have[worker.index] = self._given[worker.index] = 0
+                self._demand.forget(worker.index)
         if new.rollback.generation != self._membership.rollback.generation:
             self._cover.forget()
+            self._demand = Demand()  # batches come again from the cut's on
         self._membership = new
 
     @property
@@ -60,7 +62,7 @@ class Covering:
     def again(self, worker: int) -> None:
         """A worker is to hear once more what is covered."""
         self._cover.again(self._plane.updates, worker)
-        self._demand.pushed(worker, 1, self._clock())
+        self._demand.heard(worker, self._clock())
 
     def pulled(self, worker: int, k: Ints) -> None:
         """The slots `k` are on their way to a worker, as of the last update."""

@@ -47,10 +47,18 @@ class Demand:
             pace.gaps.append(now - pace.newest)
             pace.batch, pace.newest = batch, now
 
+    def heard(self, worker: int, now: float) -> None:
+        """A worker is there; which batches it makes is to be seen."""
+        self._paces.setdefault(worker, _Pace(0, now))
+
+    def forget(self, worker: int) -> None:
+        """A worker was lost: its successor may make older batches again, at a pace of its own."""
+        self._paces.pop(worker, None)
+
     def rests(self, worker: int, now: float) -> bool:
         """Whether a worker has pushed nothing for so long that it may be at its end."""
-        pace, (least, most) = self._paces[worker], PATIENCE_SECONDS
-        return now - pace.newest > min(max(least, 2 * pace.gap), most)
+        pace, (least, most) = self._paces.get(worker), PATIENCE_SECONDS
+        return pace is None or now - pace.newest > min(max(least, 2 * pace.gap), most)
 
     def in_time(self, worker: int, limit: int, now: float) -> set[int]:
         """Return which workers push, so pull, at least once in `limit` of this worker's steps."""
