@@ -219,8 +219,8 @@ class Client:
             self._live.begin_all()
         self.wake()
 
-    def take_due(self) -> list[tuple[int, int, Ints]]:
-        """Return (server, table, rows) of what has to be made again, and forget it."""
+    def take_due(self) -> tuple[int, list[tuple[int, int, Ints]]]:
+        """Return what has to be made again, and forget it: generation, (server, table, rows)."""
         with self.lock:
             due, self.due = self.due, {}
             found = []
@@ -229,11 +229,16 @@ class Client:
                 for t in sorted(tables):
                     rows = [layout.tables[t].rows for layout in layouts]
                     found.append((server, t, np.sort(np.concatenate(rows))))
-            return found
+            return self.generation, found
 
-    def rebuild(self, server: int, part: Update) -> None:
-        """Send a part of a sum, as of the last batch."""
+    def rebuild(self, server: int, part: Update, generation: int) -> None:
+        """Send a part of a sum, as of the last batch.
+
+        One of another generation is dropped: it is of batches that are made again.
+        """
         with self.lock:
+            if generation != self.generation:
+                return
             send = partial(self._live.sender.rebuilt, server, (part,), self.batch)
             self._todo.append(send)
         self.wake()

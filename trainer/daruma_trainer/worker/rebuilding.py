@@ -55,11 +55,11 @@ class Rebuilders:
         client = self._client
         while True:
             client.wait(lambda: ready() or bool(client.due), seconds, what)
-            due = client.take_due()
+            generation, due = client.take_due()
             if not due:
                 return
             for server, table, rows in due:
-                client.rebuild(server, self._part(self._specs[table], rows))
+                client.rebuild(server, self._part(self._specs[table], rows), generation)
 
     def _part(self, spec: TableSpec, rows: Ints) -> Update:
         part: Floats = np.array(self._by_table[spec.id](rows), np.float32, order="C")
