@@ -30,7 +30,7 @@ from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
 from daruma_operator.recovery.price import remember
 from daruma_operator.recovery.strategies import PRESETS, preset_of
-from daruma_trainer.contract import SLOTS, Role, SavedState, SourceKind
+from daruma_trainer.contract import SLOTS, Role, SavedState, SourceKind, place
 
 ROLLED_BACK = "RolledBackToCut"
 ROLLED_FURTHER = "RolledBackToOlderCut"
@@ -246,7 +246,9 @@ def means(d: Draft) -> Means:
     replicas = bool(seats) and all(promoted(d, index) for index in seats)
     frozen = {m.index for m in d.status.handing if d.seen.reported(name_of(m), "Frozen")}
     predecessors = bool(seats) and seats <= frozen
-    return Means(d.policy.store is not None, cut, peers, replicas, predecessors)
+    owners = set(place(d.seen.job.uid, d.spec.servers.replicas))
+    nothing = bool(seats) and not seats & owners
+    return Means(d.policy.store is not None, cut, peers, replicas, predecessors, nothing)
 
 
 def exhausted(d: Draft, why: str, reasons: str) -> None:

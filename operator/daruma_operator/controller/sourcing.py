@@ -123,7 +123,7 @@ def delta_of(d: Draft, plans: dict[str, Plan]) -> Delta:
         return UNKNOWN  # how many updates the replica lacked, nobody counted
     for member, plan in plans.items():
         last = _last_words(d, int(member.split("-")[1]))
-        if plan.handed:
+        if plan.handed or plan.nothing:
             continue
         if last is None:
             return UNKNOWN

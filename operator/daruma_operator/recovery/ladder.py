@@ -22,6 +22,8 @@ class Means:
     """Every lost server lives on in a replica that has all."""
     predecessors: bool = False
     """Every lost server has a predecessor that is frozen, and can hand its slots over."""
+    nothing: bool = False
+    """No lost server has slots: there is nothing to recover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ def lacks(strategy: StrategyName, means: Means) -> str | None:
     preset = PRESETS[strategy]
     if preset.rollback:
         return None if means.cut else "there is no full checkpoint"
-    if means.predecessors or (SourceKind.REPLICA in preset.sources and means.replicas):
+    if means.nothing or means.predecessors or (SourceKind.REPLICA in preset.sources and means.replicas):
         return None
     if preset.sources == {SourceKind.REPLICA}:
         return "no replica of it is left that has everything"

@@ -35,6 +35,8 @@ class Plan:
     """Every slot has a peer's copy standing first for it."""
     handed: bool = False
     """A predecessor that is still there hands them over."""
+    nothing: bool = False
+    """The server has no slots: of very many some have none."""
 
 
 def plan_slots(
@@ -53,6 +55,8 @@ def plan_slots(
     store may hold the lost shard's running checkpoint, `predecessor` who hands the slots over (its
     name and its agent).
     """
+    if not slots and predecessor is None:
+        return Plan((), 0, None, exact_peers=True, nothing=True)
     lost = frozenset(slots)
     peers: list[tuple[Version, str, list[int]]] = []
     for member, held in copies.items():

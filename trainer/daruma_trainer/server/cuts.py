@@ -1,6 +1,6 @@
 """Cuts over all shards, without the operator.
 
-The coordinator is the live server of the lowest index. Under `Async` it names a batch per worker a
+The coordinator is the live server of the lowest index that has slots. Under `Async` it names a batch per worker a
 little ahead; every shard applies up to those, holds later pushes back for at most two seconds, and
 copies itself. Under `Sync` every shard copies itself at the same step. Each tells the coordinator
 its manifest; the cut exists when the coordinator has written the cut's file.
@@ -15,9 +15,9 @@ from typing import Any
 from daruma_trainer.checkpoint.manifest import Cut, cut_name, cut_number
 from daruma_trainer.checkpoint.reading import saved_state
 from daruma_trainer.checkpoint.store import Store
-from daruma_trainer.contract import ContractError, Membership, Role, SavedState
+from daruma_trainer.contract import ContractError, Membership, Role, SavedState, place
 from daruma_trainer.server.background import Background
-from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.data import EVERYTHING, DataPlane
 from daruma_trainer.server.saving import Saver, Written
 from daruma_trainer.server.slots import SlotState
 
@@ -66,12 +66,17 @@ class Cuts:
     _rollbacks: int = 0
     _void: tuple[str, str] | None = None
     """Cuts between these two names are of an abandoned lineage."""
+    _owners: frozenset[int] = field(init=False)
+    """Servers that have slots."""
+
+    def __post_init__(self) -> None:
+        self._owners = frozenset(place(self.membership.job_uid, self.membership.servers))
 
     @property
     def coordinator(self) -> int:
         """Index of the live server that coordinates."""
-        live = [m.index for m in self.membership.of(Role.SERVER) if m.address]
-        return min(live, default=self.index)
+        live = {m.index for m in self.membership.of(Role.SERVER) if m.address}
+        return min(live & self._owners, default=self.index)
 
     def follow_membership(self, new: Membership) -> None:
         """Take a newer membership; the job's owner may have edited how often cuts are taken."""
@@ -90,13 +95,18 @@ class Cuts:
             return  # a store that is slower than cuts come gets fewer of them
         if not (settings.cuts and settings.every) or not plane.slots.ready.all():
             return
+        if plane.slotless:
+            return  # it is told
         turn = plane.step // settings.every
         if turn <= self._turn:
             return
         if plane.sync:
             if plane.step % settings.every == 0:
                 self._turn = turn
-                self.take(cut_number(self.membership.epoch, plane.step))
+                number = cut_number(self.membership.epoch, plane.step)
+                if self.index == self.coordinator:
+                    self._tell_slotless(number)
+                self.take(number)
         elif self.index == self.coordinator and not self._holding:
             self._turn = turn
             ahead = [
@@ -112,6 +122,13 @@ class Cuts:
                 if member.index != self.index:
                     self.tell(member.index, order)
             self.receive(order, self.membership.rollback.generation)
+
+    def _tell_slotless(self, number: str) -> None:
+        """Let those take part that have nothing to know the step from."""
+        order = {"op": "begin", "number": number, "batches": list(self.plane.complete())}
+        for member in self.membership.of(Role.SERVER):
+            if member.index not in self._owners:
+                self.tell(member.index, order)
 
     def receive(self, raw: dict[str, Any], generation: int) -> None:
         """Take a CUT message of a sibling's generation; ContractError if it is none."""
@@ -149,7 +166,8 @@ class Cuts:
         # Numbers ascend: none of those before it comes again, but the first and the result's.
         self._taken = {number} | self._taken & {FIRST, self._final_number}
         self._writing += 1
-        step, batches = self.plane.step, self.plane.complete()
+        step = EVERYTHING if self.plane.slotless else self.plane.step
+        batches = self.plane.complete()
         rollbacks = self._rollbacks
 
         def done(written: Written | None, error: str | None) -> None:
@@ -221,7 +239,7 @@ class Cuts:
         self._turn = cut.step // every if every else 0
 
     def _begin(self, number: str, batches: tuple[int, ...]) -> None:
-        late = any(int(self.plane.slots.last[:, w].max()) > b for w, b in enumerate(batches))
+        late = any((self.plane.slots.last[:, w] > b).any() for w, b in enumerate(batches))
         if late or self._writing:
             self._abandon(number)
             return

@@ -54,6 +54,8 @@ from daruma_trainer.wire import (
     Slots as SlotMask,
 )
 
+EVERYTHING = 1 << 40
+"""More than any batch or step: how far a shard without slots is, which never is the last."""
 MAX_READS = 256
 """Pulls that wait for a worker's own batch; more are refused, and go to the head."""
 
@@ -465,9 +467,19 @@ class DataPlane:
         workers = [w for w in range(self.workers) if w not in out] or list(range(self.workers))
         return np.asarray(self.slots.last[k][:, workers].min(axis=1), np.int64)
 
+    @property
+    def slotless(self) -> bool:
+        """Whether this shard is none: of very many servers some own no slot."""
+        return not len(self.slots.ids)
+
+    def heard_step(self, step: int) -> None:
+        """A sibling is at this step: so is a shard that has nothing to know it from."""
+        if self.slotless:
+            self.step = max(self.step, step)
+
     def refresh_step(self) -> None:
         """Recompute this shard's step; within a generation it never goes back."""
-        if not len(self.slots.ids):
+        if self.slotless:
             return
         if self.clocked:
             now = int(self.slot_steps(np.arange(len(self.slots.ids))).min())
@@ -489,6 +501,8 @@ class DataPlane:
 
     def complete(self) -> tuple[int, ...]:
         """For each worker the last batch up to which every slot has everything."""
+        if self.slotless:
+            return (EVERYTHING,) * self.workers
         k = np.arange(len(self.slots.ids))
         return tuple(self.slots.complete_until(k, w) for w in range(self.workers))
 

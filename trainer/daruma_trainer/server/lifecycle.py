@@ -189,7 +189,10 @@ class Lifecycle:
             self._around.publish()
 
     def heard(self, report: Report) -> None:
-        """Take what a sibling says of cuts."""
+        """Take what a member says of its step and of cuts."""
+        server = report.id.startswith("server-") and report.state == "Ready"
+        if self.plane is not None and server and report.generation == self.generation:
+            self.plane.heard_step(report.step)
         if self.cuts is None:
             return
         if report.final is not None and not self.cuts.final:

@@ -68,7 +68,7 @@ class Sums:
         if self.lacks(np.arange(len(self._slots.ids))):
             return True
         sums = any(table.rule.name == "add" for table in self._shard.tables)
-        return self.inexact and sums and len(self._heard) < workers
+        return self.inexact and sums and len(self._heard) < workers and len(self._slots.ids) > 0
 
     def add_from(self, push: Push, k: Ints, ready: NDArray[np.bool_]) -> list[TablePush]:
         """Add what a push has for sums to those of the Ready slots in `k` that lack it.

@@ -129,7 +129,8 @@ def report_of(server: "Server") -> Report:
     elif life.rolling or (plane.slots.state == SlotState.RESTORING).any():
         state = "Restoring"
     else:
-        state = "Ready" if ready == len(plane.slots.ids) and plane.shard.tables else "Empty"
+        whole = ready == len(plane.slots.ids) and (plane.shard.tables or plane.slotless)
+        state = "Ready" if whole else "Empty"
     now = time.monotonic()
     running = saver.newest if saver else None
     cut = cuts.newest if cuts else None

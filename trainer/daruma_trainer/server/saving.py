@@ -389,7 +389,8 @@ class Saver:
 
         It is touched here, because the first touch of fresh memory costs more than the copy.
         """
-        sizes = np.concatenate([record_floats(t) for t in self._plane.shard.tables])
+        tables = self._plane.shard.tables
+        sizes = np.concatenate([record_floats(t) for t in tables] or [np.empty(0, np.int64)])
         # A share, and what the save before may have left and a block may go beyond it.
         share = self._settings.fraction * sizes.sum() + 2 * sizes.max(initial=0)
         need = int(min(share, sizes.sum())) if self.every else 0

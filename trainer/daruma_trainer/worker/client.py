@@ -197,12 +197,12 @@ class Client:
             sessions, pushes = self._live, self._live.pushes
             pushes.begin(self.batch)
             covers = sessions.membership.settings.covers
-            servers = set(range(sessions.membership.servers)) if covers else set()
-            held = Held(self.batch, self.epoch, updates, servers)
+            servers = sessions.copy.servers
+            held = Held(self.batch, self.epoch, updates, set(servers) if covers else set())
             pushes.hold(held)
             now = time.monotonic()
             replay = self.replays
-            for server in range(sessions.membership.servers):
+            for server in servers:
                 if sessions.synced(server) is not None:
                     pushes.ride(held, server, sessions.copy)
                     self._todo.append(partial(sessions.sender.held, server, held))
@@ -343,9 +343,9 @@ class Client:
         self._thread.join(5.0)
         self._agent.close()
 
-    def lost_server(self) -> None:
+    def lost_server(self, server: int) -> None:
         """A connection to a server that counted broke, or its server is gone."""
-        if self.resumed and not self.outages.on:
+        if self.resumed and not self.outages.on and server in self._live.copy.servers:
             self.outages.begin(self.blocked_seconds)
             self._live.pushes.widest = self._live.pushes.view_gap
 

@@ -46,6 +46,8 @@ class HostCopy:
         self._uid = uid
         self._servers = servers
         self.owner: Ints = np.array(place(uid, servers))
+        self.servers: list[int] = np.unique(self.owner).tolist()
+        """Those that own slots: of very many some have none."""
         self.specs: list[TableSpec] = []
         self.data: list[Floats] = []
         """(rows, cols) of each table."""

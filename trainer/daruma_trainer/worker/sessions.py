@@ -127,8 +127,8 @@ class Sessions:
         return [session.link for session in self.by_server.values()]
 
     def away(self) -> list[int]:
-        """Return the servers that take no pushes now."""
-        return [s for s in range(self.membership.servers) if self.synced(s) is None]
+        """Return the servers with slots that take no pushes now."""
+        return [s for s in self.copy.servers if self.synced(s) is None]
 
     def may_merge(self, server: int, batch: int, now: float) -> bool:
         """Whether this worker's batch may be made one with others that a server lacks.
@@ -154,7 +154,7 @@ class Sessions:
         for server, session in list(self.by_server.items()):
             for event in session.link.receive(ready, unasked):
                 if event == "disconnected":
-                    self._worker.lost_server()
+                    self._worker.lost_server(server)
                     if session.stage is not Stage.TABLES:
                         self._begin(session)
                 elif event == "connected":
@@ -193,7 +193,7 @@ class Sessions:
         wanted = {m.index: m for m in self.membership.of(Role.SERVER) if m.address is not None}
         for index, session in list(self.by_server.items()):
             if index not in wanted or wanted[index] != session.link.peer:
-                self._worker.lost_server()
+                self._worker.lost_server(index)
                 session.token += 1  # what was asked for in it is asked for in the next
                 session.link.close()
                 del self.by_server[index]
@@ -286,7 +286,9 @@ class Sessions:
     ) -> None:
         if decode_json(frames[1]).get("wanted"):
             session.wanting.add(table)
-        self._on_step(server, Stage.PROBE, session, header, frames)
+        # Without slots there is nothing to wait for.
+        following = Stage.PROBE if server in self.copy.servers else Stage.RESYNC
+        self._on_step(server, following, session, header, frames)
 
     def _on_step(
         self, server: int, stage: Stage, session: Session, header: Header, frames: Sequence[Frame]
