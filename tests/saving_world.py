@@ -36,7 +36,7 @@ class Full(DirectoryStore):
 
 
 class World:
-    """Server 0 of `servers`, one table, no sockets."""
+    """One of `servers`, one table, no sockets."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class World:
         thread: Background | None = None,
         store: Store | None = None,
         incarnation: int = 1,
+        index: int = 0,
         **settings: Any,
     ) -> None:
         chosen = Settings(**{"every": 4, "fraction": 0.25, "cuts": True} | settings)
@@ -54,15 +55,15 @@ class World:
         self.store = store or DirectoryStore(folder)
         self.background = ByHand()
         background = thread or self.background
-        self.plane = DataPlane(self.membership, 0, incarnation)
+        self.plane = DataPlane(self.membership, index, incarnation)
         spec = TableSpec(0, "t", (ROWS, COLS), 1, rule_to_json(SGD(momentum=0.9)))
         assert self.plane.add_table(spec) is None
         self.plane.note_given(np.arange(len(self.plane.slots.ids)))
         self.plane.slots.state[:] = SlotState.READY
-        self.saver = Saver(self.plane, self.store, background, self.membership, 0)
+        self.saver = Saver(self.plane, self.store, background, self.membership, index)
         self.told: list[dict[str, Any]] = []
         self.cuts = Cuts(
-            self.plane, self.saver, self.store, background, 0,
+            self.plane, self.saver, self.store, background, index,
             lambda _i, m: self.told.append(m), self.membership,
         )  # fmt: skip
 

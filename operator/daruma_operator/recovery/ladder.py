@@ -52,7 +52,9 @@ def lacks(strategy: StrategyName, means: Means) -> str | None:
     preset = PRESETS[strategy]
     if preset.rollback:
         return None if means.cut else "there is no full checkpoint"
-    if means.nothing or means.predecessors or (SourceKind.REPLICA in preset.sources and means.replicas):
+    if means.nothing or means.predecessors:
+        return None
+    if SourceKind.REPLICA in preset.sources and means.replicas:
         return None
     if preset.sources == {SourceKind.REPLICA}:
         return "no replica of it is left that has everything"

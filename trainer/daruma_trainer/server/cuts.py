@@ -1,9 +1,9 @@
 """Cuts over all shards, without the operator.
 
-The coordinator is the live server of the lowest index that has slots. Under `Async` it names a batch per worker a
-little ahead; every shard applies up to those, holds later pushes back for at most two seconds, and
-copies itself. Under `Sync` every shard copies itself at the same step. Each tells the coordinator
-its manifest; the cut exists when the coordinator has written the cut's file.
+The coordinator is the live server of the lowest index that has slots. Under `Async` it names a
+batch per worker a little ahead; every shard applies up to those, holds later pushes back for at
+most two seconds, and copies itself. Under `Sync` every shard copies itself at the same step. Each
+tells the coordinator its manifest; the cut exists when the coordinator has written the cut's file.
 """
 
 import logging
@@ -95,40 +95,42 @@ class Cuts:
             return  # a store that is slower than cuts come gets fewer of them
         if not (settings.cuts and settings.every) or not plane.slots.ready.all():
             return
-        if plane.slotless:
-            return  # it is told
         turn = plane.step // settings.every
-        if turn <= self._turn:
+        if turn <= self._turn or plane.slotless:
             return
         if plane.sync:
             if plane.step % settings.every == 0:
                 self._turn = turn
-                number = cut_number(self.membership.epoch, plane.step)
-                if self.index == self.coordinator:
-                    self._tell_slotless(number)
-                self.take(number)
+                self._take_step()
         elif self.index == self.coordinator and not self._holding:
             self._turn = turn
-            ahead = [
-                plane.ended[w] if w in plane.ended else int(plane.slots.last[:, w].max()) + AHEAD
-                for w in range(plane.workers)
-            ]
-            order = {
-                "op": "begin",
-                "number": cut_number(self.membership.epoch, plane.step),
-                "batches": ahead,
-            }
-            for member in self.membership.of(Role.SERVER):
-                if member.index != self.index:
-                    self.tell(member.index, order)
-            self.receive(order, self.membership.rollback.generation)
+            self._lay_ahead()
 
-    def _tell_slotless(self, number: str) -> None:
-        """Let those take part that have nothing to know the step from."""
+    def _take_step(self) -> None:
+        """Take the cut of this step (Sync), as all do that have slots; others are told to."""
+        number = cut_number(self.membership.epoch, self.plane.step)
         order = {"op": "begin", "number": number, "batches": list(self.plane.complete())}
         for member in self.membership.of(Role.SERVER):
-            if member.index not in self._owners:
+            if self.index == self.coordinator and member.index not in self._owners:
                 self.tell(member.index, order)
+        self.take(number)
+
+    def _lay_ahead(self) -> None:
+        """Name a batch of each worker that all shards go to."""
+        plane = self.plane
+        ahead = [
+            plane.ended[w] if w in plane.ended else int(plane.slots.last[:, w].max()) + AHEAD
+            for w in range(plane.workers)
+        ]
+        order = {
+            "op": "begin",
+            "number": cut_number(self.membership.epoch, plane.step),
+            "batches": ahead,
+        }
+        for member in self.membership.of(Role.SERVER):
+            if member.index != self.index:
+                self.tell(member.index, order)
+        self.receive(order, self.membership.rollback.generation)
 
     def receive(self, raw: dict[str, Any], generation: int) -> None:
         """Take a CUT message of a sibling's generation; ContractError if it is none."""
