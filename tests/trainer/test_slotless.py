@@ -72,7 +72,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.fixture(params=list(CONFIGS.values()), ids=list(CONFIGS))
 def job(request: pytest.FixtureRequest) -> Iterator[SimulatedJob]:
     with all_on_server_1():
         job = SimulatedJob(Settings(**request.param), 0.0, servers=2)
@@ -206,6 +206,18 @@ def test_cuts_are_taken_of_the_others_steps_and_batches(pair: Pair) -> None:
     }
 
 
+@pytest.mark.parametrize("pair", ["Async", "Sync"], indirect=True)
+def test_alone_it_begins_no_cut(pair: Pair) -> None:
+    """All others are lost; it is at the step that they were at."""
+    world = pair.worlds[0]
+    lost = tuple(replace(m, address=None) if m.index else m for m in world.membership.members)
+    world.cuts.follow_membership(replace(world.membership, epoch=2, members=lost))
+    world.plane.heard_step(8)
+    world.cuts.tick()
+    assert world.plane.hold is None
+    assert not world.background.jobs
+
+
 class Newcomer:
     """Incarnation 9 of server 0; its loop is turned by hand."""
 
@@ -255,14 +267,15 @@ def test_a_plan_for_it_is_done_at_once(tmp_path: Path) -> None:
     with all_on_server_1():
         new = Newcomer(tmp_path)
         new.life.restore(Restore(9, 9, "server-0-9", ()))
-        new.until(lambda: new.life.initialised and new.life.plane is not None)
-        assert new.life.plane is not None
+        plane = new.life.plane
+        assert plane is not None
+        new.until(lambda: plane.sums.inexact)
         restorer = new.life.restorer
         assert restorer is not None
         assert restorer.report is not None
         assert (restorer.report.done, restorer.report.missing) == (True, 0)
         # There is no sum that a worker could have to make again.
         spec = TableSpec(0, "sum", (ROWS, COLS), 1, rule_to_json(Add()))
-        assert new.life.plane.add_table(spec) is None
-        assert not new.life.plane.sums.lacking(1)
+        assert plane.add_table(spec) is None
+        assert not plane.sums.lacking(1)
         new.life.close(10.0)
