@@ -365,9 +365,10 @@ class World:
             sim.restore = RestoreReport(restore.recovery, missing=len(mine), damaged=self.damaged)
             return
         there = [s.kind.value for s in restore.sources]
-        kind = next(k for k in there if not (self.dead_peers and k == PEER))
+        kinds = [k for k in there if not (self.dead_peers and k == PEER)][: len(mine)]
+        assert kinds or not mine, "no source is left"
         sim.restore = RestoreReport(
-            restore.recovery, {kind: len(mine)}, 100, 0.01, moments=self.moments,
+            restore.recovery, {k: len(mine) for k in kinds[:1]}, 100, 0.01, moments=self.moments,
             damaged=self.damaged, done=True
         )  # fmt: skip
         sim.state, sim.initialised = "Ready", True

@@ -25,7 +25,7 @@ MEMBERSHIP = Membership("uid", "n", "j", 1, 1, 1, (SERVER, WORKER), Settings())
 def sessions() -> Iterator[Sessions]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     me = SimpleNamespace(index=0, id="worker-0-1", token="token")
-    worker = SimpleNamespace(me=me, lost_server=lambda: None)
+    worker = SimpleNamespace(me=me, lost_server=lambda _server: None)
     made = Sessions(cast("Any", worker), MEMBERSHIP, context, zmq.Poller())
     yield made
     made.close()

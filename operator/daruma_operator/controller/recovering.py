@@ -216,9 +216,10 @@ def _reason(plans: Iterable[Plan]) -> str:
     plans = list(plans)
     if not plans:
         return "ReplicaPromoted"
-    if all(p.nothing for p in plans):
+    plans = [p for p in plans if not p.nothing]
+    if not plans:
         return "NothingLost"
-    if all(p.handed or p.nothing for p in plans):
+    if all(p.handed for p in plans):
         return "HandedOver"
     peers = any(s.kind is SourceKind.PEER for p in plans for s in p.sources)
     return "PeerCopiesFound" if peers else "RunningCheckpointFound"
