@@ -13,7 +13,7 @@ from controller_world import FOREVER, START
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.controller import apply as applying
 from daruma_operator.controller.acts import Act, CreatePod, DeletePod
-from daruma_operator.controller.agents import Agents
+from daruma_operator.controller.agents import Agents, Talk
 from daruma_operator.controller.apply import PodNotMadeError, announce, apply
 from daruma_operator.controller.loop import Controller, Hooks
 from daruma_operator.errors import ClusterError
@@ -58,18 +58,22 @@ def acts(creations: int = 3) -> list[Act]:
     return [*(CreatePod(p) for p in plans), *(DeletePod(n, f"uid-{n}", 1.0) for n in gone)]
 
 
-def run(substrate: Refusing, what: list[Act]) -> Exception | None:
-    async def story() -> Exception | None:
-        agents = Agents(SETTINGS, lambda _key: None)
-        talk = agents.begin(KEY, "u", TOKEN)
+def run(substrate: Refusing, *passes: list[Act]) -> Exception | None:
+    async def once(what: list[Act], agents: Agents, talk: Talk) -> Exception | None:
         try:
             await apply(what, substrate.world.job, substrate, agents, talk, lambda _point: None)
         except ClusterError as error:
             return error
         finally:
             assert not substrate.under_way, "nothing goes on after the pass"
-            await agents.close()
         return None
+
+    async def story() -> Exception | None:
+        agents = Agents(SETTINGS, lambda _key: None)
+        talk = agents.begin(KEY, "u", TOKEN)
+        errors = [await once(what, agents, talk) for what in passes]
+        await agents.close()
+        return errors[-1]
 
     return asyncio.run(story())
 
@@ -84,6 +88,16 @@ def test_a_refused_pod_holds_up_no_other_act() -> None:
         *(f"create j-server-{i}-2" for i in range(3)),
         *(f"delete j-server-{i}-1" for i in range(1, 4)),
     ]
+
+
+def test_a_pod_that_was_refused_is_not_asked_for_with_every_look() -> None:
+    substrate = Refusing(LiveWorld(total=FOREVER))
+    assert str(run(substrate, acts(), acts(1))) == "not now", "the deletion, tried again"
+    assert substrate.calls.count("create j-server-0-2") == 1
+    assert substrate.calls.count("token") == 1
+    again = Refusing(LiveWorld(total=FOREVER))
+    run(again, acts(1), [], acts(1))
+    assert again.calls.count("create j-server-0-2") == 2, "it was not wanted any more meanwhile"
 
 
 def test_a_deletion_that_fails_is_told_when_nothing_else_is() -> None:

@@ -54,6 +54,14 @@ class Silence:
     """Whether itself did: the token is another job's, or of another operator's key."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """A pod that was refused so often is not asked for again before then (the loop's time)."""
+
+    count: int
+    until: float
+
+
 @dataclass(slots=True)
 class Talk:
     """What the operator remembers of a job's members. It may be lost with the operator."""
@@ -69,6 +77,8 @@ class Talk:
     delivered: dict[str, int] = field(default_factory=dict)
     planned: dict[str, tuple[float, Planned]] = field(default_factory=dict)
     saving: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, "Refusals"] = field(default_factory=dict)
+    """Of pods that the API server would not make, by name."""
     polls: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     calm: bool = False
     hurry: asyncio.Event = field(default_factory=asyncio.Event)

@@ -15,7 +15,7 @@ from daruma_operator.controller.acts import (
     PostRestore,
     PutMembership,
 )
-from daruma_operator.controller.agents import Agents, Talk
+from daruma_operator.controller.agents import Agents, Refusals, Talk
 from daruma_operator.errors import ClusterError
 from daruma_operator.substrate.protocol import Event, JobKey, PodPlan, Substrate
 
@@ -24,6 +24,9 @@ Message = PutMembership | PostRestore | PostCheckpoint
 Work = Callable[[], Coroutine[Any, Any, None]]
 CREATIONS = 16
 """Pods of one job that are made or removed at the same time, and events that are told."""
+AGAIN_SECONDS, LONGEST_SECONDS = 0.5, 30.0
+"""Before a pod that was refused is asked for again: at first, and doubled each time up to this. Of
+a large job under a quota there may be a thousand, and deadlines have the job looked at often."""
 EVENTS_SECONDS = 10.0
 """What a pass may take to tell people: an API server that hangs must not hold up a recovery."""
 
@@ -56,9 +59,9 @@ async def apply(
     refused: list[str] = []
 
     async def create() -> None:
-        if plans:
-            await _equip(substrate, job, plans[0])
-            failures = await _together(partial(_make, substrate, job, p) for p in plans)
+        if due := _due(plans, talk):
+            await _equip(substrate, job, due[0])
+            failures = await _together(partial(_make, substrate, job, p, talk) for p in due)
             point("pods-created")
             _raise_first(failures)
 
@@ -117,10 +120,24 @@ async def _equip(substrate: Substrate, job: TrainingJob, plan: PodPlan) -> None:
         raise PodNotMadeError(plan, f"the job's token cannot be put there: {error}") from error
 
 
-async def _make(substrate: Substrate, job: TrainingJob, plan: PodPlan) -> None:
+def _due(plans: Sequence[PodPlan], talk: Talk) -> list[PodPlan]:
+    """Return the pods that are to be asked for now: those that were refused have to wait."""
+    names = {plan.name for plan in plans}
+    talk.refusals = {name: r for name, r in talk.refusals.items() if name in names}
+    now = asyncio.get_running_loop().time()
+    waiting = {name for name, r in talk.refusals.items() if r.until > now}
+    return [plan for plan in plans if plan.name not in waiting]
+
+
+async def _make(substrate: Substrate, job: TrainingJob, plan: PodPlan, talk: Talk) -> None:
+    before = talk.refusals.pop(plan.name, None)
     try:
         await substrate.create_pod(job, plan)
     except ClusterError as error:
+        count = 1 if before is None else before.count + 1
+        delay = min(AGAIN_SECONDS * 2 ** min(count - 1, 20), LONGEST_SECONDS)
+        until = asyncio.get_running_loop().time() + delay
+        talk.refusals[plan.name] = Refusals(count, until)
         raise PodNotMadeError(plan, str(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # Templates are the user's, and checked by nobody before.

@@ -181,7 +181,13 @@ class Controller:
         if decision.after is not None:
             # Before anything can fail: deadlines do not wait for that to be repeated.
             self._queue.add_after(key, decision.after)
-        done = await self._act(job, decision, talk, again)
+        try:
+            done = await self._act(job, decision, talk, again)
+        finally:
+            if talk.refusals:
+                soonest = min(r.until for r in talk.refusals.values())
+                left = soonest - asyncio.get_running_loop().time()
+                self._queue.add_after(key, max(left, 0.0))
         if not done:
             self._queue.add_after(key, self._settings.retry_seconds)
         if decision.final:
