@@ -3,7 +3,6 @@
 It knows what each slot really holds, what workers were promised, and how many failures there were.
 """
 
-import threading
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,6 +26,8 @@ from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.reporting import report_of
 from daruma_trainer.wire import State
 from daruma_trainer.worker import client as worker_client
+from daruma_trainer.worker import loop as worker_loop
+from daruma_trainer.worker import meanwhile as worker_meanwhile
 from daruma_trainer.worker import reading as worker_reading
 from daruma_trainer.worker import reporting as worker_reporting
 from daruma_trainer.worker import sessions as worker_sessions
@@ -126,10 +127,7 @@ class SimulatedJob:
             nothing: Callable[..., None] = lambda *_: None  # noqa: E731
             return SimpleNamespace(close=nothing, follow=nothing, tick=nothing, report=())
 
-        threads = SimpleNamespace(
-            Condition=threading.Condition,
-            Thread=lambda **_: SimpleNamespace(start=lambda: None),
-        )
+        threads = SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=lambda: None))
         patches: list[tuple[Any, str, Any]] = [
             (worker_sessions, "Link", wire),
             (serve, "Link", wire),
@@ -138,14 +136,14 @@ class SimulatedJob:
             (serve, "Guests", idle),
             (serve, "Agent", idle),
             (worker_client, "Agent", idle),
-            (worker_client, "threading", threads),
+            (worker_loop, "threading", threads),
             (serve, "Fence", partial(Fence, clock=clock.monotonic)),
             (serve, "Replicator", partial(Replicator, clock=clock.monotonic)),
             (lifecycle, "Background", lambda _post: ByHand()),
         ]
         timed = (
-            worker_sessions, worker_client, worker_reading, worker_reporting, serve, lifecycle,
-            restoring, server_reporting,
+            worker_sessions, worker_client, worker_meanwhile, worker_reading, worker_reporting,
+            serve, lifecycle, restoring, server_reporting,
         )  # fmt: skip
         patches += [(module, "time", clock) for module in timed]
         for module, name, value in patches:

@@ -136,8 +136,8 @@ class SimulatedWorker(Client):
                 self.failure = error
             except ContractError:
                 pass
-        while self._asked:
-            self._give(*self._asked.popleft())
+        while self._sessions is not None and self._sessions.giver.asked:
+            self._sessions.giver.give()
         if self.failure is not None and not self.ended:
             raise self.failure
         self._program()
@@ -163,7 +163,7 @@ class SimulatedWorker(Client):
     def end(self) -> None:
         if self._sessions is not None:
             self._sessions.close()
-        self._context.destroy(linger=0)
+        self._loop.context.destroy(linger=0)
 
     def _program(self) -> None:
         if self.membership is None or self.ended:
@@ -185,11 +185,11 @@ class SimulatedWorker(Client):
                 enters = self._live.membership.elastic and self.batch
                 self.pulling = self.pull(pace(self)) if enters else self._before()
             return
-        away = self.away(pace(self)) & (not self.patient)
+        away = self.meanwhile.away(pace(self)) & (not self.patient)
         if pulling.before and (pulling.unkept or self.job.now > self._ends):
             self.position.mixed.add(self.batch + 1)
             self.pulling = None
-        elif not (pulling.missing & ~away).any() and (self.patient or not self.crowded):
+        elif not (pulling.missing & ~away).any() and (self.patient or not self.meanwhile.crowded):
             if self.copy is not None and not (pulling.before or self.patient):
                 own = self.copy.last[~pulling.missing, self.me.index]
                 assert (own >= self.batch).all(), "a pull without an own push"

@@ -79,7 +79,7 @@ def test_a_copy_is_given_message_by_message_and_without_the_lock(
         link = client._live.links[0]
         halves = [mask_of(np.arange(0, SLOTS // 2)), mask_of(np.arange(SLOTS // 2, SLOTS))]
         with client.lock:
-            client._asked += [(link, 3, bitmap(half)) for half in halves]
+            client._live.giver.asked += [(link, 3, bitmap(half)) for half in halves]
         client.wake()
         until(lambda: len(sent) == 2, "both are given")
         assert free == [True, True], "training waited for it"
@@ -91,9 +91,9 @@ def test_a_copy_is_given_message_by_message_and_without_the_lock(
         # A server that is gone gets nothing, and nobody falls over it.
         with client.lock:
             client._live.by_server.clear()
-            client._asked.append((link, 4, bitmap(halves[0])))
+            client._live.giver.asked.append((link, 4, bitmap(halves[0])))
         client.wake()
-        until(lambda: not client._asked, "it is passed over")
+        until(lambda: not client._live.giver.asked, "it is passed over")
         assert len(sent) == 2
         assert client.failure is None
     finally:

@@ -1,51 +1,30 @@
-"""The worker's I/O thread: it owns the connections, and everything that has to go on by itself.
+"""What a worker's two threads share, and what each of them does with it, under one lock.
 
-The training thread hands over batches and waits; the two share state under one lock. What is said
-to each server is in `sessions`.
+The training thread hands over batches and waits; the I/O thread (`loop`) owns the connections, and
+everything that has to go on by itself. What is said to each server is in `sessions`.
 """
 
 import logging
 import math
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 
 import numpy as np
-import zmq
 
 from daruma_trainer.agent import Agent, Command, Outcome, ViewCell
-from daruma_trainer.contract import (
-    SLOTS,
-    ContractError,
-    Membership,
-    Report,
-    Role,
-    WorkersMeanwhile,
-)
-from daruma_trainer.errors import (
-    DarumaError,
-    GaveUpError,
-    ReplacedError,
-)
+from daruma_trainer.contract import ContractError, Membership, Report, Role
+from daruma_trainer.errors import DarumaError, GaveUpError, ReplacedError
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, Ints, TableSpec
 from daruma_trainer.links import Answer, Link
-from daruma_trainer.wire import (
-    Frame,
-    Header,
-    Kind,
-    MalformedError,
-    Slots,
-    decode_json,
-    encode_json,
-    encode_state,
-)
+from daruma_trainer.wire import Frame, Header, Kind, MalformedError, decode_json, encode_json
 from daruma_trainer.worker.copies import HostCopy
+from daruma_trainer.worker.loop import Loop
+from daruma_trainer.worker.meanwhile import Meanwhile
 from daruma_trainer.worker.metrics import exposition
 from daruma_trainer.worker.outages import Outages
 from daruma_trainer.worker.position import Position
@@ -101,20 +80,15 @@ class Client:
         self.announced = 0
         """Number of tables that the servers were told of."""
         self._follow_later = False
-        self._asked: deque[tuple[Link, int, bytes]] = deque()
-        """Parts of this worker's copy that restoring servers asked for."""
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._poller = zmq.Poller()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._poller.register(self._wake, zmq.POLLIN)
-        self._closing = False
+        self._loop = Loop(self._go_round, self._ended)
+        self._beat = 0.0
+        """When the last heartbeat was."""
         self.cell = ViewCell(self._report())
         self._agent = Agent(
             identity.agent_listen, identity.token, self.cell, self._command,
             lambda: exposition(self),
         )  # fmt: skip
-        self._thread = threading.Thread(target=self._run, name="daruma-io", daemon=True)
-        self._thread.start()
+        self._loop.start()
 
     # For the training thread
 
@@ -178,7 +152,7 @@ class Client:
         with self.lock:
             sessions = self._live
             further = sessions.copy.last[:, self.me.index] > self.batch
-            if not further.any() or self._consistency != "Sync":
+            if not further.any() or sessions.membership.settings.consistency != "Sync":
                 return None
             wanted = self.wanted = Wanted(self.batch, missing=further, before=True)
             self._todo += [partial(sessions.puller.ask, server) for server in sessions.by_server]
@@ -201,12 +175,12 @@ class Client:
             held = Held(self.batch, self.epoch, updates, set(servers) if covers else set())
             pushes.hold(held)
             now = time.monotonic()
-            replay = self.replays
+            replay = sessions.meanwhile.replays
             for server in servers:
                 if sessions.synced(server) is not None:
                     pushes.ride(held, server, sessions.copy)
                     self._todo.append(partial(sessions.sender.held, server, held))
-                elif replay and sessions.may_merge(server, self.batch, now):
+                elif replay and sessions.meanwhile.may_merge(server, self.batch, now):
                     pushes.accumulate(held, server, sessions.copy, now, sessions.rules)
                 elif replay:
                     pushes.hold_back(server)
@@ -274,56 +248,9 @@ class Client:
         return self._sessions is not None and self._answers >= len(self._sessions.by_server)
 
     @property
-    def replays(self) -> bool:
-        """Whether this worker goes on while a server is away."""
-        settings = self._live.membership.settings
-        waits = self._consistency == "Sync" or (
-            self._consistency == "Bounded" and not settings.max_staleness
-        )
-        return settings.meanwhile is WorkersMeanwhile.REPLAY and not waits
-
-    @property
-    def _consistency(self) -> str:
-        return self._live.membership.settings.consistency
-
-    def away(self, batch: int) -> Slots:
-        """Slots whose server cannot be reached, of a worker that may go on without them.
-
-        Under `Bounded` only while its copy of them has this batch of all others.
-        """
-        mask = np.zeros(SLOTS, np.bool_)
-        if self.replays and self.resumed:
-            now, sessions = time.monotonic(), self._live
-            members = sessions.membership.of(Role.WORKER)
-            others = [m.index for m in members if m.address and m.index != self.me.index]
-            for server in sessions.away():
-                if sessions.pushes.may_accumulate(server, now):
-                    slots = sessions.copy.slots_of(server)
-                    if self._consistency == "Async" or sessions.copy.knows(slots, others, batch):
-                        mask |= slots
-        return mask
-
-    @property
-    def crowded(self) -> bool:
-        """Whether more pushes than allowed wait to be covered by a server that is there."""
-        sessions = self._live
-        limit = sessions.membership.settings.max_uncovered
-        return any(
-            sessions.synced(server) is not None and sessions.pushes.uncovered(server) > limit
-            for server in range(sessions.membership.servers)
-        )
-
-    def runs_ahead(self) -> bool:
-        """Whether this worker computes on while answers are under way: some server is away.
-
-        What the others answer is then there for the step after next. Not where a limit makes it
-        wait for a server.
-        """
-        with self.lock:
-            sessions, now = self._live, time.monotonic()
-            free = sessions.membership.settings.consistency == "Async" and self.replays
-            away = sessions.away() if free and self.resumed else []
-            return bool(away) and all(sessions.pushes.may_accumulate(s, now) for s in away)
+    def meanwhile(self) -> Meanwhile:
+        """Whether this worker goes on while servers are away; only once there is a membership."""
+        return self._live.meanwhile
 
     def enter(self, state: str) -> None:
         """Be at something else (Report.state), and say so now."""
@@ -334,13 +261,11 @@ class Client:
 
     def wake(self) -> None:
         """Let the I/O thread look again."""
-        os.eventfd_write(self._wake, 1)
+        self._loop.wake()
 
     def close(self) -> None:
         """Stop the I/O thread and the agent."""
-        self._closing = True
-        self.wake()
-        self._thread.join(5.0)
+        self._loop.close()
         self._agent.close()
 
     def lost_server(self, server: int) -> None:
@@ -358,64 +283,41 @@ class Client:
 
     # The I/O thread
 
-    def _run(self) -> None:
-        try:
-            self._loop()
-        finally:
-            with self.lock:
-                if not self._closing:
-                    # The traceback is in the log; nobody shall wait for a thread that is gone.
-                    self.failure = GaveUpError(
-                        f"{self.me.id}: its I/O thread broke; the traceback is in this log"
-                    )
-                self.lock.notify_all()
-            if self._sessions is not None:
-                self._sessions.close()
-            self._context.destroy(linger=0)
-
-    def _loop(self) -> None:
-        beat = 0.0
-        while not self._closing:
-            calm = self._sessions is None or not self._sessions.unsettled
-            rest = math.ceil(1000 * (HEARTBEAT_SECONDS - (time.monotonic() - beat)))
-            tick = min(max(rest, 0), CALM_MS) if calm else TICK_MS
-            tick = 0 if self._asked else tick
-            ready = dict(self._poller.poll(tick))
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
-            with self.lock:
-                try:
-                    self._turn(ready)
-                except DarumaError as error:
-                    self.failure = error
-                except ContractError as error:
-                    LOG.warning("passed over a message: %s", error)
-                if time.monotonic() - beat >= HEARTBEAT_SECONDS:
-                    beat = time.monotonic()
-                    self._heartbeat()
-                if self._reporter.is_news(self._report()):
-                    self._heartbeat()
-                self.lock.notify_all()
-            if self._asked:
-                self._give(*self._asked.popleft())
-
-    def _give(self, link: Link, request: int, wanted: bytes) -> None:
-        """Give a restoring server a message's worth of this worker's copy.
-
-        One between two turns, and without the lock, so that training goes on: this thread alone
-        writes the copy. A rollback meanwhile makes another generation, and the server drops this.
-        """
+    def _ended(self) -> None:
         with self.lock:
-            if link not in self._live.links:
-                return
-            reply = replace(self.header(Kind.COPY), request=request)
-        try:
-            states = self._live.copy.fetched(wanted)
-        except ContractError as error:
-            LOG.warning("did not give %s what it asked for: %s", link.peer.id, error)
-            return
-        for state in states:
-            link.send(replace(reply, incarnation=link.peer.incarnation), encode_state(state))
+            if not self._loop.closing:
+                # The traceback is in the log; nobody shall wait for a thread that is gone.
+                self.failure = GaveUpError(
+                    f"{self.me.id}: its I/O thread broke; the traceback is in this log"
+                )
+            self.lock.notify_all()
+        if self._sessions is not None:
+            self._sessions.close()
+
+    def _go_round(self, ready: Container[object]) -> int:
+        """Take in what came, and do what is due; returns for how many ms to wait then."""
+        with self.lock:
+            try:
+                self._turn(ready)
+            except DarumaError as error:
+                self.failure = error
+            except ContractError as error:
+                LOG.warning("passed over a message: %s", error)
+            if time.monotonic() - self._beat >= HEARTBEAT_SECONDS:
+                self._beat = time.monotonic()
+                self._heartbeat()
+            if self._reporter.is_news(self._report()):
+                self._heartbeat()
+            self.lock.notify_all()
+        sessions = self._sessions
+        if sessions is not None and sessions.giver.asked:
+            sessions.giver.give()
+            if sessions.giver.asked:
+                return 0
+        if sessions is not None and sessions.unsettled:
+            return TICK_MS
+        rest = math.ceil(1000 * (HEARTBEAT_SECONDS - (time.monotonic() - self._beat)))
+        return min(max(rest, 0), CALM_MS)
 
     def _turn(self, ready: Container[object]) -> None:
         if self._sessions is None:
@@ -469,7 +371,7 @@ class Client:
             return Outcome(HTTPStatus.CONFLICT, "this incarnation was replaced")
         self.membership = new
         if self._sessions is None:
-            self._sessions = Sessions(self, new, self._context, self._poller)
+            self._sessions = Sessions(self, new, self._loop.context, self._loop.poller)
         self._sessions.membership = new
         self._sessions.pushes.limits = replay_of(new.settings)
         if old is not None and old.settings.covers and not new.settings.covers:
@@ -501,7 +403,7 @@ class Client:
         if header.kind is Kind.MEMBERSHIP:
             self._adopt(Membership.from_json(decode_json(frames[1])))
         elif header.kind is Kind.FETCH:
-            self._asked.append((link, header.request, bytes(frames[1])))
+            self._live.giver.asked.append((link, header.request, bytes(frames[1])))
         elif header.kind is Kind.EPOCH and self.membership is not None:
             reply = replace(self.header(Kind.MEMBERSHIP), incarnation=link.peer.incarnation)
             link.send(reply, [encode_json(self.membership.to_json())])

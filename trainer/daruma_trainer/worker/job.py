@@ -187,7 +187,7 @@ class Job:
         client = self._client
         # A gradient of a batch before a rollback is dropped: that batch comes again.
         current = not self._batches_open or self._batch_generation == self._generation
-        ahead = client.runs_ahead()
+        ahead = client.meanwhile.runs_ahead()
         if ahead:
             # One step may be under way, no more: so no more gradients are kept than otherwise.
             self._until_answered(client.wanted)
@@ -226,7 +226,7 @@ class Job:
         self.wait(
             lambda: (
                 self._rolled_back
-                or not (wanted.missing & ~self._client.away(0)).any()
+                or not (wanted.missing & ~self._client.meanwhile.away(0)).any()
                 or self._client.stopped is not None
             ),
             self._progress_seconds(),
@@ -239,19 +239,19 @@ class Job:
 
         `ahead`: go on with what is there already; the answers are for the next step.
         """
-        client = self._client
+        client, meanwhile = self._client, self._client.meanwhile
         started = time.monotonic()
         wanted = client.pull(min_step, all_workers=all_workers)
 
         def missing() -> bool:
             # A phase ends with what every worker gave: no server may be left out of that.
-            away = np.zeros_like(wanted.missing) if all_workers else client.away(min_step)
-            return bool((wanted.missing & ~away).any()) or client.crowded
+            away = np.zeros_like(wanted.missing) if all_workers else meanwhile.away(min_step)
+            return bool((wanted.missing & ~away).any()) or meanwhile.crowded
 
         self.wait(
             lambda: (
                 self._rolled_back
-                or not (client.crowded if ahead else missing())
+                or not (meanwhile.crowded if ahead else missing())
                 or client.stopped is not None
             ),
             self._progress_seconds(),

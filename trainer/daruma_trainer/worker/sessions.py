@@ -41,6 +41,8 @@ from daruma_trainer.wire import (
     encode_push,
 )
 from daruma_trainer.worker.copies import HostCopy
+from daruma_trainer.worker.giving import Giver
+from daruma_trainer.worker.meanwhile import Meanwhile
 from daruma_trainer.worker.pulling import Puller
 from daruma_trainer.worker.pushes import Pushes
 from daruma_trainer.worker.reading import Readers
@@ -107,6 +109,8 @@ class Sessions:
         self._readers = Readers(worker.me.index, self._link)
         self.sender = Sender(self, worker)
         self.puller = Puller(self, worker, self._readers)
+        self.giver = Giver(self, worker)
+        self.meanwhile = Meanwhile(self, worker)
         self._rules: list[Rule] = []
 
     def close(self) -> None:
@@ -129,15 +133,6 @@ class Sessions:
     def away(self) -> list[int]:
         """Return the servers with slots that take no pushes now."""
         return [s for s in self.copy.servers if self.synced(s) is None]
-
-    def may_merge(self, server: int, batch: int, now: float) -> bool:
-        """Whether this worker's batch may be made one with others that a server lacks.
-
-        Where its predecessor's push of that batch reached some slots, it goes out by itself.
-        """
-        slots = self.copy.slots_of(server)
-        new = (self.copy.last[slots, self._worker.me.index] < batch).all()
-        return bool(new) and self.pushes.may_accumulate(server, now)
 
     @property
     def unsettled(self) -> bool:
