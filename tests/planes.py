@@ -13,7 +13,8 @@ from daruma_trainer.contract import Member, Membership, Role, Settings, indexes,
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Floats, TableSpec
 from daruma_trainer.rules import Rule, rule_to_json
-from daruma_trainer.server.data import DataPlane, Reply
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.replies import Reply
 from daruma_trainer.wire import (
     ENTER,
     PULL,

@@ -7,7 +7,8 @@ from daruma_trainer.agent import Command
 from daruma_trainer.contract import ContractError, Member, Membership, Restore, Role
 from daruma_trainer.errors import DarumaError, ReplacedError
 from daruma_trainer.identity import Identity
-from daruma_trainer.server.data import DataPlane, Reply
+from daruma_trainer.server.data import DataPlane
+from daruma_trainer.server.replies import Reply
 from daruma_trainer.server.serve import BATCH, Server
 from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Frame, Header, Kind, decode_json

@@ -3,8 +3,8 @@
 import numpy as np
 
 from daruma_trainer.contract import Member, Membership, Role, Settings
-from daruma_trainer.server.data import Reply
 from daruma_trainer.server.relaying import Relay
+from daruma_trainer.server.replies import Reply
 from daruma_trainer.wire import PULL, Header, Kind, Refusal, State, bitmap, encode_state
 
 ASKER = b"worker-2-1"

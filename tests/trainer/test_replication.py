@@ -13,7 +13,7 @@ from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints, TableSpec
 from daruma_trainer.links import Answer
 from daruma_trainer.rules import SGD, rule_to_json
-from daruma_trainer.server.data import DataPlane, Reply
+from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.replication.cover import Cover
 from daruma_trainer.server.replication.messages import (
     Versions,
@@ -23,6 +23,7 @@ from daruma_trainer.server.replication.messages import (
 from daruma_trainer.server.replication.outflow import Outflow
 from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.replication.stream import RETRY_SECONDS, Stream
+from daruma_trainer.server.replies import Reply
 from daruma_trainer.server.slots import SlotState
 from daruma_trainer.wire import (
     Frame,

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from daruma_trainer.contract import Member, Membership, Role, Settings
 from daruma_trainer.layout import Floats, Ints, TableSpec
 from daruma_trainer.rules import SGD, Adagrad, Adam, Add, Assign, Rule, rule_to_json
-from daruma_trainer.server.data import DataPlane, Reply
+from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.replication.replicator import _cut
+from daruma_trainer.server.replies import Reply
 from daruma_trainer.server.shard import Shard, TableArrays
 from daruma_trainer.server.slots import SlotState
 from daruma_trainer.wire import (

@@ -12,16 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daruma_trainer.applied import Seen
-from daruma_trainer.contract import (
-    ContractError,
-    Membership,
-    Role,
-    place,
-    slots_from_hex,
-)
+from daruma_trainer.contract import Membership, place, slots_from_hex
 from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
 from daruma_trainer.server.barrier import Barrier, Made, TwoWritersError
 from daruma_trainer.server.rebuilding import Sums
+from daruma_trainer.server.replies import Reply, refuse, worker_of
 from daruma_trainer.server.seats import Seats
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
@@ -60,15 +55,6 @@ MAX_READS = 256
 """Pulls that wait for a worker's own batch; more are refused, and go to the head."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What to send back."""
-
-    kind: Kind
-    body: Sequence[Frame]
-    flags: int = 0
-
-
 @dataclass(slots=True)
 class Waiting:
     """A request that is answered when its time comes: a pull of a later batch, a held push."""
@@ -87,11 +73,6 @@ class Counts:
     overlap: int = 0
     pushed_bytes: int = 0
     pulled_bytes: int = 0
-
-
-def refuse(refusal: Refusal, message: str) -> Reply:
-    """Answer with a named error and a sentence."""
-    return Reply(Kind.REFUSED, [encode_json({"message": message})], refusal)
 
 
 class Observer(Protocol):
@@ -522,12 +503,3 @@ class DataPlane:
     def _owned(self, mask: SlotMask) -> Ints | None:
         k = self.slots.index_of(np.flatnonzero(mask))
         return None if len(k) and k.min() < 0 else k
-
-
-def worker_of(identity: str) -> int:
-    """Return the index in a worker's id; ContractError for any other id."""
-    role, _, rest = identity.partition("-")
-    index, _, incarnation = rest.partition("-")
-    if role != Role.WORKER.value.lower() or not index.isdigit() or not incarnation.isdigit():
-        raise ContractError(f"{identity!r} is no worker")
-    return int(index)

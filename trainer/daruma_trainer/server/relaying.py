@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from daruma_trainer.contract import Member, Membership, Role
-from daruma_trainer.server.data import Reply, refuse, worker_of
+from daruma_trainer.server.replies import Reply, refuse, worker_of
 from daruma_trainer.wire import (
     BITMAP,
     ORIGIN,

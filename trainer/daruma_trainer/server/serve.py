@@ -32,7 +32,7 @@ from daruma_trainer.contract import (
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints
 from daruma_trainer.links import Link
-from daruma_trainer.server.data import DataPlane, Reply, refuse, worker_of
+from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.door import LINGER_MS, Door
 from daruma_trainer.server.fencing import Fence
 from daruma_trainer.server.guests import Guests
@@ -41,6 +41,7 @@ from daruma_trainer.server.metrics import exposition
 from daruma_trainer.server.relaying import FIRST as RELAYED
 from daruma_trainer.server.relaying import Relay
 from daruma_trainer.server.replication.replicator import Replicator
+from daruma_trainer.server.replies import Reply, refuse, worker_of
 from daruma_trainer.server.reporting import Board, Reports, report_of
 from daruma_trainer.server.siblings import Siblings
 from daruma_trainer.wire import (

@@ -15,10 +15,11 @@ from daruma_trainer.bench.rework.arms import SERVERS, Cost, Replication
 from daruma_trainer.contract import Member, Membership, Role, Settings, Suspect
 from daruma_trainer.identity import Identity
 from daruma_trainer.links import Answer
-from daruma_trainer.server.data import DataPlane, Reply
+from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.replication.inflow import Inflow
 from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.replication.stream import Connection, Send, Stream, policy_of
+from daruma_trainer.server.replies import Reply
 from daruma_trainer.wire import Frame, Header, Kind
 
 REPLICA = 2

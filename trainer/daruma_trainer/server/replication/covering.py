@@ -7,10 +7,11 @@ import numpy as np
 
 from daruma_trainer.contract import Membership, Role
 from daruma_trainer.layout import Ints
-from daruma_trainer.server.data import DataPlane, worker_of
+from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.replication.cover import Cover, Holder
 from daruma_trainer.server.replication.demand import Demand
 from daruma_trainer.server.replication.stream import Send, Stream, policy_of
+from daruma_trainer.server.replies import worker_of
 from daruma_trainer.wire import Frame, Kind, MalformedError, encode_json, from_bitmap
 
 ALONE_SECONDS = 0.1

@@ -12,7 +12,7 @@ from daruma_trainer.contract import Member, Membership, Suspect
 from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints, TableSpec
 from daruma_trainer.server.barrier import Made
-from daruma_trainer.server.data import DataPlane, Reply, refuse
+from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.replication.covering import Covering
 from daruma_trainer.server.replication.inflow import Inflow, OutOfOrderError
 from daruma_trainer.server.replication.messages import (
@@ -21,6 +21,7 @@ from daruma_trainer.server.replication.messages import (
     encode_versions,
 )
 from daruma_trainer.server.replication.stream import ROOM, Connection, Stream
+from daruma_trainer.server.replies import Reply, refuse
 from daruma_trainer.wire import (
     MAX_SLOT_BYTES,
     Frame,
