@@ -78,7 +78,7 @@ class World:
             batch = int(self.plane.slots.last.max()) + 1
             self.change(slice(None), change)
             self.plane.slots.advance(k, 0, batch, batch)
-            self.plane.refresh_step()
+            self.plane.steps.refresh()
 
     def change(self, rows: Any, by: float = 1.0) -> None:
         """Move rows (in wire order), as a push does; blocks are rows here."""

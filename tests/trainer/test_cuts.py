@@ -42,7 +42,7 @@ def roll_back(world: World, to: str) -> None:
     )
     world.cuts.roll_back()
     cut = Cut.decode(world.store.read(name))
-    world.plane.step = cut.step
+    world.plane.steps.now = cut.step
     world.plane.slots.last[:] = cut.step
     world.cuts.rolled_back(name, cut)
 
@@ -275,7 +275,7 @@ def test_a_cut_does_not_wait_for_a_worker_that_was_lost(tmp_path: Path) -> None:
     world = World(tmp_path)
     plane = world.plane
     worker = Member(Role.WORKER, 0, 1, "w0", "a:1")
-    plane.seats = Seats(replace(world.membership, members=(*world.membership.members, worker)))
+    plane.steps.seats = Seats(replace(world.membership, members=(*world.membership.members, worker)))
     world.train(4)
     world.cuts.receive({"op": "begin", "number": number(4), "batches": [7]}, 0)
     assert plane.hold == (7,)

@@ -36,7 +36,7 @@ def plane_of() -> DataPlane:
     plane.slots.state[:] = SlotState.READY
     plane.slots.position[:] = rng.integers(0, 1000, n)
     plane.slots.last[:] = rng.integers(0, 1000, (n, 1))
-    plane.step = 77
+    plane.steps.now = 77
     return plane
 
 

@@ -202,7 +202,7 @@ def push(plane: DataPlane, worker: int, batch: int) -> None:
 
 @pytest.mark.parametrize("consistency", ["Async", "Sync"])
 def test_a_pull_waits_for_the_workers_own_batch_alone(plane: DataPlane, consistency: str) -> None:
-    plane.sync = plane.clocked = consistency == "Sync"
+    plane.sync = plane.steps.clocked = consistency == "Sync"
     plane.slots.last[:, 0] = 1
     assert pull(plane, 1) is None
     plane.slots.last[:, 1] = 1

@@ -100,7 +100,7 @@ def test_after_a_rollback_nothing_of_the_abandoned_lineage_is_the_newest(tmp_pat
     world.plane.shard.tables[0].data[:] = 4.0
     world.plane.shard.tables[0].changed[:] = True
     world.plane.slots.last[:] = 4
-    world.plane.step = 4
+    world.plane.steps.now = 4
     ended: list[bool] = []
     world.saver.rolled_back(4, lambda: ended.append(True))
     assert not ended, "not before it is durable"

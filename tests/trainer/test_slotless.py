@@ -212,7 +212,7 @@ def test_alone_it_begins_no_cut(pair: Pair) -> None:
     world = pair.worlds[0]
     lost = tuple(replace(m, address=None) if m.index else m for m in world.membership.members)
     world.cuts.follow_membership(replace(world.membership, epoch=2, members=lost))
-    world.plane.heard_step(8)
+    world.plane.steps.heard(8)
     world.cuts.tick()
     assert world.plane.hold is None
     assert not world.background.jobs

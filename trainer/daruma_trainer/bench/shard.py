@@ -81,7 +81,7 @@ class Shard:
         self.plane.shard.update(0, 0, SLOTS, self._gradient, 1e-3)
         batch = int(slots.last[0, 0]) + 1
         slots.advance(k, 0, batch, batch)
-        self.plane.refresh_step()
+        self.plane.steps.refresh()
 
     def turn(self, think: float) -> None:
         """What the loop does after a push until the next one comes, `think` seconds later."""

@@ -17,9 +17,10 @@ from daruma_trainer.checkpoint.reading import saved_state
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import ContractError, Membership, Role, SavedState, place
 from daruma_trainer.server.background import Background
-from daruma_trainer.server.data import EVERYTHING, DataPlane
+from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.saving import Saver, Written
 from daruma_trainer.server.slots import SlotState
+from daruma_trainer.server.steps import EVERYTHING
 
 LOG = logging.getLogger("daruma.server")
 HOLD_SECONDS = 2.0
@@ -96,7 +97,7 @@ class Cuts:
         if not (settings.cuts and settings.every) or not plane.slots.ready.all():
             return
         turn = plane.step // settings.every
-        if turn <= self._turn or plane.slotless:
+        if turn <= self._turn or plane.steps.slotless:
             return
         if plane.sync:
             if plane.step % settings.every == 0:
@@ -109,7 +110,7 @@ class Cuts:
     def _take_step(self) -> None:
         """Take the cut of this step (Sync), as all do that have slots; others are told to."""
         number = cut_number(self.membership.epoch, self.plane.step)
-        order = {"op": "begin", "number": number, "batches": list(self.plane.complete())}
+        order = {"op": "begin", "number": number, "batches": list(self.plane.steps.complete())}
         for member in self.membership.of(Role.SERVER):
             if self.index == self.coordinator and member.index not in self._owners:
                 self.tell(member.index, order)
@@ -117,9 +118,9 @@ class Cuts:
 
     def _lay_ahead(self) -> None:
         """Name a batch of each worker that all shards go to."""
-        plane = self.plane
+        plane, ended = self.plane, self.plane.steps.ended
         ahead = [
-            plane.ended[w] if w in plane.ended else int(plane.slots.last[:, w].max()) + AHEAD
+            ended[w] if w in ended else int(plane.slots.last[:, w].max()) + AHEAD
             for w in range(plane.workers)
         ]
         order = {
@@ -168,8 +169,8 @@ class Cuts:
         # Numbers ascend: none of those before it comes again, but the first and the result's.
         self._taken = {number} | self._taken & {FIRST, self._final_number}
         self._writing += 1
-        step = EVERYTHING if self.plane.slotless else self.plane.step
-        batches = self.plane.complete()
+        step = EVERYTHING if self.plane.steps.slotless else self.plane.step
+        batches = self.plane.steps.complete()
         rollbacks = self._rollbacks
 
         def done(written: Written | None, error: str | None) -> None:
@@ -254,8 +255,8 @@ class Cuts:
         if hold is None:
             return
         # A lost worker's last batch may be in some slots and not in others: nobody adds to it now.
-        waited = [w for w in range(self.plane.workers) if w not in self.plane.seats.away]
-        done = self.plane.complete()
+        waited = [w for w in range(self.plane.workers) if w not in self.plane.steps.seats.away]
+        done = self.plane.steps.complete()
         there = all(done[w] >= hold[w] for w in waited)
         if there and not self.plane.sums.lacking(self.plane.workers):
             self.take(self._holding)

@@ -17,9 +17,9 @@ from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
 from daruma_trainer.server.barrier import Barrier, Made, TwoWritersError
 from daruma_trainer.server.rebuilding import Sums
 from daruma_trainer.server.replies import Reply, refuse, worker_of
-from daruma_trainer.server.seats import Seats
 from daruma_trainer.server.shard import Shard, TableTooLargeError
 from daruma_trainer.server.slots import Slots, SlotState
+from daruma_trainer.server.steps import Steps
 from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import (
     ALL_WORKERS,
@@ -49,8 +49,6 @@ from daruma_trainer.wire import (
     Slots as SlotMask,
 )
 
-EVERYTHING = 1 << 40
-"""More than any batch or step: how far a shard without slots is, which never is the last."""
 MAX_READS = 256
 """Pulls that wait for a worker's own batch; more are refused, and go to the head."""
 
@@ -107,15 +105,9 @@ class DataPlane:
         self.shard = Shard(membership.job_uid, ids)
         self.sums = Sums(self.shard, self.slots)
         self.sync = membership.settings.consistency == "Sync"
-        self.clocked = membership.settings.consistency != "Async"
-        """Whether the step is the slowest worker's clock."""
         self.barrier = Barrier(self.shard, self.slots)
         self.workers = membership.workers
-        self.seats = Seats(membership)
-        self.left: dict[int, int] = {}
-        """By worker: its last batch. It counts in no later step."""
-        self.ended: dict[int, int] = {}
-        """By worker: its last batch, also of those that only a rollback can bring back."""
+        self.steps = Steps(membership, self.slots)
         self.unheard: set[int] = set()
         """Workers that did not say since the slots were restored what they can give again."""
         self.counts = Counts()
@@ -124,7 +116,6 @@ class DataPlane:
         self.updates = 0
         """How many updates were made to this shard, by this process."""
         self.observer: Observer | None = None
-        self.step = 0
         self.waiting: list[Waiting] = []
         """Pushes that a cut in the making holds back."""
         self.pulls: list[Waiting] = []
@@ -225,7 +216,7 @@ class DataPlane:
         self.slots.state[k] = SlotState.READY
         if self.observer is not None:
             self.observer.touched(k)
-        self.refresh_step()
+        self.steps.refresh()
 
     # Pushes and pulls
 
@@ -264,7 +255,7 @@ class DataPlane:
             self._apply(push, frames, k, ready, new)
             self.counts.duplicate += int(not len(new) and not overlap.any() and bool(ready.any()))
             applied = ready & (seen != Seen.OVERLAP)
-            self.refresh_step()
+            self.steps.refresh()
         self.counts.overlap += int(overlap.any())
         ids = self.slots.ids[k]
         return Reply(Kind.ACK, [bitmap(mask_of(ids[applied])) + bitmap(mask_of(ids[overlap]))])
@@ -286,33 +277,22 @@ class DataPlane:
 
     def advance(self) -> None:
         """Make every step whose contributions are complete (Sync)."""
-        active = self.active()
-        if self.sync and not self._too_few(active):
+        active = self.steps.active()
+        if self.sync and not self.steps.too_few(active):
             before = int(self.slots.position.sum())
             if self.barrier.reduce(active, self._stepped):
                 self.counts.applied += int(self.slots.position.sum() > before)
-            self.refresh_step()
+            self.steps.refresh()
 
     def _stepped(self, step: int, workers: Sequence[int], k: Ints, made: Made | None) -> None:
         self.updates += 1
         if self.observer is not None:
             self.observer.stepped(step, workers, k, made)
 
-    def active(self) -> list[int]:
-        """Workers whose contribution the next step needs."""
-        done = self.slots.last.min(axis=0) if len(self.slots.ids) else np.zeros(self.workers)
-        gone, vacant = self.left | self.ended, self.seats.vacant
-        there = [w for w in range(self.workers) if w not in vacant]
-        return [w for w in there if w not in gone or done[w] < gone[w]]
-
     def follow(self, membership: Membership) -> None:
         """A newer membership may have lost a worker that the others need not wait for."""
-        self.seats.follow(membership)
+        self.steps.seats.follow(membership)
         self.advance()
-
-    def _too_few(self, active: list[int]) -> bool:
-        ended = (self.left | self.ended).keys() - set(active)
-        return self.seats.too_few(active, len(ended))
 
     def pull(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> Reply | None:
         """PULL: the Ready ones of the slots asked for; None while their step is to come."""
@@ -323,7 +303,7 @@ class DataPlane:
         told = 0
         if flags & ENTER:
             worker = worker_of(identity.decode())
-            told = WAS_VACANT * self.seats.take(worker) | UNHEARD * (worker in self.unheard)
+            told = WAS_VACANT * self.steps.seats.take(worker) | UNHEARD * (worker in self.unheard)
         k = self._owned(from_bitmap(meta[PULL.size :]))
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
@@ -332,16 +312,16 @@ class DataPlane:
         known = tables <= len(self.shard.tables)
         if not len(k) or not known or not all(self._given[t][k].all() for t in range(tables)):
             return refuse(Refusal.RESTORING, "no slot of these is Ready")
-        ends = self.sync or flags & ALL_WORKERS
+        ends, steps = self.sync or flags & ALL_WORKERS, self.steps
         if flags & OWN:
             # Of a worker at its end, or one that was lost, a replica knows nothing.
             late = int(self.slots.last[k, worker].min()) < min_step
             if len(k) < asked or len(self.pulls) >= MAX_READS:
                 return refuse(Refusal.UNSURE, "not all slots are here, or too many pulls wait")
         else:
-            late = (self.clocked or ends) and int(self.slot_steps(k).min()) < min_step
+            late = (steps.clocked or ends) and int(steps.of(k).min()) < min_step
         # Under Sync no step is made with too few; where pushes count at once, pulls have to wait.
-        few = self.clocked and not self.sync and min_step and self._too_few(self.active())
+        few = steps.clocked and not self.sync and min_step and steps.too_few(steps.active())
         if late or few or (ends and self.sums.lacks(k)):
             self.pulls.append(Waiting(identity, header, frames))
             return None
@@ -409,9 +389,9 @@ class DataPlane:
             if gaps:
                 self.observer.touched(k)
             self.observer.resynced(worker)
-        self.seats.entering.discard(worker)
+        self.steps.seats.entering.discard(worker)
         self.unheard.discard(worker)
-        self.refresh_step()
+        self.steps.refresh()
         self.advance()
         self.sums.register(worker, rebuilds)
         answer = {
@@ -437,36 +417,10 @@ class DataPlane:
 
     # Steps
 
-    def slot_steps(self, k: Ints) -> Ints:
-        """Return for each of the slots `k` the batch that all workers that go on have reached.
-
-        Under `Sync` that is its step. Otherwise, where it ends a phase or bounds the staleness,
-        nobody waits for a worker at the end of its batches either: only a rollback could bring it
-        back.
-        """
-        out = {*self.left, *self.ended, *self.seats.vacant}
-        workers = [w for w in range(self.workers) if w not in out] or list(range(self.workers))
-        return np.asarray(self.slots.last[k][:, workers].min(axis=1), np.int64)
-
     @property
-    def slotless(self) -> bool:
-        """Whether this shard is none: of very many servers some own no slot."""
-        return not len(self.slots.ids)
-
-    def heard_step(self, step: int) -> None:
-        """A sibling is at this step: so is a shard that has nothing to know it from."""
-        if self.slotless:
-            self.step = max(self.step, step)
-
-    def refresh_step(self) -> None:
-        """Recompute this shard's step; within a generation it never goes back."""
-        if self.slotless:
-            return
-        if self.clocked:
-            now = int(self.slot_steps(np.arange(len(self.slots.ids))).min())
-        else:
-            now = int(self.slots.last.max(axis=0).sum()) // self.workers
-        self.step = max(self.step, now)
+    def step(self) -> int:
+        """The step that this shard is at."""
+        return self.steps.now
 
     @property
     def lost(self) -> int:
@@ -475,22 +429,15 @@ class DataPlane:
 
     def rolled_back(self, step: int) -> None:
         """All slots are as a cut had them: batches that it lacks are made again, and not lost."""
-        self.step = step
+        self.steps.now = step
         for worker, batches in self._lost.items():
             last = int(self.slots.last[:, worker].max(initial=0))
             self._lost[worker] = batches.up_to(last)
 
-    def complete(self) -> tuple[int, ...]:
-        """For each worker the last batch up to which every slot has everything."""
-        if self.slotless:
-            return (EVERYTHING,) * self.workers
-        k = np.arange(len(self.slots.ids))
-        return tuple(self.slots.complete_until(k, w) for w in range(self.workers))
-
     def worker_left(self, worker: int, last: int) -> None:
         """A worker's program ended after this batch."""
-        if worker < self.workers and self.left.get(worker) != last:
-            self.left[worker] = last
+        if worker < self.workers and self.steps.left.get(worker) != last:
+            self.steps.left[worker] = last
             self.advance()
 
     def take_waiting(self) -> list[Waiting]:

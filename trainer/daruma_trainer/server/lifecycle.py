@@ -192,7 +192,7 @@ class Lifecycle:
         """Take what a member says of its step and of cuts."""
         server = report.id.startswith("server-") and report.state == "Ready"
         if self.plane is not None and server and report.generation == self.generation:
-            self.plane.heard_step(report.step)
+            self.plane.steps.heard(report.step)
         if self.cuts is None:
             return
         if report.final is not None and not self.cuts.final:
@@ -255,7 +255,7 @@ class Lifecycle:
         """
         self.replica = False
         # Who entered at the head since this replica began, it was not told.
-        plane.seats = Seats(membership)
+        plane.steps.seats = Seats(membership)
         self._equip(plane, membership)
         if self.plane is None or self.restorer is None:
             return  # no store, though one is configured: this process ends
@@ -355,8 +355,8 @@ class Lifecycle:
         self.generation = membership.rollback.generation
         plane.slots.state[:] = SlotState.RESTORING
         plane.barrier.drop()
-        plane.left.clear()
-        plane.ended.clear()
+        plane.steps.left.clear()
+        plane.steps.ended.clear()
         plane.hold = None
         plane.waiting.clear()
         if self._motion is not None:

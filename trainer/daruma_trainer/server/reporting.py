@@ -129,7 +129,7 @@ def report_of(server: "Server") -> Report:
     elif life.rolling or (plane.slots.state == SlotState.RESTORING).any():
         state = "Restoring"
     else:
-        whole = ready == len(plane.slots.ids) and (plane.shard.tables or plane.slotless)
+        whole = ready == len(plane.slots.ids) and (plane.shard.tables or plane.steps.slotless)
         state = "Ready" if whole else "Empty"
     now = time.monotonic()
     running = saver.newest if saver else None

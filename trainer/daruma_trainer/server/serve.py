@@ -457,7 +457,7 @@ class Server:
         """A worker may have reached the end of its batches, or of its program."""
         index, generation = worker_of(worker), self.life.generation
         if report.state in ("Finished", "Left") and report.generation == generation:
-            plane.ended[index] = report.step
+            plane.steps.ended[index] = report.step
             plane.advance()
             workers = [m.id for m in self.membership.of(Role.WORKER)] if self.membership else []
             if self.reports.finished(workers, generation):

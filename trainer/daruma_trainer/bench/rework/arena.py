@@ -119,7 +119,7 @@ class Servers:
             plane.shard.apply(parts, k, k)
             plane.slots.advance(k, 0, batch, batch)
             plane.updates += 1
-            plane.refresh_step()
+            plane.steps.refresh()
             mask = mask_of(plane.slots.ids)
             push = Push(0, batch, batch, 1, batch - 1, mask, tuple(parts))
             self.frames.append(encode_push(push))

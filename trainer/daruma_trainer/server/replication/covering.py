@@ -121,7 +121,7 @@ class Covering:
                 return True
             if len(batches) == limit:
                 # Its next push would make it wait: who pulls before that?
-                gone = self._plane.left.keys() | self._plane.ended.keys()
+                gone = set(self._plane.steps.gone)
                 soon = (demand.in_time(worker, limit, now) - gone) & nodes.keys()
                 hoped = [(nodes[w], self._plane.updates, False) for w in soon]
                 if worker in cover.waiting(cover.limits(nodes, [*holders, *hoped])):
@@ -143,7 +143,7 @@ class Covering:
         due = self._due_since
         if not joined and due is not None and self._clock() - due > ALONE_SECONDS:
             return found  # there is no replica to send it to: as many as there are have to do
-        gone = plane.left | plane.ended
+        gone = plane.steps.gone
         have = self._have.min(axis=1).tolist()
         for m in self._membership.of(Role.WORKER):
             has = have[m.index]

@@ -169,7 +169,7 @@ class Replicator:
             self._next.roll_back()
         if self._next is not None:
             self._next.settings, self._next.relays = new.settings, place > 0
-        if place == 0 and new.settings.covers and not plane.slotless:
+        if place == 0 and new.settings.covers and not plane.steps.slotless:
             if self._covering is None:
                 self._covering = Covering(plane, new, self._clock)
             self._covering.follow(new)
