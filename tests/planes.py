@@ -77,8 +77,8 @@ class Planes:
         self.masks: list[Slots] = []
         for plane in self.planes:
             assert plane.add_table(self.spec) is None
-            plane._given[0][:] = True
-            plane.open_slots()
+            plane.note_given(np.arange(len(plane.slots.ids)))
+            plane.beginning.open_slots()
             mask = np.zeros(1024, np.bool_)
             mask[plane.slots.ids] = True
             self.masks.append(mask)

@@ -83,14 +83,14 @@ class World:
 
     def create(self) -> bool:
         """The server hears of the table; whether it wants its values."""
-        reply = self.plane.create([b"", encode_json(self.late.to_json())])
+        reply = self.plane.beginning.create([b"", encode_json(self.late.to_json())])
         return bool(decode_json(reply.body[0])["wanted"])
 
     def initial(self, value: float) -> None:
         values = np.full((ROWS, COLS), value, np.float32)
         values = values[self.plane.shard.layout.tables[1].rows]
         frames: list[Frame] = encode_push(Push(0, 1, 1, 1, 0, EVERY, (TablePush(1, 0.0, values),)))
-        assert self.plane.init([b"", *frames]).kind is Kind.OK
+        assert self.plane.beginning.init([b"", *frames]).kind is Kind.OK
 
     def offered(self, worker: int) -> list[tuple[int, int, int]]:
         """(lineage, position, slots) of what a worker's copy offers."""

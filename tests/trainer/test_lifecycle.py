@@ -262,8 +262,8 @@ def test_a_warm_start_waits_for_its_store(new: Newcomer, monkeypatch: pytest.Mon
     new.life.adopt(replace(new.membership, settings=settings, initialised=False), replica=False)
     plane = new.life.plane
     assert plane is not None
-    new.until(lambda: bool(plane.warm))
-    assert plane.warm is tables
+    new.until(lambda: bool(plane.beginning.warm))
+    assert plane.beginning.warm is tables
 
 
 def test_what_killed_saves_left_goes_when_a_new_server_starts(new: Newcomer) -> None:

@@ -432,5 +432,5 @@ def test_a_table_made_during_a_restore_is_no_obstacle(tmp_path: Path) -> None:
     new.background.run()
     assert new.back
     new.plane.restored(np.arange(len(new.plane.slots.ids)))
-    assert [new.plane._wants_values(table) for table in (0, 1)] == [False, True]
+    assert [new.plane.beginning.wants_values(table) for table in (0, 1)] == [False, True]
     assert new.plane.complete_tables == 1, "of the other there is nothing to save"

@@ -191,7 +191,7 @@ def plane_of(rule: Rule, mode: str = "Sync", workers: int = 3, cols: int = COLS)
     plane = DataPlane(Membership("uid", "n", "j", 1, 1, workers, members, settings), 0, 1)
     assert plane.add_table(TableSpec(0, "t", (ROWS, cols), 4, rule_to_json(rule))) is None
     plane.note_given(IDS)
-    plane.open_slots()
+    plane.beginning.open_slots()
     return plane
 
 

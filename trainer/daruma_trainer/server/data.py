@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from daruma_trainer.applied import Seen
 from daruma_trainer.contract import Membership, place, slots_from_hex
-from daruma_trainer.layout import Floats, Ints, TableLayout, TableSpec
+from daruma_trainer.layout import Ints, TableSpec
 from daruma_trainer.server.barrier import Barrier, Made, TwoWritersError
+from daruma_trainer.server.beginning import Beginning
 from daruma_trainer.server.rebuilding import Sums
 from daruma_trainer.server.replies import Reply, refuse, worker_of
-from daruma_trainer.server.shard import Shard, TableTooLargeError
+from daruma_trainer.server.shard import Shard
 from daruma_trainer.server.slots import Slots, SlotState
 from daruma_trainer.server.steps import Steps
 from daruma_trainer.stretches import Stretches
@@ -103,6 +104,7 @@ class DataPlane:
         self.incarnation = incarnation
         self.slots = Slots(ids, membership.workers, state)
         self.shard = Shard(membership.job_uid, ids)
+        self.beginning = Beginning(self.shard, self.slots, incarnation)
         self.sums = Sums(self.shard, self.slots)
         self.sync = membership.settings.consistency == "Sync"
         self.barrier = Barrier(self.shard, self.slots)
@@ -122,90 +124,26 @@ class DataPlane:
         """Pulls of a step, or of a phase's end, that is to come."""
         self.hold: tuple[int, ...] | None = None
         """A cut in the making: the last batch of each worker that may still be applied."""
-        self.warm: dict[str, Floats] | str | None = None
-        """spec.checkpoint.restoreFrom: tables by name; "" while they are read, or what went wrong.
-        None: workers give the initial values."""
-        self._given: list[SlotMask] = []
-        """For each table, which of this shard's slots have values of it."""
-        self._lacking = False
-        """Whether some slot lacks some table's."""
 
-    # Beginning
-
-    def create(self, frames: Sequence[Frame]) -> Reply:
-        """CREATE: the first wins, an equal one is a no-op, a different one is refused."""
-        spec = TableSpec.from_json(decode_json(frames[1]))
-        if isinstance(self.warm, str):
-            refusal = Refusal.MALFORMED if self.warm else Refusal.UNSURE
-            return refuse(refusal, self.warm or "reading the checkpoint to start from")
-        if self.warm is not None and getattr(self.warm.get(spec.name), "shape", ()) != spec.shape:
-            return refuse(
-                Refusal.TABLE_MISMATCH,
-                f"restoreFrom has no table {spec.name!r} of shape {spec.shape}: it has "
-                f"{ {name: values.shape for name, values in self.warm.items()} }",
-            )
-        return self.add_table(spec) or Reply(
-            Kind.OK, [encode_json({"wanted": self._wants_values(spec.id)})]
-        )
+    # Tables, and their values
 
     def add_table(self, spec: TableSpec) -> Reply | None:
-        """Make a table unless it is there; a refusal if another one has its number."""
-        known = len(self.shard.specs)
-        if spec.id < known:
-            if self.shard.specs[spec.id] == spec:
-                return None
-            return refuse(
-                Refusal.TABLE_MISMATCH,
-                f"table {spec.id} is {self.shard.specs[spec.id]}, not {spec}: "
-                "every worker has to make the same tables in the same order",
-            )
-        if spec.id > known:
-            return refuse(Refusal.TABLE_MISMATCH, f"table {spec.id} before table {known}")
-        try:
-            self.shard.create(spec)
-        except TableTooLargeError as error:
-            return refuse(Refusal.TOO_LARGE, str(error))
-        self._given.append(np.zeros(len(self.slots.ids), np.bool_))
-        self._lacking = True
-        return None
+        """See Beginning."""
+        return self.beginning.add_table(spec)
 
-    def _wants_values(self, table: int) -> bool:
-        """Whether initial values are still to come. Of slots on their way nobody knows yet."""
-        return bool((~self._given[table] & (self.slots.state != SlotState.RESTORING)).any())
+    def note_given(self, k: Ints, tables: int | None = None) -> None:
+        """See Beginning."""
+        self.beginning.note_given(k, tables)
 
-    def init(self, frames: Sequence[Frame]) -> Reply:
-        """INIT: initial values, idempotent, for slots that are not initialised yet."""
-        push = decode_push(frames)
-        k = self._owned(push.slots)
-        if k is None:
-            return refuse(Refusal.NOT_OWNER, "slots of another server")
-        problem = self.shard.check(push.tables, k)
-        if problem or len(push.tables) != 1 or push.tables[0].rows is not None:
-            return refuse(Refusal.MALFORMED, problem or "one dense table at a time")
-        part = push.tables[0]
-        given = self._given[part.table]
-        lacks = ~given[k] & (self.slots.state[k] != SlotState.RESTORING)
-        todo = k[lacks]
-        if len(todo):
-            spec = self.shard.specs[part.table]
-            if isinstance(self.warm, dict):
-                rows = TableLayout(self.shard.uid, spec, self.slots.ids[todo]).rows
-                values = self.warm[spec.name].reshape(-1, spec.cols)[rows]
-            else:
-                mine = np.repeat(lacks, np.diff(self.shard.row_offsets(part.table, k)))
-                values = part.values.reshape(-1, spec.cols)[mine]
-            self.shard.set_values(todo, {part.table: values})
-            given[todo] = True
-            self._lacking = not self.given.all()
-            self.open_slots()
-        return Reply(Kind.OK, [b"{}"])
+    @property
+    def given(self) -> SlotMask:
+        """See Beginning."""
+        return self.beginning.given
 
-    def open_slots(self) -> None:
-        """Empty → Ready, where all tables have their initial values."""
-        full = np.logical_and.reduce(self._given) if self._given else np.False_
-        now = (self.slots.state == SlotState.EMPTY) & full
-        self.slots.state[now] = SlotState.READY
-        self.slots.lineage[now] = self.incarnation
+    @property
+    def complete_tables(self) -> int:
+        """See Beginning."""
+        return self.beginning.complete_tables
 
     def restored(self, k: Ints) -> None:
         """Restoring → Ready, with a lineage of their own.
@@ -228,7 +166,7 @@ class DataPlane:
         if self.hold is not None and push.last > self.hold[push.worker]:
             self.waiting.append(Waiting(identity, header, frames))
             return None
-        k = self._owned(push.slots)
+        k = self.slots.owned(push.slots)
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
         problem = self.shard.check(push.tables, k)
@@ -236,7 +174,7 @@ class DataPlane:
             return refuse(Refusal.MALFORMED, problem)
         self.counts.pushed_bytes += sum(len(f) for f in frames)
         ready = self.slots.ready[k]
-        if self._lacking and not all(self._given[p.table][k[ready]].all() for p in push.tables):
+        if self.beginning.lacks((part.table for part in push.tables), k[ready]):
             return refuse(Refusal.RESTORING, "a table's first values are to come, again")
         seen = self.slots.seen(k, push.worker, push.first, push.last)
         new = np.flatnonzero(ready & (seen == Seen.NEW))
@@ -304,13 +242,13 @@ class DataPlane:
         if flags & ENTER:
             worker = worker_of(identity.decode())
             told = WAS_VACANT * self.steps.seats.take(worker) | UNHEARD * (worker in self.unheard)
-        k = self._owned(from_bitmap(meta[PULL.size :]))
+        k = self.slots.owned(from_bitmap(meta[PULL.size :]))
         if k is None:
             return refuse(Refusal.NOT_OWNER, "slots of another server")
         worker, asked = worker_of(identity.decode()), len(k)
         k = k[self.slots.ready[k]]
         known = tables <= len(self.shard.tables)
-        if not len(k) or not known or not all(self._given[t][k].all() for t in range(tables)):
+        if not len(k) or not known or self.beginning.lacks(range(tables), k):
             return refuse(Refusal.RESTORING, "no slot of these is Ready")
         ends, steps = self.sync or flags & ALL_WORKERS, self.steps
         if flags & OWN:
@@ -325,7 +263,7 @@ class DataPlane:
         if late or few or (ends and self.sums.lacks(k)):
             self.pulls.append(Waiting(identity, header, frames))
             return None
-        partial = any(given[k].any() for given in self._given[tables:])
+        partial = self.beginning.has_later(tables, k)
         body = encode_state(self.state(k, tables))
         self.counts.pulled_bytes += sum(len(f) for f in body)
         if self.observer is not None and not partial:
@@ -346,24 +284,6 @@ class DataPlane:
         """Return whole slots with all that belongs to them, for a replica."""
         values, steps = self.shard.whole(k)
         return replace(self.state(k, 0), values=values, steps=steps)
-
-    @property
-    def given(self) -> SlotMask:
-        """Which slots have the values of every table; shape (n,)."""
-        n = len(self.slots.ids)
-        return np.logical_and.reduce(self._given, axis=0) if self._given else np.zeros(n, np.bool_)
-
-    @property
-    def complete_tables(self) -> int:
-        """How many tables have values in every slot: of a later one there is nothing to save."""
-        found = (number for number, given in enumerate(self._given) if not given.all())
-        return next(found, len(self._given))
-
-    def note_given(self, k: Ints, tables: int | None = None) -> None:
-        """The slots `k` have values of the first so many tables (None: of all), and of no other."""
-        for number, given in enumerate(self._given):
-            given[k] = tables is None or number < tables
-        self._lacking = not self.given.all()
 
     def resync(self, identity: bytes, frames: Sequence[Frame]) -> Reply:
         """RESYNC: what a worker neither has nor can push again is marked and counted as lost."""
@@ -404,7 +324,7 @@ class DataPlane:
     def rebuild(self, identity: bytes, frames: Sequence[Frame]) -> Reply:
         """REBUILD: a worker's whole part of a sum, for slots that were cleared and lack it."""
         push = decode_push(frames)
-        k = self._owned(push.slots)
+        k = self.slots.owned(push.slots)
         if push.worker != worker_of(identity.decode()) or k is None:
             return refuse(Refusal.NOT_OWNER, "another worker's part, or slots of another server")
         problem = self.shard.check(push.tables, k)
@@ -446,7 +366,3 @@ class DataPlane:
         if self.hold is None:
             again, self.waiting = self.waiting + again, []
         return again
-
-    def _owned(self, mask: SlotMask) -> Ints | None:
-        k = self.slots.index_of(np.flatnonzero(mask))
-        return None if len(k) and k.min() < 0 else k

@@ -269,7 +269,7 @@ class Lifecycle:
 
     def _warm_start(self, plane: DataPlane, background: Background, uri: str) -> None:
         """Take another job's result for initial values, whatever its number of servers was."""
-        plane.warm = ""
+        plane.beginning.warm = ""
 
         def read() -> dict[str, Floats]:
             return load(uri)
@@ -280,7 +280,7 @@ class Lifecycle:
                 again = partial(background.submit, read, done)
                 self._later = time.monotonic() + AGAIN_SECONDS, again
                 return
-            plane.warm = f"restoreFrom: {error}" if tables is None else tables
+            plane.beginning.warm = f"restoreFrom: {error}" if tables is None else tables
 
         background.submit(read, done)
 

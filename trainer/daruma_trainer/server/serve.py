@@ -238,8 +238,8 @@ class Server:
         plane, members = self.life.plane, self.membership
         if reply is None and plane is not None and members is not None:
             handlers: dict[Kind, Callable[[], Reply | None]] = {
-                Kind.CREATE: lambda: plane.create(frames),
-                Kind.INIT: lambda: plane.init(frames),
+                Kind.CREATE: lambda: plane.beginning.create(frames),
+                Kind.INIT: lambda: plane.beginning.init(frames),
                 Kind.PUSH: lambda: plane.push(identity, header, frames),
                 Kind.PULL: lambda: plane.pull(identity, header, frames),
                 Kind.RESYNC: lambda: plane.resync(identity, frames),

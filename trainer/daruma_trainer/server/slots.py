@@ -59,6 +59,11 @@ class Slots:
         k[k == len(self.ids)] = 0
         return np.where(self.ids[k] == ids, k, -1) if len(self.ids) else np.full(len(ids), -1)
 
+    def owned(self, mask: NDArray[np.bool_]) -> Ints | None:
+        """Return the indices of a mask's slots; None: some are not of this shard."""
+        k = self.index_of(np.flatnonzero(mask))
+        return None if len(k) and k.min() < 0 else k
+
     def seen(self, k: Ints, worker: int, first: int, until: int) -> NDArray[np.uint8]:
         """Say for each of the slots `k` what it has of a worker's range of batches."""
         out = np.empty(len(k), np.uint8)
