@@ -51,7 +51,7 @@ class SimulatedServer(Server):
         """Go once round the loop, as `run` does."""
         self._door.allowed = messages
         self._fence.turn()
-        self._run_inbox()
+        self._inbox.turn(Everything())
         self._serve()
         self._siblings.turn({}, self._from_sibling)
         self.replicator.turn(Everything())

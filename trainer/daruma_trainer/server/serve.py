@@ -7,17 +7,14 @@ thread, in turn. Everything else in this package is called from here and from no
 import contextlib
 import logging
 import os
-import queue
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from http import HTTPStatus
 from typing import Any
 
 import zmq
 
-from daruma_trainer.agent import COMMAND_SECONDS, Agent, Command, Outcome
+from daruma_trainer.agent import Agent, Command, Outcome
 from daruma_trainer.contract import (
     ContractError,
     ExitCode,
@@ -36,6 +33,7 @@ from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.door import LINGER_MS, Door
 from daruma_trainer.server.fencing import Fence
 from daruma_trainer.server.guests import Guests
+from daruma_trainer.server.inbox import Inbox
 from daruma_trainer.server.lifecycle import Lifecycle
 from daruma_trainer.server.metrics import exposition
 from daruma_trainer.server.relaying import FIRST as RELAYED
@@ -83,9 +81,7 @@ class Server:
         self._door = Door(identity, self._context, self._poller)
         self._siblings = Siblings(identity, self._context, self._poller)
         self.replicator = Replicator(identity, self._connect, self)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._poller.register(self._wake, zmq.POLLIN)
+        self._inbox = Inbox(self._poller)
         self.reports = Reports()
         self._relay = Relay(self._question)
         self._fence = Fence(self._ask_around)
@@ -106,8 +102,7 @@ class Server:
                 ready = dict(self._poller.poll(self._timeout(beat)))
                 self._fence.turn()
                 comes = self._door.let_in(ready)
-                if self._wake in ready:
-                    self._run_inbox()
+                self._inbox.turn(ready)
                 if comes:
                     self._serve()
                 self._siblings.turn(ready, self._from_sibling)
@@ -124,27 +119,15 @@ class Server:
     def stop(self, code: int = ExitCode.OK) -> None:
         """End the loop after the request in progress. Safe to call from a signal handler."""
         self._exit = code
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        self._inbox.wake()
 
     def post(self, call: Callable[[], None]) -> None:
         """Run something on the loop's thread. Safe from any thread."""
         self._inbox.put(call)
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
 
     def command(self, command: Command) -> Outcome:
         """Run an operator's command on the loop's thread and wait for what became of it."""
-        future: Future[Outcome] = Future()
-
-        def obey() -> None:
-            future.set_result(self._obey(command))
-
-        self.post(obey)
-        try:
-            return future.result(COMMAND_SECONDS)
-        except FutureTimeoutError:
-            return Outcome(HTTPStatus.SERVICE_UNAVAILABLE, "the serve loop is busy: try again")
+        return self._inbox.ask(lambda: self._obey(command))
 
     def _timeout(self, beat: float) -> int:
         if self.life.pending:
@@ -152,16 +135,6 @@ class Server:
         busy = self.life.rolling or self.life.restoring or self.replicator.busy
         rest = HEARTBEAT_SECONDS - (time.monotonic() - beat)
         return max(0, int(1000 * min(rest, 0.02 if busy else rest)))
-
-    def _run_inbox(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
-        while True:
-            try:
-                call = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            call()
 
     def _after(self) -> None:
         """What follows from what was just handled."""
@@ -496,4 +469,4 @@ class Server:
         self.replicator.close()
         self._door.close()
         self._context.destroy(linger=LINGER_MS)
-        os.close(self._wake)
+        self._inbox.close()
