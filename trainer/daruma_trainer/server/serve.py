@@ -32,6 +32,7 @@ from daruma_trainer.links import Link
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.door import LINGER_MS, Door
 from daruma_trainer.server.fencing import Fence
+from daruma_trainer.server.guard import Guard
 from daruma_trainer.server.guests import Guests
 from daruma_trainer.server.inbox import Inbox
 from daruma_trainer.server.lifecycle import Lifecycle
@@ -74,7 +75,6 @@ class Server:
         self.me = identity
         self.membership: Membership | None = None
         self.life = Lifecycle(identity, self)
-        self.stale = 0
         self._exit: int | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
@@ -85,6 +85,7 @@ class Server:
         self.reports = Reports()
         self._relay = Relay(self._question)
         self._fence = Fence(self._ask_around)
+        self._guard = Guard(identity, self.life, self.replicator, self._fence, self._ask_newer)
         self._board = Board(identity.id)
         self.guests = Guests(identity, os.environ)
         self._agent = Agent(
@@ -207,8 +208,8 @@ class Server:
             raise MalformedError(f"{header.kind.name} is no request")
 
     def _dispatch_data(self, identity: bytes, header: Header, frames: Sequence[Frame]) -> None:
-        reply = self._guard(identity, header)
         plane, members = self.life.plane, self.membership
+        reply = self._guard.refusal(members, identity, header)
         if reply is None and plane is not None and members is not None:
             handlers: dict[Kind, Callable[[], Reply | None]] = {
                 Kind.CREATE: lambda: plane.beginning.create(frames),
@@ -237,37 +238,6 @@ class Server:
         found = self._relay.answer(member, header.request, frames)
         if found is not None and found[1].generation == header.generation:
             self._reply(*found)
-
-    def _guard(self, identity: bytes, header: Header) -> Reply | None:
-        """Refuse what is meant for somebody else, or comes from somebody who does not count."""
-        membership, life = self.membership, self.life
-        if membership is None or life.plane is None:
-            return refuse(Refusal.UNSURE, "no membership yet")
-        if header.incarnation != self.me.incarnation:
-            self.stale += 1
-            return refuse(Refusal.STALE_INCARNATION, f"this is {self.me.id}")
-        if header.epoch > membership.epoch:
-            self._door.send(identity, self._header(Kind.EPOCH), [b"{}"])
-            return refuse(Refusal.UNSURE, "a newer membership is on its way")
-        index = worker_of(identity.decode())
-        sender = membership.member(Role.WORKER, index)
-        if sender is None or sender.id != identity.decode():
-            self.stale += 1
-            return refuse(Refusal.STALE_INCARNATION, f"worker {index} was replaced")
-        if header.generation != life.generation or life.rolling:
-            return refuse(Refusal.WRONG_GENERATION, f"this is generation {life.generation}")
-        if life.frozen or (life.replica and not self._reads(header, membership)):
-            what = "hands its slots over" if life.frozen else "is a replica"
-            return refuse(Refusal.STALE_INCARNATION, f"{self.me.id} {what}")
-        if not self._fence.sure():
-            return refuse(Refusal.UNSURE, "asking for the newest membership")
-        return None
-
-    def _reads(self, header: Header, membership: Membership) -> bool:
-        """Whether a replica answers this: a pull, once the one before counts on it."""
-        return (
-            header.kind is Kind.PULL and membership.settings.pulls_from_replicas and self.counted_on
-        )
 
     def _reply(self, identity: bytes, request: Header, reply: Reply) -> None:
         header = Header(
@@ -360,6 +330,10 @@ class Server:
                 asked.append(member)
         return asked
 
+    def _ask_newer(self, identity: bytes) -> None:
+        """Ask who knows of a newer membership for it."""
+        self._door.send(identity, self._header(Kind.EPOCH), [b"{}"])
+
     def _answer_epoch(self, member: str, header: Header, frames: Sequence[Frame]) -> None:
         if header.kind is Kind.MEMBERSHIP:
             with contextlib.suppress(ContractError):
@@ -449,6 +423,11 @@ class Server:
         shown = self._board.show(self._epoch, own, self.reports.others(self.me.id), now=now)
         if shown and own.final is not None:
             self.tell_workers(Kind.RELEASED, {"final": own.final})
+
+    @property
+    def stale(self) -> int:
+        """Requests meant for, or of, a replaced member."""
+        return self._guard.stale
 
     def suspects(self) -> tuple[Suspect, ...]:
         """Siblings that this server cannot reach."""
