@@ -6,41 +6,22 @@ It knows what each slot really holds, what workers were promised, and how many f
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 from daruma_trainer.contract import Member, Membership, Report, Role, Settings
-from daruma_trainer.layout import slot_of_blocks
-from daruma_trainer.server import lifecycle, restoring, serve, siblings
-from daruma_trainer.server import reporting as server_reporting
-from daruma_trainer.server.background import ByHand
+from daruma_trainer.server import serve
 from daruma_trainer.server.data import DataPlane
-from daruma_trainer.server.fencing import Fence
-from daruma_trainer.server.replication import replicator, stream
-from daruma_trainer.server.replication.replicator import Replicator
 from daruma_trainer.server.reporting import report_of
 from daruma_trainer.wire import State
-from daruma_trainer.worker import client as worker_client
-from daruma_trainer.worker import loop as worker_loop
-from daruma_trainer.worker import meanwhile as worker_meanwhile
-from daruma_trainer.worker import reading as worker_reading
-from daruma_trainer.worker import reporting as worker_reporting
-from daruma_trainer.worker import sessions as worker_sessions
 from simulated_members import SimulatedServer, SimulatedWorker
-from simulated_network import Door, Network, Wire
-from simulated_operator import UID, Operator
-from simulated_training import BATCHES, ROWS, TABLES, WORKERS, Training
-
-EMPTY_SLOTS = (0, 1023)
-"""Of slots without blocks these two are looked at."""
-IDS = np.unique(
-    [*EMPTY_SLOTS, *(s for t in range(TABLES + 1) for s in slot_of_blocks(UID, t, ROWS))]
-)
+from simulated_network import Network, Wire
+from simulated_operator import Operator
+from simulated_processes import simulated
+from simulated_training import BATCHES, TABLES, WORKERS, Training
+from simulated_versions import Versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +77,15 @@ class SimulatedJob:
         """(worker, batch) that nobody made, as the worker said that entered after them."""
         self.reported: set[tuple[int, int]] = set()
         """(worker, batch) that a RESYNC was told are lost."""
-        self.versions: dict[tuple[int, ...], list[bytes]] = {}
-        """(generation, slot, tables, lineage, position): what a slot of that version is."""
-        self._last: dict[str, bytes] = {}
+        self.versions = Versions()
         self.told: set[tuple[int, int, int]] = set()
         """(server's index, worker, batch) that a worker was told is covered, by whomever."""
         self._emitted: dict[tuple[str, int, int], Promise] = {}
         self._at_loss: dict[str, tuple[int, int]] = {}
         """By head that was lost: failures before, and how many covered pushes would outlive."""
         self._stack = ExitStack()
-        self._patch()
-        if narrow:
-            self._make_narrow()
+        here = simulated(self.network, lambda: self.now, narrow=narrow)
+        self._stack.enter_context(here)
         self.operator = Operator(self)
         self.operator.begin()
 
@@ -116,43 +94,6 @@ class SimulatedJob:
         for member in self.members():
             self._take(member).end()
         self._stack.close()
-
-    def _patch(self) -> None:
-        clock = SimpleNamespace(monotonic=lambda: self.now)
-
-        def wire(_: Any, own: str, _token: str, peer: Member, _poller: Any, first: int = 0) -> Wire:
-            return Wire(self.network, own, peer, first)
-
-        def idle(*_args: Any) -> SimpleNamespace:
-            nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-            return SimpleNamespace(close=nothing, follow=nothing, tick=nothing, report=())
-
-        threads = SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=lambda: None))
-        patches: list[tuple[Any, str, Any]] = [
-            (worker_sessions, "Link", wire),
-            (serve, "Link", wire),
-            (siblings, "Link", wire),
-            (serve, "Door", lambda me, _context, _poller: Door(self.network, me.id)),
-            (serve, "Guests", idle),
-            (serve, "Agent", idle),
-            (worker_client, "Agent", idle),
-            (worker_loop, "threading", threads),
-            (serve, "Fence", partial(Fence, clock=clock.monotonic)),
-            (serve, "Replicator", partial(Replicator, clock=clock.monotonic)),
-            (lifecycle, "Background", lambda _post: ByHand()),
-        ]
-        timed = (
-            worker_sessions, worker_client, worker_meanwhile, worker_reading, worker_reporting,
-            serve, lifecycle, restoring, server_reporting,
-        )  # fmt: skip
-        patches += [(module, "time", clock) for module in timed]
-        for module, name, value in patches:
-            self._stack.enter_context(mock.patch.object(module, name, value))
-
-    def _make_narrow(self) -> None:
-        narrower = [(stream, "ROOM", 300), (stream, "AT_ONCE", 1), (stream, "MIN_WINDOW", 0)]
-        for module, name, value in [*narrower, (replicator, "ROOM", 300)]:
-            self._stack.enter_context(mock.patch.object(module, name, value))
 
     # Members
 
@@ -397,39 +338,8 @@ class SimulatedJob:
 
     def record(self, server: SimulatedServer) -> None:
         """A slot of one version is the same wherever it is."""
-        plane = server.plane
-        if plane is None or len(plane.shard.tables) < TABLES:
-            return
-        slots, tables = plane.slots, plane.shard.tables
-        arrays: list[np.ndarray[Any, Any]] = []
-        for table in tables:
-            arrays += [table.data, *table.state, table.steps]
-        given = slots.ready & plane.given
-        parts = (given, slots.lineage, slots.position, slots.last, slots.window)
-        chosen = slots.index_of(IDS)
-        chosen = chosen[chosen >= 0]
-        arrays += [a[chosen] for a in parts]
-        now = b"".join(a.tobytes() for a in arrays)
-        if self._last.get(server.me.id) == now:
-            return
-        self._last[server.me.id] = now
-        for k in chosen.tolist():
-            if given[k]:
-                self._compare(plane, k, server.generation)
-
-    def _compare(self, plane: DataPlane, k: int, generation: int) -> None:
-        slots = plane.slots
-        version = int(slots.lineage[k]), int(slots.position[k])
-        key = (generation, int(slots.ids[k]), len(plane.shard.tables), *version)
-        content = [slots.last[k].tobytes(), slots.window[k].tobytes()]
-        for table in plane.shard.tables:
-            rows = slice(*table.layout.slot_rows[k : k + 2].tolist())
-            blocks = slice(*table.layout.slot_blocks[k : k + 2].tolist())
-            content += [a[rows].tobytes() for a in (table.data, *table.state)]
-            content.append(table.steps[blocks].tobytes())
-        known = self.versions.setdefault(key, content)
-        if known != content:
-            raise AssertionError(f"two states of slot {key}: {known} {content}")
+        if server.plane is not None:
+            self.versions.record(server.me.id, server.plane, server.generation)
 
     def marks(self, server: SimulatedServer) -> np.ndarray[Any, Any]:
         """How often each slot's blocks have each batch; shape (rows, workers, batches)."""
