@@ -1,20 +1,20 @@
 """The job as a program sees it: tables, an optimizer, batches, reports."""
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from daruma_trainer.errors import ConfigurationError, GaveUpError
+from daruma_trainer.errors import ConfigurationError
 from daruma_trainer.layout import Floats, Ints, TableSpec, choose_block_rows
 from daruma_trainer.rules import Rule, rule_from_json, rule_to_json
 from daruma_trainer.worker.batches import batch_indices, batches_in
 from daruma_trainer.worker.client import Client
+from daruma_trainer.worker.evaluating import Evaluation, Score
 from daruma_trainer.worker.footing import align, pace, pull_all, take_position
 from daruma_trainer.worker.pulling import Wanted
 from daruma_trainer.worker.pushes import Update
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("daruma")
 BEGIN_SECONDS = 600.0
 """How long a program waits for all servers at its beginning."""
-RESULT_SECONDS = 30.0
-"""How long worker 0 waits for the parameters that were saved, to evaluate them."""
-ANSWER_SECONDS = 5.0
-"""How long it waits until all servers know what it found; one that is gone is not replaced now."""
 
 
 class Job:
@@ -48,7 +44,7 @@ class Job:
         """The one that this program's position belongs to; the client may know of a newer."""
         self._batch_generation = 0
         """The same, when the batch at hand was taken from `batches`."""
-        self._evaluation: tuple[Callable[[], float | Mapping[str, float]], int] | None = None
+        self._evaluation = Evaluation(client, self.report)
         self._writers: list[Callable[[], None]] = []
         self._rebuilders = Rebuilders(client, self._specs)
 
@@ -194,7 +190,7 @@ class Job:
         if current and (client.stopped is None or not self._batches_open):
             client.push(updates, self._generation)
         self._settle(pace(client), ahead=ahead)
-        self._evaluate()
+        self._evaluation.after_batch()
 
     def rebuild_with(self, spec: TableSpec, fn: Rebuilder) -> None:
         """See Table.on_restored."""
@@ -373,12 +369,12 @@ class Job:
                 client.loss = float(loss)
             client.values.update({name: float(value) for name, value in metrics.items()})
 
-    def evaluate(self, fn: Callable[[], float | Mapping[str, float]], every: int = 0) -> None:
+    def evaluate(self, fn: Score, every: int = 0) -> None:
         """Call `fn` on worker 0 after every so many of its batches, and at the end (0: only then).
 
         It runs with freshly pulled parameters; what it returns is reported (a number as `score`).
         """
-        self._evaluation = (fn, every)
+        self._evaluation.choose(fn, every)
 
     def stop(self, reason: str) -> None:
         """End all workers after their step; the job succeeds with what it has."""
@@ -405,27 +401,5 @@ class Job:
 
     def evaluate_result(self) -> None:
         """Evaluate what was saved: nobody pushes any more, and the servers stay until we end."""
-        if self._evaluation is None or self.index != 0 or not self._specs:
-            return
-        try:
-            pull_all(self._client, RESULT_SECONDS)
-        except GaveUpError:
-            LOG.warning("a server is gone: the evaluation has the parameters of the last pull")
-        for write in self._writers:
-            write()
-        self._run_evaluation(self._evaluation[0])
-        self._client.say()
-        with contextlib.suppress(GaveUpError):
-            self._client.wait(lambda: self._client.said, ANSWER_SECONDS, "the servers' answers")
-
-    def _evaluate(self) -> None:
-        if self._evaluation is None or self.index != 0:
-            return
-        fn, every = self._evaluation
-        if every and self.batch % every == 0:
-            self._run_evaluation(fn)
-
-    def _run_evaluation(self, fn: Callable[[], float | Mapping[str, float]]) -> None:
-        found = fn()
-        values = found if isinstance(found, Mapping) else {"score": found}
-        self.report(**dict(values))
+        if self._specs:
+            self._evaluation.of_result(self._writers)
