@@ -4,46 +4,33 @@ The stage is what the record's phases say: `replace` is filled in when every rep
 of, `restore` when every slot is Ready, `resume` with the first new step.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from datetime import timedelta
 
-from daruma_operator.api.status import (
-    DeltaNorm,
-    MemberStatus,
-    Phase,
-    RollbackStatus,
-)
+from daruma_operator.api.status import DeltaNorm, MemberStatus, Phase
 from daruma_operator.controller.adopting import adopt_instead, hands_over
+from daruma_operator.controller.closing import finish
 from daruma_operator.controller.damage import STORE_AWAY, store_away, tell_damage, unread_cut
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.ending import all_left, fail
-from daruma_operator.controller.losing import ROLLED_FURTHER, climb, roll_further
+from daruma_operator.controller.losing import climb, roll_further
 from daruma_operator.controller.observe import runs
-from daruma_operator.controller.progress import goes_on, pushes_of, working
+from daruma_operator.controller.progress import goes_on
 from daruma_operator.controller.replicating import PROMOTE
 from daruma_operator.controller.sourcing import (
     copies_of,
     delta_of,
-    meanwhile_of,
     plans_of,
     restoring,
     rework_of,
     serves,
     survivors,
 )
-from daruma_operator.controller.telling import HAND_BACK, over
+from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import described, name_of
 from daruma_operator.recovery.plan import Plan
-from daruma_operator.recovery.price import EXACT
 from daruma_operator.recovery.strategies import preset_of
-from daruma_trainer.contract import (
-    SLOTS,
-    TRAINS,
-    Role,
-    SourceKind,
-    indexes,
-)
+from daruma_trainer.contract import TRAINS, Role, SourceKind, indexes
 
 
 def recover(d: Draft) -> None:
@@ -341,7 +328,7 @@ def _resumed(d: Draft) -> None:
     resume = round(max(0.0, ended - total), 6)
     phases = record.phases.model_copy(update={"resume": resume})
     d.set_record(phases=phases, seconds=round(total + resume, 6))
-    _finish(d)
+    finish(d)
 
 
 def _first_step(d: Draft) -> float | None:
@@ -372,78 +359,3 @@ def _restore_seconds(d: Draft) -> float:
         if report is not None and report.restore is not None:
             found.append(report.restore.seconds)
     return max(found)
-
-
-def _correct(d: Draft, sources: dict[str, int]) -> None:
-    """Where slots came from other sources than those that stood first, say what is true."""
-    hoped = {"PeerCopiesFound": SourceKind.PEER, "HandedOver": SourceKind.PREDECESSOR}
-    planned = hoped.get(d.record.reason)
-    if planned is None:
-        return
-    others = sources.keys() - {planned.value}
-    exact = others <= {SourceKind.PREDECESSOR.value, SourceKind.REPLICA.value}
-    if not exact:
-        # How stale each block of the running checkpoint was, only its reader could have told.
-        _forget_delta(d)
-    if others and not sources.get(planned.value):
-        failed = "PeerCopiesFailed" if planned is SourceKind.PEER else "HandOverFailed"
-        promoted = others == {SourceKind.REPLICA.value}
-        d.set_record(reason="ReplicaPromoted" if promoted else failed)
-
-
-def _forget_delta(d: Draft) -> None:
-    rework = d.record.rework.model_copy(update={"estimated": None})
-    d.set_record(delta_norm=DeltaNorm(value=None, kind="Unknown"), rework=rework)
-
-
-def _price_worker(d: Draft) -> None:
-    """The servers keep what they have: a lost worker costs nothing but what is counted."""
-    whole = working(d) == d.spec.workers.replicas
-    d.set_record(
-        delta_norm=DeltaNorm(value=EXACT.value, kind=EXACT.kind),
-        rework=rework_of(d, EXACT),
-        reason="WorkerReplaced" if whole else "WentOnWithout",
-    )
-    if pushes_of(d).since(d.record.base).mixed:
-        _forget_delta(d)
-
-
-def _finish(d: Draft) -> None:
-    """Price the recovery, and tell everybody that it is over (a last epoch)."""
-    record = d.record
-    sources, moments = Counter[str](), Counter[str]()
-    size = 0
-    for member in restoring(d.status):
-        report = d.seen.report(name_of(member))
-        if report is not None and report.restore is not None:
-            size += report.restore.bytes
-            sources.update(report.restore.sources)
-            moments.update(report.restore.moments)
-    if record.role is Role.SERVER and preset_of(d.record.strategy).rollback:
-        sources = Counter({SourceKind.FULL_CHECKPOINT.value: SLOTS})
-        size = d.status.checkpoint.bytes if d.status.checkpoint else 0
-    elif record.role is Role.SERVER:
-        _correct(d, sources)
-    if record.role is Role.WORKER:
-        _price_worker(d)
-    damaged = tell_damage(d) or record.reason == ROLLED_FURTHER
-    if damaged and sources.get(SourceKind.RUNNING_CHECKPOINT.value):
-        # What the older copies of those blocks lack, nobody measured.
-        _forget_delta(d)
-    pushes = pushes_of(d).since(record.base)
-    d.set_record(sources=dict(sources), moments=dict(moments), bytes=size, pushes=pushes)
-    d.set_record(**meanwhile_of(d))
-    d.close("Succeeded")
-    closed = d.status.recoveries[-1]
-    d.raise_epoch()
-    if d.status.rollback.cut is not None:
-        # Who comes later restores from the survivors; nobody goes back to this cut again.
-        d.set(rollback=RollbackStatus(generation=d.status.rollback.generation))
-    d.set(handing=())
-    if closed.cause == HAND_BACK:
-        event, reason = over(closed), "HandedBack"
-    else:
-        more = "; what the store had was damaged in places, see SourceDamaged" if damaged else ""
-        event, reason = over(closed, more), "Recovered"
-    d.phase(Phase.RUNNING, reason, event.message)
-    d.events.append(event)
