@@ -152,6 +152,9 @@ class LiveSubstrate:
     async def token(self, job: TrainingJob) -> str:
         return TOKEN
 
+    async def equip(self, job: TrainingJob) -> None:
+        """Pods of this world need no Secret."""
+
     async def create_pod(self, job: TrainingJob, plan: PodPlan) -> None:
         self.acts_after_conflict += self._lost
         with self.world.lock:

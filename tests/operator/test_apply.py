@@ -14,7 +14,7 @@ from daruma_operator.api.job import TrainingJob
 from daruma_operator.controller import apply as applying
 from daruma_operator.controller.acts import Act, CreatePod, DeletePod
 from daruma_operator.controller.agents import Agents, Talk
-from daruma_operator.controller.apply import PodNotMadeError, announce, apply
+from daruma_operator.controller.apply import PodNotMadeError, TokenNotPutError, announce, apply
 from daruma_operator.controller.loop import Controller, Hooks
 from daruma_operator.errors import ClusterError
 from daruma_operator.metrics import Metrics
@@ -32,11 +32,10 @@ class Refusing(LiveSubstrate):
         self.under_way = 0
         self.token_refused = False
 
-    async def token(self, job: TrainingJob) -> str:
-        self.calls.append("token")
+    async def equip(self, job: TrainingJob) -> None:
+        self.calls.append("equip")
         if self.token_refused:
             raise ClusterError("no Secrets here")
-        return TOKEN
 
     async def create_pod(self, job: TrainingJob, plan: PodPlan) -> None:
         self.calls.append(f"create {plan.name}")
@@ -71,6 +70,7 @@ def run(substrate: Refusing, *passes: list[Act]) -> Exception | None:
     async def story() -> Exception | None:
         agents = Agents(SETTINGS, lambda _key: None)
         talk = agents.begin(KEY, "u", TOKEN)
+        talk.equipped = True
         errors = [await once(what, agents, talk) for what in passes]
         await agents.close()
         return errors[-1]
@@ -84,7 +84,7 @@ def test_a_refused_pod_holds_up_no_other_act() -> None:
     assert isinstance(error, PodNotMadeError)
     assert "j-server-0-2 could not be made: the quota is used up" in str(error)
     assert substrate.calls == [
-        "token",
+        "equip",
         *(f"create j-server-{i}-2" for i in range(3)),
         *(f"delete j-server-{i}-1" for i in range(1, 4)),
     ]
@@ -94,7 +94,7 @@ def test_a_pod_that_was_refused_is_not_asked_for_with_every_look() -> None:
     substrate = Refusing(LiveWorld(total=FOREVER))
     assert str(run(substrate, acts(), acts(1))) == "not now", "the deletion, tried again"
     assert substrate.calls.count("create j-server-0-2") == 1
-    assert substrate.calls.count("token") == 1
+    assert substrate.calls.count("equip") == 1
     again = Refusing(LiveWorld(total=FOREVER))
     run(again, acts(1), [], acts(1))
     assert again.calls.count("create j-server-0-2") == 2, "it was not wanted any more meanwhile"
@@ -103,16 +103,35 @@ def test_a_pod_that_was_refused_is_not_asked_for_with_every_look() -> None:
 def test_a_deletion_that_fails_is_told_when_nothing_else_is() -> None:
     substrate = Refusing(LiveWorld(total=FOREVER))
     assert str(run(substrate, acts(0))) == "not now"
-    assert "token" not in substrate.calls, "no pod needs it"
+    assert "equip" not in substrate.calls, "no pod needs it"
 
 
-def test_no_pod_is_made_that_would_not_find_its_token() -> None:
+def test_pods_are_made_though_the_secret_of_their_token_is_refused() -> None:
+    """A full quota refuses what is there already, too; and a pod waits for its Secret."""
     substrate = Refusing(LiveWorld(total=FOREVER))
     substrate.token_refused = True
-    error = run(substrate, acts())
-    assert isinstance(error, PodNotMadeError)
-    assert "the job's token cannot be put there: no Secrets here" in str(error)
-    assert [c.split()[0] for c in substrate.calls] == ["token", *["delete"] * 3]
+    error = run(substrate, [*acts()[1:3], *acts(0)[1:]], [])
+    assert isinstance(error, TokenNotPutError), "tried again though no pod is to be made any more"
+    assert "its Secret cannot be put there: no Secrets here" in str(error)
+    assert [c.split()[0] for c in substrate.calls] == [
+        "equip", *["create"] * 2, *["delete"] * 2, "equip",
+    ]  # fmt: skip
+
+
+def test_a_refused_pod_waits_though_the_secret_is_refused_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or the job would be looked at again at once, and again."""
+    substrate = Refusing(LiveWorld(total=FOREVER))
+    substrate.token_refused = True
+    monkeypatch.setattr(applying, "AGAIN_SECONDS", 0.0)
+    run(substrate, acts(1), acts(1))
+    assert substrate.calls.count("create j-server-0-2") == 2, "its time had come"
+    monkeypatch.setattr(applying, "AGAIN_SECONDS", DEADLINE)
+    again = Refusing(LiveWorld(total=FOREVER))
+    again.token_refused = True
+    run(again, acts(1), acts(1))
+    assert again.calls.count("create j-server-0-2") == 1
 
 
 def test_deadlines_go_on_though_acts_fail(monkeypatch: pytest.MonkeyPatch) -> None:

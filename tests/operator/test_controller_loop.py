@@ -26,7 +26,7 @@ from daruma_operator.controller.agents import Agents, Talk, Targets, news
 from daruma_operator.controller.gather import observe, reachable
 from daruma_operator.errors import ClusterError, UnreadableJobError
 from daruma_operator.substrate.pods import pod_manifest
-from daruma_operator.substrate.protocol import JobKey, PodPlan
+from daruma_operator.substrate.protocol import JobKey, PodFacts, PodPlan, PodState
 from daruma_trainer.contract import Report, Role, View
 
 
@@ -161,6 +161,28 @@ def test_a_template_that_cannot_be_merged_is_told(world: LiveWorld) -> None:
         operate(substrate, lambda: trains(world))
     (refused,) = [e for e in substrate.events if e.reason == "PodNotCreated"]
     assert "spec.workers.template cannot be merged into it (AttributeError" in refused.message
+
+
+def test_pods_that_wait_for_their_secret_get_it(
+    world: LiveWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused when they were made, and then the operator died."""
+    substrate = LiveSubstrate(world)
+    list_pods = substrate.list_pods
+    refusals = [ClusterError("the quota is used up")] * 2
+
+    async def equip(job: TrainingJob) -> None:
+        if refusals:
+            raise refusals.pop()
+
+    async def waiting(job: TrainingJob) -> list[PodFacts]:
+        pods = await list_pods(job)
+        return [replace(p, state=PodState.WAITING) if refusals else p for p in pods]
+
+    monkeypatch.setattr(substrate, "equip", equip)
+    monkeypatch.setattr(substrate, "list_pods", waiting)
+    operate(substrate, lambda: trains(world), ["pods-created"])
+    assert [e.reason for e in substrate.events] == ["TokenNotPut"]
 
 
 def test_what_was_written_is_told_and_counted_though_the_answer_was_lost(world: LiveWorld) -> None:

@@ -24,6 +24,8 @@ class Secrets:
     def __init__(self) -> None:
         self.held: dict[tuple[str, str], dict[str, Any]] = {}
         self.refused = False
+        self.charged = 0
+        """What a quota counts: it is asked before it is looked whether the Secret is there."""
 
     async def answer(self, request: web.Request) -> web.Response:
         _, _, _, _, namespace, kind, *name = request.path.split("/")
@@ -36,8 +38,12 @@ class Secrets:
         assert request.method == "POST"
         body = await request.json()
         key = namespace, body["metadata"]["name"]
+        dry = request.query.get("dryRun") == "All"
+        self.charged += not dry
         if key in self.held:
             return web.json_response({"reason": "AlreadyExists"}, status=409)
+        if dry:
+            return web.json_response(body, status=201)
         self.held[key] = body | {"data": body["stringData"]}
         return web.json_response(body, status=201)
 
@@ -65,11 +71,24 @@ def test_a_jobs_secret_that_was_removed_is_made_again() -> None:
         substrate = make(lambda: None)
         token = await substrate.token(JOB)
         where = "n", token_secret(JOB)
+        await substrate.equip(JOB)
         assert secrets.held.pop(where)["data"]["token"] == token
         for _ in range(2):
-            assert await substrate.token(JOB) == token
+            await substrate.equip(JOB)
             assert secrets.held[where]["data"]["token"] == token
         assert await make(lambda: None).token(JOB) == token, "the next operator has the same key"
+
+    tell(story)
+
+
+def test_a_secret_that_is_there_is_not_charged_to_a_quota_again() -> None:
+    async def story(secrets: Secrets, make: Make) -> None:
+        substrate = make(lambda: None)
+        await substrate.equip(JOB)
+        charged = secrets.charged
+        for _ in range(3):
+            await substrate.equip(JOB)
+        assert secrets.charged == charged
 
     tell(story)
 
@@ -78,12 +97,13 @@ def test_what_was_done_is_a_sign_of_life_and_a_refusal_is_none() -> None:
     async def story(secrets: Secrets, make: Make) -> None:
         heard: list[int] = []
         substrate = make(lambda: heard.append(1))
-        await substrate.token(JOB)
+        await substrate.equip(JOB)
         assert heard
         heard.clear()
         secrets.refused = True
         with pytest.raises(ClusterError):
-            await substrate.token(JOB)
+            await substrate.equip(JOB)
         assert not heard
+        assert await substrate.token(JOB), "it follows from the key: the job is looked after"
 
     tell(story)

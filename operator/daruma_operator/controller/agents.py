@@ -79,6 +79,8 @@ class Talk:
     saving: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, "Refusals"] = field(default_factory=dict)
     """Of pods that the API server would not make, by name."""
+    equipped: bool = False
+    """Whether the token's Secret was there after the last pod was asked for, or no pod waits."""
     polls: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     calm: bool = False
     hurry: asyncio.Event = field(default_factory=asyncio.Event)

@@ -39,6 +39,10 @@ class PodNotMadeError(ClusterError):
         self.plan = plan
 
 
+class TokenNotPutError(ClusterError):
+    """The Secret of a job's token was refused: new pods wait for it, unless it is there already."""
+
+
 async def apply(
     acts: Iterable[Act],
     job: TrainingJob,
@@ -59,11 +63,18 @@ async def apply(
     refused: list[str] = []
 
     async def create() -> None:
+        failures: list[Exception] = []
         if due := _due(plans, talk):
-            await _equip(substrate, job, due[0])
-            failures = await _together(partial(_make, substrate, job, p, talk) for p in due)
+            talk.equipped = False
+        if not talk.equipped:
+            # Before pods, or they start late; and whatever comes of it: what a full quota refuses
+            # may be there, and a pod waits for its Secret by itself.
+            failures += await _together([partial(_equip, substrate, job, talk)])
+        if due:
+            refusals = await _together(partial(_make, substrate, job, p, talk) for p in due)
             point("pods-created")
-            _raise_first(failures)
+            failures = refusals + failures
+        _raise_first(failures)
 
     async def tell(each: list[Message]) -> None:
         if not await _tell(agents, talk, each):
@@ -112,12 +123,14 @@ def _raise_first(failures: Iterable[BaseException]) -> None:
         raise error
 
 
-async def _equip(substrate: Substrate, job: TrainingJob, plan: PodPlan) -> None:
-    """Make sure that new pods find the job's token: somebody may have removed it since."""
+async def _equip(substrate: Substrate, job: TrainingJob, talk: Talk) -> None:
     try:
-        await substrate.token(job)
+        await substrate.equip(job)
+        talk.equipped = True
     except ClusterError as error:
-        raise PodNotMadeError(plan, f"the job's token cannot be put there: {error}") from error
+        raise TokenNotPutError(
+            f"new pods may wait for the job's token: its Secret cannot be put there: {error}"
+        ) from error
 
 
 def _due(plans: Sequence[PodPlan], talk: Talk) -> list[PodPlan]:

@@ -15,7 +15,7 @@ from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.clock import SteadyClock
 from daruma_operator.controller.agents import Agents, Talk
-from daruma_operator.controller.apply import PodNotMadeError, announce, apply
+from daruma_operator.controller.apply import PodNotMadeError, TokenNotPutError, announce, apply
 from daruma_operator.controller.decide import Decision, decide
 from daruma_operator.controller.draft import Policy
 from daruma_operator.controller.gather import observe
@@ -26,7 +26,13 @@ from daruma_operator.errors import UnreadableJobError
 from daruma_operator.metrics import Metrics
 from daruma_operator.names import seat
 from daruma_operator.settings import Settings
-from daruma_operator.substrate.protocol import Event, JobKey, StatusConflict, Substrate
+from daruma_operator.substrate.protocol import (
+    Event,
+    JobKey,
+    PodState,
+    StatusConflict,
+    Substrate,
+)
 
 LOG = logging.getLogger("daruma.operator")
 
@@ -160,6 +166,8 @@ class Controller:
         talk = self._agents.talk(key, job.uid) or self._agents.begin(
             key, job.uid, await self._substrate.token(job)
         )
+        # Whoever runs has found it.
+        talk.equipped |= all(pod.state is not PodState.WAITING for pod in pods)
         seen = await observe(job, pods, talk, self._agents)
         policy = Policy.of(self._settings, self._substrate.store_uri(job))
         decision = decide(seen, policy, now := self._clock())
@@ -205,6 +213,9 @@ class Controller:
             # Named for the epoch, so that repeats are no news.
             who = seat(error.plan.role, error.plan.index)
             events += (Event("PodNotCreated", str(error), job.status.epoch, True, who),)
+            raise
+        except TokenNotPutError as error:
+            events += (Event("TokenNotPut", str(error), job.status.epoch, True),)
             raise
         finally:
             # Status has them: no later pass decides them again.

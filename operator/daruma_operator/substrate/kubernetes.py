@@ -147,8 +147,10 @@ class KubernetesSubstrate:
 
     async def token(self, job: TrainingJob) -> str:
         """See the Protocol."""
-        # What is there already is left as it is, and not read: it follows from the key.
-        token = token_for(await self._operator_key(), job.uid)
+        return token_for(await self._operator_key(), job.uid)
+
+    async def equip(self, job: TrainingJob) -> None:
+        """See the Protocol."""
         body = {
             "apiVersion": "v1",
             "kind": "Secret",
@@ -157,10 +159,17 @@ class KubernetesSubstrate:
                 "labels": {f"{LABEL}/job": job.name},
                 "ownerReferences": [owner(job)],
             },
-            "stringData": {"token": token},
+            "stringData": {"token": await self.token(job)},
         }
+        # What is there already is left as it is, and not read: it follows from the key. The dry
+        # run, since a quota is charged, for minutes, for a Secret that turns out to be there.
+        try:
+            await self._call(
+                self._core.create_namespaced_secret(job.namespace, body, dry_run="All")
+            )
+        except AlreadyExistsError:
+            return
         await self._create(self._core.create_namespaced_secret(job.namespace, body))
-        return token
 
     async def create_pod(self, job: TrainingJob, plan: PodPlan) -> None:
         """See the Protocol."""

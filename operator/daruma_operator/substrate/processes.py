@@ -173,6 +173,10 @@ class ProcessSubstrate:
         del job
         return self._token
 
+    async def equip(self, job: TrainingJob) -> None:
+        """See the Protocol: nothing removes it from this folder."""
+        del job
+
     async def create_pod(self, job: TrainingJob, plan: PodPlan) -> None:
         """See the Protocol. What cannot be started becomes a pod that terminated."""
         if plan.name in self._pods or plan.name in self._starting or job.uid != self._job.uid:

@@ -108,7 +108,10 @@ class Substrate(Protocol):
         """
 
     async def token(self, job: TrainingJob) -> str:
-        """Return the job's token, after making sure that its pods will find it."""
+        """Return the job's token."""
+
+    async def equip(self, job: TrainingJob) -> None:
+        """Make sure that new pods find the job's token: somebody may have removed it since."""
 
     async def create_pod(self, job: TrainingJob, plan: PodPlan) -> None:
         """Make a pod; the same plan twice makes one."""
