@@ -95,10 +95,15 @@ def test_what_a_rollback_has_made_again_is_not_skipped() -> None:
     assert counters({"worker-1-9": third}, ["worker-1-9"], gone) == Pushes(skipped=21)
 
 
-@pytest.mark.parametrize("text", ["1-99999999999", "4-1", "x", "1-2-3", "-5"])
+@pytest.mark.parametrize(
+    "text",
+    ["1-99999999999", "4-1", "x", "1-2-3", "-5", "1-99999999999999999999", "9" * 4000],
+)
 def test_what_cannot_be_is_not_taken_up(text: str) -> None:
     report = Report("worker-0-1", 1, "Training", lost=3, lost_batches=text)
-    assert counters({"worker-0-1": report}, ["worker-0-1"], Gone(lost={"0": "1-9"})).lost == 12
+    past = Gone(lost={"0": "1-9"})
+    assert counters({"worker-0-1": report}, ["worker-0-1"], past).lost == 12
+    assert remember(past, "0", report) == Gone(Pushes(lost=3), {"0": "1-9"}, {"0": ""})
 
 
 def test_of_too_many_the_number_alone_is_remembered() -> None:

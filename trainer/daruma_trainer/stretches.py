@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from daruma_trainer.parsing import ContractError
 
+MOST = (1 << 62) - 1
+"""The largest number that is read: how many there are up to it is counted in 63 bits, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stretches:
@@ -43,6 +46,8 @@ class Stretches:
                 first, last = int(begin), int(end or begin)
             except ValueError as error:
                 raise ContractError(f"{part[:40]!r} is no stretch of numbers") from error
+            if last > MOST:
+                raise ContractError(f"{part[:40]!r} is a stretch beyond {MOST}")
             if last < first:
                 raise ContractError(f"{part[:40]!r} is a stretch that ends before it begins")
             pairs.append((first, last))
