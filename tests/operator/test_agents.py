@@ -155,3 +155,6 @@ def test_copies_are_taken_from_a_members_own_view_with_its_epoch() -> None:
     assert found.report == replace(newer, copies=copies)
     assert found.copies_epoch == 3, "it may have pulled anew before it heard of the next loss"
     assert merge([(0.5, View(5, 3, mine))])[ME].copies_epoch == 3
+    bare = replace(mine, copies=())
+    assert merge([(0.5, View(5, 3, bare)), (0.1, server)])[ME].copies_epoch == 3
+    assert merge([(0.1, server)])[ME].copies_epoch == 0, "it has not said it itself"

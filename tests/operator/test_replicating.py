@@ -8,8 +8,12 @@ import pytest
 
 from controller_world import FOREVER, PEER, RUNNING, World, sources_of, spec_of
 from daruma_operator.api.status import MemberStatus, Phase
-from daruma_operator.controller.acts import CreatePod
-from daruma_trainer.contract import Role, SourceKind, Suspect
+from daruma_operator.controller.acts import CreatePod, PostRestore
+from daruma_operator.controller.decide import Decision, decide
+from daruma_operator.controller.draft import Policy
+from daruma_operator.controller.observe import merge
+from daruma_operator.controller.verdicts import name_of
+from daruma_trainer.contract import Role, SourceKind, Suspect, View
 
 REPLICA = SourceKind.REPLICA.value
 
@@ -223,6 +227,37 @@ def test_with_copies_a_replica_takes_what_is_fresher_from_the_workers() -> None:
     assert [[s.kind.value for s in sources] for sources in offered[:1]] == [
         [PEER, PEER, REPLICA, RUNNING]
     ], "the workers' copies are newer than its own"
+
+
+@pytest.mark.parametrize("lost", [("server-1",), ("server-1", "server-2")])
+def test_a_promoted_replica_is_not_heard_through_a_sibling(lost: tuple[str, ...]) -> None:
+    """Its copies do not come that way, and what is covered may be on it alone."""
+    world = copied()
+    for seat in lost:
+        world.kill(seat)
+    world.tick()
+    (promoted,) = [m for m in world.status.members if m.guest]
+    name, epoch = name_of(promoted), world.status.epoch
+    seen = world.seen()
+    now, sibling = seen.heard[name].report, seen.heard["server-0-1"].report
+    assert (now.epoch, bool(now.copies)) == (epoch, True)
+    before = replace(now, epoch=epoch - 1, state="Replica", copies=())
+    views = [
+        (0.2, View(1, epoch - 1, before)),
+        (0.1, View(1, epoch, sibling, {name: (0.0, replace(now, copies=()))})),
+    ]
+
+    def decided() -> Decision:
+        heard = {**seen.heard, name: merge(views)[name]}
+        policy = Policy(store=world.store, progress_seconds=0.0, copies_seconds=0.0)
+        return decide(replace(seen, heard=heard), policy, world.now)
+
+    waits = decided()
+    assert not [a for a in waits.acts if isinstance(a, PostRestore)]
+    assert waits.message.endswith(f"waiting for {name} to say what they have")
+    views.append((0.0, View(2, epoch, now)))
+    (plan,) = [a for a in decided().acts if isinstance(a, PostRestore) and a.member == name]
+    assert REPLICA in [s.kind.value for s in plan.restore.sources]
 
 
 def test_what_no_worker_gave_is_not_said_to_come_from_them() -> None:

@@ -18,7 +18,7 @@ class Heard:
     """Seconds since it said so."""
     report: Report
     offered: int | None = None
-    """Epoch in which it said what copies it holds, if not in the report's."""
+    """Epoch in which it said itself what copies it holds, if not in the report's; 0: it did not."""
 
     @property
     def copies_epoch(self) -> int:
@@ -118,10 +118,11 @@ def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
     """Merge views of known ages: of each member the freshest words, its own or handed on.
 
     Copies are in a member's own view alone. Others may have heard of a newer epoch from it by now:
-    it keeps what it offered until the recovery ends.
+    it keeps what it offered until the recovery ends, and may offer in the newer one what it did not
+    before.
     """
     found: dict[str, Heard] = {}
-    offered: dict[str, Report] = {}
+    own: dict[str, Report] = {}
 
     def take(age: float, report: Report) -> None:
         known = found.get(report.id)
@@ -130,15 +131,16 @@ def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
 
     for age, view in views:
         take(age + view.still, view.own)
-        if view.own.copies:
-            offered[view.own.id] = view.own
+        own[view.own.id] = view.own
         for told, report in view.others.values():
             take(age + told, report)
-    for member, own in offered.items():
-        heard = found[member]
-        if heard.report is not own:
-            report = replace(heard.report, copies=own.copies)
-            found[member] = Heard(heard.age, report, own.epoch)
+    for member, heard in found.items():
+        mine = own.get(member)
+        if mine is None:
+            found[member] = Heard(heard.age, heard.report, 0)
+        elif heard.report is not mine:
+            copied = replace(heard.report, copies=mine.copies) if mine.copies else heard.report
+            found[member] = Heard(heard.age, copied, mine.epoch)
     return found
 
 

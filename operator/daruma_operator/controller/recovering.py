@@ -16,7 +16,6 @@ from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.losing import climb, roll_further
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import goes_on
-from daruma_operator.controller.replicating import PROMOTE
 from daruma_operator.controller.sourcing import (
     copies_of,
     delta_of,
@@ -257,16 +256,20 @@ def _mute(d: Draft) -> tuple[str, ...]:
     """Replicas that were promoted, and did not say yet what they have, or that they serve."""
     if d.record.cause == HAND_BACK:
         return ()
+    # Who was made for a loss is as old as that, at most.
+    lost = {x.index: x.epoch for x in d.record.losses if x.role is Role.SERVER}
     return tuple(
         name_of(m)
         for m in restoring(d.status)
-        if m.guest and d.record.placement == PROMOTE and not _speaks(d, m)
+        if m.guest and m.incarnation < lost.get(m.index, 0) and not _speaks(d, m)
     )
 
 
 def _speaks(d: Draft, member: MemberStatus) -> bool:
-    report = d.seen.report(name_of(member))
-    return report is not None and report.epoch >= d.record.epoch
+    """Whether it said so itself: what others hand on is without its copies."""
+    heard, record = d.seen.heard.get(name_of(member)), d.record
+    told = heard is not None and heard.copies_epoch >= record.epoch
+    return told or serves(d.seen, record, member)
 
 
 def _to_restore(d: Draft) -> bool:
