@@ -158,11 +158,7 @@ class World:
 
     def seen(self) -> Seen:
         heard = {i: Heard(0.1, r) for i, r in self.last.items()}
-        heard |= {
-            i: Heard(self.silent.get(i, 0.01), self.report(s))
-            for i, s in self.sims.items()
-            if self.runs(s)
-        }
+        heard |= {i: self._heard(s) for i, s in self.sims.items() if self.runs(s)}
         reached = {i for i, s in self.sims.items() if self.runs(s) and i not in self.failing}
         return Seen(
             self.job,
@@ -176,6 +172,13 @@ class World:
             dict(self.saving),
             frozenset(self.denied),
         )
+
+    def _heard(self, sim: Sim) -> Heard:
+        """Siblings hand on what one says that does not answer the operator, but its copies."""
+        report, age = self.report(sim), self.silent.get(sim.id, 0.01)
+        if sim.id in self.failing:
+            return Heard(age, replace(report, copies=()), 0)
+        return Heard(age, report)
 
     def runs(self, sim: Sim) -> bool:
         pod = self.pods.get(sim.host or f"j-{sim.id}")

@@ -197,6 +197,39 @@ def test_workers_that_are_silent_are_waited_for_one_second_and_named() -> None:
     assert world.status.recoveries[-1].silent == ("worker-1-1",)
 
 
+def unsourced() -> World:
+    """A server is lost in a job without a store."""
+    world = World(spec=spec_of(checkpoint={}), store=None, total=FOREVER).running()
+    world.kill("server-1")
+    return world
+
+
+def test_what_workers_hold_is_not_lost_because_the_operator_does_not_hear_them() -> None:
+    world = unsourced()
+    world.failing = {"worker-0-1": 0.0, "worker-1-1": 0.0}
+    for _ in range(50):
+        world.tick(5.0)
+    assert world.status.phase is Phase.RECOVERING
+    assert "waiting to hear from worker-0-1, worker-1-1" in world.status.message
+    world.failing = {"worker-0-1": 0.0}
+    world.running()
+    assert list(sources_of(world)) == [PEER]
+
+
+def test_workers_that_are_not_heard_are_not_waited_for_for_ever() -> None:
+    world = unsourced()
+    world.failing = {"worker-0-1": 0.0, "worker-1-1": 0.0}
+    world.until_phase("Failed", seconds=10.0)
+    assert world.status.reason == "RestoreTimeout"
+
+
+def test_workers_that_say_that_they_hold_nothing_are_not_waited_for() -> None:
+    world = unsourced()
+    world.sim("worker-0").step = world.sim("worker-1").step = 0
+    world.until_phase("Failed", ticks=30)
+    assert world.status.reason == "StateLost"
+
+
 def test_a_loss_before_training_began_is_no_recovery() -> None:
     world = World(holds_pods=True)
     world.pass_()

@@ -165,6 +165,12 @@ def _planned(d: Draft) -> bool:
         return False
     plans = plans_of(d.seen, d.status, stored=d.policy.store is not None)
     unsourced = sum(p.unsourced for p in plans.values())
+    unheard = [m for m in silent if not _told(d, m)]
+    if unsourced and unheard:
+        # Others may hear them well, and what they hold is not lost because the operator does not.
+        who = f"{', '.join(unheard[:3])}{', …' * (len(unheard) > 3)}"
+        _message(d, f"waiting to hear from {who}: nobody else holds {unsourced} lost slots")
+        return False
     if unsourced:
         _next_rung(d, f"{unsourced} lost slots have no source")
         return False
@@ -267,9 +273,13 @@ def _mute(d: Draft) -> tuple[str, ...]:
 
 def _speaks(d: Draft, member: MemberStatus) -> bool:
     """Whether it said so itself: what others hand on is without its copies."""
-    heard, record = d.seen.heard.get(name_of(member)), d.record
-    told = heard is not None and heard.copies_epoch >= record.epoch
-    return told or serves(d.seen, record, member)
+    return _told(d, name_of(member)) or serves(d.seen, d.record, member)
+
+
+def _told(d: Draft, member: str) -> bool:
+    """Whether a member said itself, in this recovery's epoch, what it has, be it nothing."""
+    heard = d.seen.heard.get(member)
+    return heard is not None and heard.copies_epoch >= d.record.epoch
 
 
 def _to_restore(d: Draft) -> bool:
