@@ -141,6 +141,7 @@ class World:
     failing: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     denied: set[str] = field(default_factory=set)
+    began: datetime = START
     silent: dict[str, float] = field(default_factory=dict)
     """Members whose agents answer while their loops stand still: for how long."""
     created: list[str] = field(default_factory=list)
@@ -171,6 +172,7 @@ class World:
             dict(self.planned),
             dict(self.saving),
             frozenset(self.denied),
+            self.began,
         )
 
     def _heard(self, sim: Sim) -> Heard:
@@ -225,7 +227,7 @@ class World:
     def pass_(self, *, restarted: bool = False) -> Decision:
         """One pass; `restarted`: a new operator, which remembers nothing, makes it."""
         if restarted:
-            self.delivered, self.planned, self.saving = {}, {}, {}
+            self.delivered, self.planned, self.saving, self.began = {}, {}, {}, self.now
         policy = Policy(store=self.store, progress_seconds=0.0, copies_seconds=1.0)
         decision = decide(self.seen(), policy, self.now)
         self.job = self.job.model_copy(update={"status": decision.status})

@@ -27,6 +27,14 @@ def test_the_result_must_be_durable_before_the_job_succeeds() -> None:
     assert not [e for e in world.decisions[-1].events if e.reason == "Stalled"], "it has ended"
 
 
+def test_the_operators_absence_is_no_time_for_the_final_cut() -> None:
+    world = World(total=5, unsaved=True)
+    world.until(lambda w: w.status.reason == "SavingResult")
+    world.unsaved = False
+    world.tick(700.0, restarted=True)
+    world.until_phase("Succeeded")
+
+
 def test_final_is_final() -> None:
     world = World(total=5).until_phase("Succeeded")
     before = world.status

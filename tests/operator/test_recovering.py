@@ -280,6 +280,23 @@ def test_a_lost_workers_recovery_has_a_deadline_too() -> None:
     assert [r.outcome for r in world.status.recoveries] == ["Failed"]
 
 
+@pytest.mark.parametrize("lost", ["worker-0", "server-1", ""])
+def test_the_operators_absence_is_no_time(lost: str) -> None:
+    """It died when it had written what it would do, and the next one came late."""
+    world = World(total=FOREVER)
+    if lost:
+        world.running()
+        world.kill(lost)
+    world.lost_acts = True
+    world.tick()
+    world.lost_acts = False
+    world.tick(1000.0, restarted=True)
+    assert world.status.phase in (Phase.RECOVERING, Phase.PENDING)
+    world.running()
+    assert {r.outcome for r in world.status.recoveries} <= {"Succeeded"}
+    assert not [m for m in world.status.members if m.guest], "a pod was to be had at once"
+
+
 def test_an_operator_that_hears_nobody_ends_no_recovery() -> None:
     world = World(total=FOREVER).running()
     world.kill("worker-0")

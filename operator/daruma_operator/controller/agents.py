@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from http import HTTPStatus
 
 import aiohttp
@@ -81,6 +82,8 @@ class Talk:
     """Of pods that the API server would not make, by name."""
     equipped: bool = False
     """Whether the token's Secret was there after the last pod was asked for, or no pod waits."""
+    began: datetime | None = None
+    """When this operator began to look after the job."""
     polls: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     calm: bool = False
     hurry: asyncio.Event = field(default_factory=asyncio.Event)

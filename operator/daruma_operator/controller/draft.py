@@ -122,6 +122,13 @@ class Draft:
             self.waits.append(left)
         return left
 
+    def left_to_act(self, since: datetime | None, seconds: float) -> float:
+        """The same for what an operator has to do something for: with none, no time passes."""
+        began = self.seen.began
+        if since is not None and began is not None:
+            since = max(since, began)
+        return self.left(since, seconds)
+
     def condition(self, kind: str, *, true: bool, reason: str, message: str = "") -> None:
         """Set a condition; its time moves only when it changes. One never true is not listed."""
         text = "True" if true else "False"

@@ -79,7 +79,7 @@ def end(d: Draft) -> None:
     text = "the workers are done; the final cut is being saved"
     d.phase(Phase.RUNNING, "SavingResult", text + (f", again and again: {error}" if error else ""))
     limit = d.spec.recovery.timeouts.progress_seconds
-    if d.left(d.status.phase_since, limit) <= 0:
+    if d.left_to_act(d.status.phase_since, limit) <= 0:
         d.tell("ResultNotSaved", f"the final cut was not durable within {limit:g} s", warning=True)
         fail(
             d,

@@ -106,4 +106,5 @@ def _seen(job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk) -> Seen:
         delivered=dict(talk.delivered),
         planned={m: replace(p, age=now - at) for m, (at, p) in talk.planned.items()},
         saving=dict(talk.saving),
+        began=talk.began,
     )

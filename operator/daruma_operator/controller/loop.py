@@ -163,9 +163,10 @@ class Controller:
             if (job.uid, job.status) == (before.uid, wanted):
                 self._count(key, before, wanted)
         pods = tuple(await self._substrate.list_pods(job))
-        talk = self._agents.talk(key, job.uid) or self._agents.begin(
-            key, job.uid, await self._substrate.token(job)
-        )
+        talk = self._agents.talk(key, job.uid)
+        if talk is None:
+            talk = self._agents.begin(key, job.uid, await self._substrate.token(job))
+            talk.began = self._clock()
         # Whoever runs has found it.
         talk.equipped |= all(pod.state is not PodState.WAITING for pod in pods)
         seen = await observe(job, pods, talk, self._agents)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 
 from daruma_operator.api.job import TrainingJob
@@ -55,6 +56,8 @@ class Seen:
     """The number of the final cut that each server was told to take."""
     denied: frozenset[str] = frozenset()
     """Those of `failing` that are there, but do not take the operator's token."""
+    began: datetime | None = None
+    """When this operator began to look after the job."""
 
     def report(self, member: str) -> Report | None:
         """Return what a member said last."""

@@ -110,7 +110,7 @@ def _replace_expired(d: Draft, waiting: list[MemberStatus]) -> bool:
     record, timeouts = d.record, d.spec.recovery.timeouts
     pending = d.status.phase is Phase.PENDING
     limit = timeouts.pending_seconds if pending else timeouts.replace_seconds
-    if d.left(record.stage_since, limit) > 0:
+    if d.left_to_act(record.stage_since, limit) > 0:
         return False
     why = _waiting_reasons(d, waiting)
     if not pending and adopt_instead(d, waiting):
@@ -227,7 +227,7 @@ def _broken(d: Draft) -> str | None:
 
 def _stage_expired(d: Draft) -> bool:
     limit = d.spec.recovery.timeouts.restore_seconds
-    if d.left(d.record.stage_since, limit) > 0:
+    if d.left_to_act(d.record.stage_since, limit) > 0:
         return False
     away = store_away(d)
     what = "lost slots" if d.record.role is Role.SERVER else "servers"

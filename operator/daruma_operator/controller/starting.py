@@ -59,7 +59,7 @@ def pending(d: Draft) -> None:
             reasons.append(f"{pod.name}: {pod.reason} {pod.message or ''}".strip())
     text = "; ".join(reasons)[:600]
     limit = d.spec.recovery.timeouts.pending_seconds
-    if d.left(d.status.phase_since, limit) <= 0:
+    if d.left_to_act(d.status.phase_since, limit) <= 0:
         fail(
             d,
             "PodsPending",
