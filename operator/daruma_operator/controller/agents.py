@@ -34,7 +34,7 @@ _PIECE = 1 << 16
 _DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 MEMBER_BYTES = 16 << 10
 """A view may be this long for each member of the job: no report has more than about 5 KB but for
-what the program reports."""
+the metrics that the program reports, of which the trainer takes 8 KiB."""
 LEAST_VIEW_BYTES = 1 << 20
 PATIENCE = 100
 SLOWER = 10

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
-from daruma_trainer.errors import GaveUpError
+from daruma_trainer.errors import ConfigurationError, GaveUpError
 from daruma_trainer.worker.client import Client
 from daruma_trainer.worker.footing import pull_all
 
@@ -34,7 +34,7 @@ class Evaluation:
     def after_batch(self) -> None:
         """Evaluate, if this was one of the batches to do so after."""
         if self._fn is not None and self._every and self._client.batch % self._every == 0:
-            self._run(self._fn)
+            self._report(**_found(self._fn))
 
     def of_result(self, writers: Iterable[Callable[[], None]]) -> None:
         """Evaluate what was saved: nobody pushes any more, and the servers stay until we end.
@@ -49,12 +49,17 @@ class Evaluation:
             LOG.warning("a server is gone: the evaluation has the parameters of the last pull")
         for write in writers:
             write()
-        self._run(self._fn)
+        found = _found(self._fn)
+        try:
+            self._report(**found)
+        except ConfigurationError as error:
+            # What was trained is there, and saved.
+            LOG.error("the result's evaluation is not reported: %s", error)
         self._client.say()
         with contextlib.suppress(GaveUpError):
             self._client.wait(lambda: self._client.said, ANSWER_SECONDS, "the servers' answers")
 
-    def _run(self, fn: Score) -> None:
-        found = fn()
-        values = found if isinstance(found, Mapping) else {"score": found}
-        self._report(**dict(values))
+
+def _found(fn: Score) -> dict[str, float]:
+    found = fn()
+    return dict(found) if isinstance(found, Mapping) else {"score": found}

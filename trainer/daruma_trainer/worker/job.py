@@ -1,5 +1,6 @@
 """The job as a program sees it: tables, an optimizer, batches, reports."""
 
+import json
 import logging
 import math
 import time
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("daruma")
 BEGIN_SECONDS = 600.0
 """How long a program waits for all servers at its beginning."""
+MAX_METRICS_BYTES = 8 << 10
+"""Of what a program reports. Servers hand it on with what all others report, and the operator reads
+no more of a member's words than the job has members."""
+_NUMBER_BYTES = 28
+"""Of a metric in JSON, beside its name."""
 
 
 class Job:
@@ -362,12 +368,18 @@ class Job:
         return True
 
     def report(self, loss: float | None = None, **metrics: float) -> None:
-        """Say how it goes: shown by `kubectl get`, in metrics and in the report."""
+        """Say how it goes: shown by `kubectl get`, in metrics and in the report.
+
+        ConfigurationError: with this there would be more metrics than MAX_METRICS_BYTES.
+        """
         client = self._client
         with client.lock:
+            values = client.values | {name: float(value) for name, value in metrics.items()}
+            if len(values) > len(client.values):
+                _check_size(values)
             if loss is not None:
                 client.loss = float(loss)
-            client.values.update({name: float(value) for name, value in metrics.items()})
+            client.values = values
 
     def evaluate(self, fn: Score, every: int = 0) -> None:
         """Call `fn` on worker 0 after every so many of its batches, and at the end (0: only then).
@@ -403,3 +415,12 @@ class Job:
         """Evaluate what was saved: nobody pushes any more, and the servers stay until we end."""
         if self._specs:
             self._evaluation.of_result(self._writers)
+
+
+def _check_size(metrics: Iterable[str]) -> None:
+    size = sum(len(json.dumps(name)) + _NUMBER_BYTES for name in metrics)
+    if size > MAX_METRICS_BYTES:
+        raise ConfigurationError(
+            f"job.report: all metrics together are {size} bytes, and {MAX_METRICS_BYTES} are the "
+            "most: report fewer names, or shorter ones"
+        )
