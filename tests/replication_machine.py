@@ -1,7 +1,7 @@
 """Replicas and copies, model-checked: the real servers and workers over a simulated network.
 
-Connections break with what was on its way, members are parted, killed, or taken for lost while
-they go on; the operator looks and tells late. Each batch leaves a mark of its own in the shard, so
+Connections break with what was on its way, messages are lost or come twice, members are parted,
+killed, or taken for lost while they go on; the operator looks and tells late. Each batch leaves a mark of its own in the shard, so
 what a slot holds can be seen. Whatever happens: no push that a worker was told is covered is lost
 by as many failures as were promised, none is applied twice, slots of one version are one wherever
 they are, weights are what the batches that their slot has make of them, what is lost is counted
@@ -153,6 +153,12 @@ class Replication(RuleBasedStateMachine):
         streams = [w for w in self.job.wires if set(kinds_of(w)) & {Kind.UPDATE, Kind.WHOLE}]
         if streams:
             streams[wire % len(streams)].drop(number)
+
+    @rule(wire=some, number=some, later=some, down=st.booleans())
+    def repeat(self, wire: int, number: int, later: int, *, down: bool) -> None:
+        """A message comes twice."""
+        if self.job.wires:
+            self.job.wires[wire % len(self.job.wires)].repeat(number, later, down=down)
 
     @rule(wire=some, full=st.booleans())
     def jam(self, wire: int, full: bool) -> None:

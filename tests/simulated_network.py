@@ -122,6 +122,16 @@ class Wire:
         if len(self.up) > 1:
             del self.up[number % (len(self.up) - 1)]
 
+    def repeat(self, number: int, later: int, *, down: bool) -> None:
+        """One of the messages on their way comes twice, again after so many that follow it.
+
+        No connection does that either.
+        """
+        queue = self.down if down else self.up
+        if queue:
+            number %= len(queue)
+            queue.insert(number + 1 + later, list(queue[number]))
+
     def end(self, arrive: int) -> None:
         """Its owner is killed: no more than so many of its messages still arrive."""
         while len(self.up) > arrive:

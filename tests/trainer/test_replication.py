@@ -541,6 +541,7 @@ class Replica:
     def __init__(self, *after: Member, **changes: Any) -> None:
         self.around = Around()
         self.links: list[Link] = []
+        self.requests = 0
         self.plane = plane_of(NEXT, ready=False)
         self.plane.slots.state[:] = SlotState.RESTORING
         me = Identity("ns", "job", Role.SERVER, 0, NEXT.incarnation, "")
@@ -554,7 +555,12 @@ class Replica:
         return self.links[-1]
 
     def take(self, kind: Kind, *frames: Frame) -> Reply | None:
-        header = Header(kind, 1, 1, NEXT.incarnation)
+        self.requests += 1
+        return self.again(kind, *frames)
+
+    def again(self, kind: Kind, *frames: Frame) -> Reply | None:
+        """Take what came last once more."""
+        header = Header(kind, self.requests, 1, NEXT.incarnation)
         return self.replicator.take(HEAD.id, header, [b"", *frames])
 
     def follow(self) -> None:
@@ -575,6 +581,19 @@ def test_a_missing_message_is_refused() -> None:
     assert reply is not None
     assert (reply.kind, reply.flags) == (Kind.REFUSED, Refusal.UNSURE)
     assert not replica.plane.slots.ready.any()
+
+
+def test_what_comes_twice_is_taken_once() -> None:
+    replica = Replica()
+    replica.follow()
+    plane = plane_of(HEAD)
+    assert replica.take(Kind.WHOLE, *whole(1, plane)) is not None
+    before = replica.plane.updates
+    assert replica.again(Kind.WHOLE, *whole(2, plane)) is None
+    replica.follow()  # the stream's numbers begin anew, those of requests do not
+    replica.requests -= 2
+    assert replica.take(Kind.WHOLE, *whole(1, plane)) is None
+    assert replica.plane.updates == before
 
 
 def test_a_replica_that_is_promoted_takes_nothing_more_at_once() -> None:

@@ -80,6 +80,8 @@ class Server:
         self._poller = zmq.Poller()
         self._door = Door(identity, self._context, self._poller)
         self._siblings = Siblings(identity, self._context, self._poller)
+        self._streams = 0
+        """How many connections were made to next replicas."""
         self.replicator = Replicator(identity, self._connect, self)
         self._inbox = Inbox(self._poller)
         self.reports = Reports()
@@ -342,7 +344,10 @@ class Server:
     # For replication
 
     def _connect(self, peer: Member) -> Link:
-        return Link(self._context, self.me.id, self.me.token, peer, self._poller)
+        # Its requests have numbers above those of every link before: what is sent twice is known.
+        self._streams += 1
+        first = self._streams << 32
+        return Link(self._context, self.me.id, self.me.token, peer, self._poller, first)
 
     def stream_header(self, kind: Kind) -> Header:
         """See Surroundings of replication."""

@@ -22,6 +22,19 @@ class Inflow:
         self._plane = plane
         self._source = ""
         self._number = 0
+        self._newest = "", 0
+        """Who sent the last request that counts, and its number."""
+
+    def is_newer(self, source: str, request: int) -> bool:
+        """Whether a message was sent after all that came from there: else it comes again.
+
+        The stream's own numbers begin anew with it.
+        """
+        sender, newest = self._newest
+        if source == sender and request <= newest:
+            return False
+        self._newest = source, request
+        return True
 
     def begin(self, source: str, tables: Sequence[TableSpec]) -> Versions:
         """Begin a stream; returns what is here."""

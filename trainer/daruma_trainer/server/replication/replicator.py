@@ -232,7 +232,7 @@ class Replicator:
     # From the one before
 
     def take(self, member: str, header: Header, frames: Sequence[Frame]) -> Reply | None:
-        """Take a message of the stream; None: it is answered later."""
+        """Take a message of the stream; None: it is answered later, or was (it comes again)."""
         inflow, plane, membership = self._inflow, self._plane, self._newest or self._membership
         if inflow is None or plane is None or membership is None:
             return refuse(Refusal.UNSURE, "no membership yet")
@@ -240,6 +240,8 @@ class Replicator:
             return refuse(Refusal.STALE_INCARNATION, f"{member} is not before {self._me.id}")
         if header.generation != membership.rollback.generation:
             return refuse(Refusal.WRONG_GENERATION, f"not of generation {header.generation}")
+        if not inflow.is_newer(member, header.request):
+            return None
         try:
             if header.kind is Kind.FOLLOW:
                 return self._begin(inflow, member, frames)
