@@ -87,6 +87,7 @@ bench: $(STAMP) machine ## times and costs, written to docs/benchmarks/; hours
 	@$(BIN)/daruma bench rework --write docs/benchmarks/rework.md
 	@$(BIN)/daruma bench replay --write docs/benchmarks/replay.md
 	@$(BIN)/daruma bench availability --write docs/benchmarks/availability.md
+	@$(BIN)/daruma bench memory --write docs/benchmarks/memory.md
 	@$(BIN)/daruma bench replication --write docs/benchmarks/replication.md
 	@$(BIN)/daruma bench recovery --write docs/benchmarks/recovery.md
 	@$(BIN)/daruma bench recovery --placement Adopt --write docs/benchmarks/recovery-adopt.md

@@ -14,6 +14,7 @@ _TRAINER = ("numpy", "zmq"), "trainer"
 _BENCHES = {
     "availability": (("numpy", "zmq", "torch", "pydantic", "rich", "yaml"), "bench,local,torch"),
     "checkpoint": _TRAINER,
+    "memory": (("numpy", "zmq", "pydantic", "rich", "yaml"), "trainer,local"),
     "recovery": _TRAINER,
     "replay": _TRAINER,
     "replication": _TRAINER,

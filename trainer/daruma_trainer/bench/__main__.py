@@ -13,6 +13,10 @@ if __name__ == "__main__":
             from daruma_trainer.bench import checkpoint
 
             sys.exit(checkpoint.main(sys.argv[2:]))
+        case ["memory"]:
+            from daruma_trainer.bench import memory
+
+            sys.exit(memory.main(sys.argv[2:]))
         case ["recovery"]:
             from daruma_trainer.bench import recovery
 
@@ -31,6 +35,6 @@ if __name__ == "__main__":
             sys.exit(command.main(sys.argv[2:]))
         case _:
             sys.exit(
-                "daruma bench: there are `availability`, `checkpoint`, `recovery`, `replay`, "
-                "`replication` and `rework`"
+                "daruma bench: there are `availability`, `checkpoint`, `memory`, `recovery`, "
+                "`replay`, `replication` and `rework`"
             )

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,28 @@ RECOVERY: Mapping[str, Mapping[str, Any]] = {
     "Chain": {"strategy": "Chain", "chain": {"replicas": 3, "ack": "Next"}},
 }
 """By the name of a way to recover, spec.recovery."""
+DARUMA_RUN = ("daruma_operator.cli.main", "run")
+HELD_RUN = ("daruma_trainer.bench.holding",)
+"""`daruma run` whose members can be held away."""
 
 
 class LocalRun:
     """`daruma run`, from its start to SIGINT."""
 
-    def __init__(self, manifest: str, workers: int, steps: int) -> None:
+    def __init__(
+        self, manifest: str, workers: int, steps: int, command: Sequence[str] = DARUMA_RUN
+    ) -> None:
         """`steps`: so many are made by each worker before it counts as running."""
         self._manifest, self._workers, self._steps = manifest, workers, steps
-        self._out = Path()
+        self._command = command
+        self.out = Path()
         self._records: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """See Arena."""
         with tempfile.TemporaryDirectory(prefix="daruma-bench-") as folder:
-            self._out = out = Path(folder) / "run"
+            self.out = out = Path(folder) / "run"
             with self._started(Path(folder), out) as run:
                 self._until_trained(run)
                 yield
@@ -65,7 +71,7 @@ class LocalRun:
 
     def members(self) -> list[Process]:
         """See Arena."""
-        return processes(self._out)
+        return processes(self.out)
 
     def records(self) -> list[dict[str, Any]]:
         """See Arena."""
@@ -75,7 +81,7 @@ class LocalRun:
     def _started(self, folder: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
         manifest = folder / "job.yaml"
         manifest.write_text(self._manifest)
-        command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
+        command = [sys.executable, "-m", *self._command, str(manifest)]
         with (folder / "output").open("wb") as output:
             run = subprocess.Popen(
                 [*command, "--out", str(out)],

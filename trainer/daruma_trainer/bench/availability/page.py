@@ -60,9 +60,11 @@ not wait however long the outage is.
 with the replicas that it hosts for others); pages that they share count in each. *Added*: how much
 more a worker that lived through had during an outage than before it, each without the highest
 twentieth of the looks (moments of torch's own steps, of which a long outage shows more); of all
-workers and outages the largest. *At the highest*: with those looks, of the model. **Bytes**: what
-servers counted, read every second and just before each kill; pushes and pulls are of the wire,
-*replica* went to replicas, *checkpoint* to the store.
+workers and outages the largest. *At the highest*: with those looks, of the model. The model is as
+small as what a process takes and gives back by itself; [a table of 100 MB](memory.md) says more.
+
+**Bytes**: what servers counted, read every second and just before each kill; pushes and pulls are
+of the wire, *replica* went to replicas, *checkpoint* to the store.
 
 **Phases** are the operator's record: failure to detection, to a replacement that runs (with the
 time that it was held away), to all slots being back, to the first new step that all slots have. A
