@@ -296,10 +296,7 @@ class Replication(RuleBasedStateMachine):
     def nothing_is_missing(self) -> None:
         job = self.job
         assert len(job.heads) == job.count
-        for worker in job.live_workers:
-            assert worker.pushes is not None
-            lost = set(worker.pushes.lost) - worker.void
-            job.reported |= {(worker.me.index, b) for b in lost}
+        job.reported |= self.counted() - job.void
         missing = set()
         for head in job.heads:
             has = (job.marks(head) == 1).all(axis=0)
@@ -319,6 +316,11 @@ class Replication(RuleBasedStateMachine):
         wrong = (missing ^ counted) - job.skipped
         assert not wrong, ("lost and not counted", sorted(wrong))
         self.replicas_equal()
+
+    def counted(self) -> set[tuple[int, int]]:
+        """What workers count as lost."""
+        workers = self.job.live_workers
+        return {(w.me.index, b) for w in workers if w.pushes is not None for b in w.pushes.lost}
 
     def current(self, push: tuple[int, int]) -> bool:
         return any(w.me.index == push[0] and push[1] <= w.batch for w in self.job.live_workers)

@@ -78,6 +78,8 @@ class SimulatedJob:
         self.reported: set[tuple[int, int]] = set()
         """(worker, batch) that a RESYNC was told are lost."""
         self.versions = Versions()
+        self.void: set[tuple[int, int]] = set()
+        """(worker, batch) that were counted as lost before the last rollback."""
         self.told: set[tuple[int, int, int]] = set()
         """(server's index, worker, batch) that a worker was told is covered, by whomever."""
         self._emitted: dict[tuple[str, int, int], Promise] = {}
@@ -267,7 +269,7 @@ class SimulatedJob:
         """A server counts batches as lost that a worker says it cannot give again."""
         sender = self.workers.get(worker)
         index = int(worker.split("-")[1])
-        self.reported |= {(index, b) for b in batches}
+        self.reported |= {(index, b) for b in batches} - server.void
         if sender is None or not self.settings.covers:
             return
         own = {(server.me.index, index, b) for b in batches if b > sender.began_at}
@@ -320,6 +322,7 @@ class SimulatedJob:
         slots.position[k] = state.position
         slots.last[k], slots.window[k] = state.last[state.vector], state.window[state.vector]
         plane.note_given(k)
+        plane.rolled_back(0)
         plane.restored(k)
 
     def rolled_back(self) -> None:
@@ -330,9 +333,12 @@ class SimulatedJob:
         self.told = {p for p in self.told if p[2] <= batches[p[1]]}
         self.promises = {p: v for p, v in self.promises.items() if p[2] <= batches[p[1]]}
         self.reported, self.skipped = set(self.cut.reported), set(self.cut.skipped)
-        for worker in self.workers.values():
-            lost = () if worker.pushes is None else worker.pushes.lost
-            worker.void = {b for b in lost if b <= batches[worker.me.index]}
+        self.void = {
+            (w.me.index, b)
+            for w in self.workers.values()
+            if w.pushes is not None
+            for b in w.pushes.lost.up_to(batches[w.me.index])
+        }
 
     # What is looked at
 

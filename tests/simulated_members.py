@@ -30,6 +30,8 @@ class SimulatedServer(Server):
     def __init__(self, job: "SimulatedJob", member: Member) -> None:
         super().__init__(Identity("ns", "job", Role.SERVER, member.index, member.incarnation, ""))
         self.job = job
+        self.void: set[tuple[int, int]] = set()
+        """(worker, batch) that it counted as lost before a rollback to a cut that may have them."""
         self.life._load_cut = self._load_cut  # type: ignore[method-assign]
 
     def _load_cut(self) -> None:
@@ -39,6 +41,8 @@ class SimulatedServer(Server):
         def load() -> None:
             if self.plane is not None and self.generation == generation:
                 self.job.load_cut(self.plane, self.me.index)
+                self.void = {(w, b) for w, lost in self.plane._lost.items() for b in lost}
+                self.job.void |= self.void
                 self.life.rolling, self.life.initialised = False, True
 
         self.post(load)
@@ -89,8 +93,8 @@ class SimulatedServer(Server):
     def _reply(self, identity: bytes, request: Header, reply: Reply) -> None:
         current = self.generation == self.job.operator.rollback.generation
         if request.kind is Kind.RESYNC and reply.kind is Kind.OK and current:
-            lost = list(Stretches.read(decode_json(reply.body[0])["lost"]))
-            self.job.lose(self, identity.decode(), lost)
+            lost = Stretches.read(decode_json(reply.body[0])["lost"])
+            self.job.lose(self, identity.decode(), list(lost))
         super()._reply(identity, request, reply)
 
     def tell(self, member: str, kind: Kind, body: Sequence[Frame]) -> bool:
@@ -111,8 +115,6 @@ class SimulatedWorker(Client):
         """What the program waits for."""
         self.began_at = 0
         """The batch that it went on after."""
-        self.void: set[int] = set()
-        """Batches that it counted as lost before a rollback."""
         self.patient = False
         """Whether it waits for servers that are away, too."""
         self._generation = 0

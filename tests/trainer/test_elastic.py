@@ -91,6 +91,20 @@ def test_however_many_are_lost_the_worker_hears_of_each() -> None:
     assert planes.planes[1].lost == 4999
 
 
+def test_each_life_of_a_worker_hears_of_all_that_were_lost() -> None:
+    planes = sync(workers=2)
+    seat = planes.seats[0]
+    seat.batch = 9
+    assert planes.resync(seat, 1) == list(range(2, 10))
+    assert planes.resync(seat, 1) == list(range(2, 10)), "the first answer may not have come"
+    assert planes.planes[1].lost == 8
+    planes.lose(0)
+    successor = planes.seats[0]
+    successor.batch = 5
+    assert planes.resync(successor, 1) == list(range(2, 10)), "it makes 6 to 9 again in vain"
+    assert planes.planes[1].lost == 8
+
+
 def test_a_seat_may_be_vacant_for_as_long_as_a_job_takes() -> None:
     planes = sync(workers=2)
     seat, plane = planes.seats[0], planes.planes[1]

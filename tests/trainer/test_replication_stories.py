@@ -316,3 +316,27 @@ def test_what_a_worker_said_it_holds_is_kept_until_it_is_sent(story: Replication
     story.decide(choice=335316, hurry=False)
     story.crash_ahead(server=1, arrive=0)
     story.calm()
+
+
+def test_what_is_lost_is_counted_though_its_worker_did_not_hear_it(story: Replication) -> None:
+    """A server marks what it lacks, and says so; then the connection breaks."""
+    story.begin("every 3", "async")
+    job = story.job
+    story.run(WORKERS)
+    story.calm()
+    story.crash_ahead()
+    broken = 0
+    for _ in range(80):
+        job.now += 0.03
+        job.round()
+        job.operate()
+        for wire in job.wires:
+            if any(b'"complete"' in frame for message in wire.down for frame in message[1:]):
+                wire.cut(0, 0)
+                broken += 1
+        if broken >= WORKERS:
+            break
+    assert job.reported, "said"
+    assert not story.counted(), "and not heard"
+    story.calm()
+    assert story.counted() == job.reported

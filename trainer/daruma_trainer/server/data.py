@@ -301,10 +301,11 @@ class DataPlane:
         k = self.slots.index_of(ids)
         k = k[k >= 0]
         k = k[self.slots.ready[k]]
-        # From where it left off to where it entered nobody made any: it knows how many those are.
         gaps = self.slots.floor(k, worker, done, held)
-        lost = gaps - Stretches.of((left_off + 1, entered))
-        self._lost[worker] = self._lost.get(worker, Stretches()) | lost
+        # All that ever were: an answer may not have come, or to a past life. But from where it left
+        # off to where it entered nobody made any: it knows how many those are.
+        lost = self._lost.get(worker, Stretches()) | gaps
+        lost = self._lost[worker] = lost - Stretches.of((left_off + 1, entered))
         if self.observer is not None:
             if gaps:
                 self.observer.touched(k)
