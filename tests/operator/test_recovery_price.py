@@ -58,7 +58,7 @@ def test_a_push_is_lost_once() -> None:
     }
     live = [m for m in reports if m != "worker-9-1"]
     nothing = Gone()
-    assert counters(reports, live, nothing) == Pushes(lost=4, replayed=7, skipped=6, mixed=1)
+    assert counters(reports, live, nothing) == Pushes(lost=3, replayed=7, skipped=6, mixed=1)
     assert counters(reports, ["worker-0-1", "worker-7-7"], nothing) == Pushes(lost=3, replayed=2)
 
 
@@ -93,6 +93,25 @@ def test_what_a_rollback_has_made_again_is_not_skipped() -> None:
     assert (gone.skipped, gone.pushes) == ({"1": "41-60"}, Pushes())
     third = Report("worker-1-9", 1, "Training", skipped=1, skipped_batches="70", after=70)
     assert counters({"worker-1-9": third}, ["worker-1-9"], gone) == Pushes(skipped=21)
+
+
+def test_what_a_past_life_skipped_is_not_lost_as_well() -> None:
+    """It entered after 100, which it had left off at 50; then a server lacks all since 45."""
+    gone = remember(
+        Gone(), "0", Report("w-0-1", 1, "Training", skipped=50, skipped_batches="51-100", after=100)
+    )
+    late = Report("worker-0-5", 1, "Training", lost=69, lost_batches="46-114", after=110)
+    assert counters({late.id: late}, [late.id], gone) == Pushes(lost=19, skipped=50)
+    gone = remember(gone, "0", late)
+    assert (gone.lost, gone.skipped) == ({"0": "46-50,101-114"}, {"0": "51-100"})
+    assert counters({}, [], gone) == Pushes(lost=19, skipped=50)
+
+
+def test_what_a_past_life_lost_is_not_skipped_as_well() -> None:
+    """It lost 45 and went back to 40, where it died; the next one entered after 60."""
+    past = Gone(lost={"0": "45"})
+    late = Report("worker-0-5", 1, "Training", skipped=20, skipped_batches="41-60", after=60)
+    assert counters({late.id: late}, [late.id], past) == Pushes(skipped=20)
 
 
 @pytest.mark.parametrize(

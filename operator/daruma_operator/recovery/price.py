@@ -1,6 +1,6 @@
 """What a recovery cost. Everything here was measured, or says that it is a bound or unknown."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import isfinite, sqrt
@@ -79,50 +79,48 @@ class Gone:
 def counters(reports: Mapping[str, Report], live: Iterable[str], gone: Gone) -> Pushes:
     """Return what became of pushes, as the members that live count them and those did that died.
 
-    A push is lost once if any slot lost it. Servers tell a worker which of its batches they lost,
-    and it counts each once; what a worker did not come to say is in the servers' counts alone, of
-    which the largest is taken.
+    A push is lost once if any slot lost it: servers tell a worker, in each of its lives, which of
+    its batches they lost.
     """
-    servers, found = 0, gone.pushes
-    workers: dict[str, Report] = {}
-    for member in live:
-        report = reports.get(member)
-        if report is None:
-            continue
-        if member.startswith("server-"):
-            servers = max(servers, report.lost)
-        else:
-            workers[member.split("-")[1]] = report
-            found = found.plus(counted(report))
-    lost = sum(len(_besides(workers.get(i), text, _lost)) for i, text in gone.lost.items())
-    skipped = sum(len(_besides(workers.get(i), text, _skipped)) for i, text in gone.skipped.items())
-    found = found.plus(Pushes(lost=lost, skipped=skipped))
-    return found.model_copy(update={"lost": max(servers, found.lost)})
+    workers = {m.split("-")[1]: reports.get(m) for m in live if not m.startswith("server-")}
+    found = gone.pushes
+    for index in {*workers, *gone.lost, *gone.skipped}:
+        report = workers.get(index)
+        lost, skipped, others = _missing(gone, index, report)
+        found = found.plus(others).plus(Pushes(lost=len(lost), skipped=len(skipped)))
+    return found
 
 
 def remember(gone: Gone, index: str, report: Report) -> Gone:
     """Return `gone` with what a lost worker of this index had counted."""
-    lost, unnamed_lost = _remembered(report, gone.lost.get(index, ""), _lost)
-    skipped, unnamed_skipped = _remembered(report, gone.skipped.get(index, ""), _skipped)
-    # What it could not name, and what has no place any more, are numbers from now on.
-    numbers = {"lost": unnamed_lost, "skipped": unnamed_skipped}
+    *missing, others = _missing(gone, index, report)
+    lost, skipped = (batches.text(MAX_STRETCHES) for batches in missing)
+    # What has no place any more is a number from now on.
+    more = [len(a) - len(Stretches.read(b)) for a, b in zip(missing, (lost, skipped), strict=True)]
     return Gone(
-        gone.pushes.plus(counted(report).model_copy(update=numbers)),
+        gone.pushes.plus(others).plus(Pushes(lost=more[0], skipped=more[1])),
         {**gone.lost, index: lost},
         {**gone.skipped, index: skipped},
     )
 
 
-Counted = Callable[[Report], tuple[Stretches, int]]
-"""Which batches a worker names that met one fate, and how many it counts."""
+def _missing(
+    gone: Gone, index: str, report: Report | None
+) -> tuple[Stretches, Stretches, Pushes]:
+    """Return which batches of a worker's lives were lost and which skipped, each in one of them.
 
-
-def _lost(report: Report) -> tuple[Stretches, int]:
-    return _named(report.lost_batches, report.lost), report.lost
-
-
-def _skipped(report: Report) -> tuple[Stretches, int]:
-    return _named(report.skipped_batches, report.skipped), report.skipped
+    And what the newest life counts that it does not name.
+    """
+    lost, skipped = (_still(report, past.get(index, "")) for past in (gone.lost, gone.skipped))
+    others = Pushes()
+    if report is not None:
+        own = _named(report.lost_batches, report.lost)
+        passed = _named(report.skipped_batches, report.skipped)
+        numbers = {"lost": report.lost - len(own), "skipped": report.skipped - len(passed)}
+        others = counted(report).model_copy(update=numbers)
+        lost, skipped = lost | own, skipped | passed
+    # A server lacks what an earlier life skipped, and a later one does not know of that.
+    return lost - skipped, skipped, others
 
 
 def _named(text: str, most: int) -> Stretches:
@@ -138,19 +136,6 @@ def _still(report: Report | None, past: str) -> Stretches:
     """Return which batches of past lives the newest one does not make again."""
     batches = Stretches.read(past)
     return batches if report is None or report.after is None else batches.up_to(report.after)
-
-
-def _besides(report: Report | None, past: str, fate: Counted) -> Stretches:
-    """Return which batches of past lives count besides those that the newest one counts."""
-    still = _still(report, past)
-    return still if report is None else still - fate(report)[0]
-
-
-def _remembered(report: Report, past: str, fate: Counted) -> tuple[str, int]:
-    """Return the batches of past lives, this one's with them, and how many have no name there."""
-    (mine, number), still = fate(report), _still(report, past)
-    text = (mine | still).text(MAX_STRETCHES)
-    return text, number - len(mine) + len(mine | still) - len(Stretches.read(text))
 
 
 def counted(report: Report) -> Pushes:
