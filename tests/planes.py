@@ -109,7 +109,7 @@ class Planes:
         body = {
             "worker": seat.index, "done": seat.batch, "held": "",
             "slots": slots_to_hex(np.flatnonzero(self.masks[server]).tolist()),
-            "entered": seat.position.entered, "left_off": seat.position.left_off,
+            "skipped": seat.position.skipped.text(),
         }  # fmt: skip
         reply = self.planes[server].resync(seat.id, [b"", encode_json(body)])
         self._answer_waiting(server)

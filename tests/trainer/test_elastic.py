@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from daruma_trainer.applied import FULL
 from daruma_trainer.contract import Role, Settings
 from daruma_trainer.identity import Identity
 from daruma_trainer.rules import SGD
 from daruma_trainer.server.seats import Seats
+from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Push, TablePush, mask_of
 from planes import Planes
 
@@ -108,8 +110,8 @@ def test_each_life_of_a_worker_hears_of_all_that_were_lost() -> None:
 def test_a_seat_may_be_vacant_for_as_long_as_a_job_takes() -> None:
     planes = sync(workers=2)
     seat, plane = planes.seats[0], planes.planes[1]
-    seat.batch = seat.position.entered = 10**9
-    seat.position.left_off = 1
+    seat.batch = 10**9
+    seat.position.skipped = Stretches.of((2, 10**9))
     assert planes.resync(seat, 1) == []
     assert plane.lost == 0
     assert (plane.slots.last[:, 0] == 10**9).all()
@@ -142,6 +144,27 @@ def test_after_a_rollback_all_past_lives_batches_are_made_again_from_there_on() 
     me = Identity("n", "j", Role.WORKER, 1, late.incarnation, "t", ("h", 1))
     assert late.position.choose(late.copy, planes.membership, me) == 3
     assert (late.position.after, late.position.mixed) == (3, {2})
+
+
+def test_what_was_skipped_and_is_made_after_a_rollback_may_be_lost() -> None:
+    """And what was skipped before that still is none that is lost."""
+    planes = sync(workers=2)
+    planes.lose(1)
+    planes.tell(0)
+    planes.tell(1)
+    for _ in range(5):
+        planes.step(planes.seats[0])
+    late = planes.seats[1]
+    planes.enter(late)
+    assert late.position.skipped == Stretches.of((2, 6))
+    late.copy.last[:], late.copy.window[:] = 3, FULL
+    me = Identity("n", "j", Role.WORKER, 1, late.incarnation, "t", ("h", 1))
+    late.batch = late.position.choose(late.copy, planes.membership, me)
+    assert late.batch == 3
+    late.batch = 8
+    restored = planes.planes[1]
+    restored.slots.last[:], restored.slots.window[:] = 1, FULL
+    assert planes.resync(late, 1) == [4, 5, 6, 7, 8], "2 and 3 nobody made"
 
 
 def test_nobody_makes_again_what_others_counted_lost() -> None:
@@ -207,7 +230,7 @@ def test_a_replacement_enters_after_the_newest_step_and_what_it_missed_is_counte
     enter_late(planes)
     late = planes.seats[2]
     assert at(planes) == pytest.approx([37 + 3 * 5.5, 37 + 2 * 5.5]), "server 1 waits for it"
-    assert (late.batch, late.position.entered, len(late.position.skipped)) == (4, 4, 3)
+    assert (late.batch, len(late.position.skipped)) == (4, 3)
     assert [planes.resync(late, server) for server in (0, 1)] == [[], []], "nothing was lost"
     assert at(planes) == pytest.approx([53.5, 53.5])
     for server in (0, 1):

@@ -291,7 +291,7 @@ class DataPlane:
         try:
             worker, done = int(raw["worker"]), int(raw["done"])
             held = Stretches.read(raw["held"])
-            entered, left_off = int(raw.get("entered", 0)), int(raw.get("left_off", 0))
+            skipped = Stretches.read(raw.get("skipped", ""))
             ids = np.array(slots_from_hex(raw["slots"]), np.int64)
             rebuilds = [int(t) for t in raw.get("rebuilds", [])]
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -302,10 +302,9 @@ class DataPlane:
         k = k[k >= 0]
         k = k[self.slots.ready[k]]
         gaps = self.slots.floor(k, worker, done, held)
-        # All that ever were: an answer may not have come, or to a past life. But from where it left
-        # off to where it entered nobody made any: it knows how many those are.
-        lost = self._lost.get(worker, Stretches()) | gaps
-        lost = self._lost[worker] = lost - Stretches.of((left_off + 1, entered))
+        # All that ever were: an answer may not have come, or to a past life. But not what nobody
+        # made: it counts that itself.
+        lost = self._lost[worker] = (self._lost.get(worker, Stretches()) | gaps) - skipped
         if self.observer is not None:
             if gaps:
                 self.observer.touched(k)

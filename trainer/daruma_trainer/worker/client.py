@@ -228,8 +228,9 @@ class Client:
             sessions = self._live
             self.batch = self.position.choose(sessions.copy, sessions.membership, self.me)
             sessions.pushes.drop_all(self.batch)
-            # What a rollback has this worker make again is not lost any more.
-            sessions.pushes.lost = sessions.pushes.lost.up_to(self.batch)
+            # What a rollback has this worker make again, or skip, is not lost any more.
+            lost = sessions.pushes.lost.up_to(self.batch)
+            sessions.pushes.lost = lost - self.position.skipped
             self.resumed = True
             sessions.begin_all()
         self.wake()

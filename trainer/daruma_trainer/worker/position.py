@@ -16,10 +16,6 @@ class Position:
     def __init__(self) -> None:
         self.after: int | None = None
         """The batch that this life began after, or went back to in a rollback."""
-        self.entered = 0
-        """The batch it began after, where the others had gone on without it; else 0."""
-        self.left_off = 0
-        """The last batch before those that were skipped then."""
         self.was_vacant = False
         """Whether steps were made before this worker took its seat."""
         self.mixed: set[int] = set()
@@ -27,7 +23,7 @@ class Position:
         self._unheard: set[int] = set()
         """Servers that were restored when no life of this worker could tell them what it had."""
         self.skipped = Stretches()
-        """Batches that nobody made."""
+        """Batches that nobody made: the others had gone on without it."""
 
     def hear(self, server: int, flags: int) -> None:
         """Take what a server's answer to a pull says, before there is a position."""
@@ -71,7 +67,6 @@ class Position:
         front = int(copy.last.max())
         if membership.elastic and front - batch > self._leeway(membership):
             self.skipped |= Stretches.of((batch + 1, front))
-            self.left_off, self.entered = batch, front
             batch = front
         self.after = batch if self.after is None else min(self.after, batch)
         self.mixed = {b for b in self.mixed if b <= batch}

@@ -246,8 +246,7 @@ class Sessions:
                 "held": self.pushes.unsent(server).text(),
                 "slots": slots_to_hex(np.flatnonzero(copy.slots_of(server)).tolist()),
                 "rebuilds": sorted(self._worker.rebuilds),
-                "entered": self._worker.position.entered,
-                "left_off": self._worker.position.left_off,
+                "skipped": self._worker.position.skipped.text(),
             }
             session.awaited = 1
             answer = partial(self._on_resync, server)
