@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from daruma_trainer.contract import SLOTS, Report
+from daruma_trainer.contract import Report, Role
 from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Slots
 from daruma_trainer.worker.sessions import Sessions
@@ -78,10 +78,11 @@ class Reporter:
 def _offered(sessions: Sessions) -> Slots:
     """Slots that may have been lost: of servers that are away, or of all if none is.
 
+    Away are those, too, that the newest membership replaces, though they are connected still.
     What is pulled meanwhile of the others changes with every step: to tell that would be a report a
     step, from each worker to each server and on to the operator.
     """
-    away = sessions.away()
-    if not away:
-        return np.ones(SLOTS, np.bool_)
-    return np.isin(sessions.copy.owner, away)
+    named = set(sessions.membership.of(Role.SERVER))
+    replaced = [i for i, s in sessions.by_server.items() if s.link.peer not in named]
+    away: Slots = np.isin(sessions.copy.owner, [*sessions.away(), *replaced])
+    return away if away.any() else ~away
