@@ -112,3 +112,16 @@ def test_a_replay_that_overlaps_in_one_message_is_lost_and_done_with_all() -> No
         server.answer(sent, NOTHING, sent[0].slots)
     assert server.pushes.lost == Stretches.of((1, 1))
     assert server.pushes.sealed == {}
+
+
+def test_a_replay_that_was_kept_for_copies_is_let_go_when_none_are_asked_for() -> None:
+    """Nobody may say any more that it is covered."""
+    server = Server(copies=2)
+    for sent in server.send():
+        server.answer(sent, sent[0].slots)
+    assert (server.pushes.acked, len(server.pushes.sealed[1])) == (0, 1)
+    server.membership.settings = Settings()
+    server.pushes.cover_nothing()
+    for sent in server.send():
+        server.answer(sent, sent[0].slots)
+    assert (server.pushes.acked, server.pushes.sealed) == (1, {})

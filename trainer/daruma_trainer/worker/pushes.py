@@ -220,9 +220,14 @@ class Pushes:
         self.settle()
 
     def cover_nothing(self) -> None:
-        """The job does not ask for copies any more: what is applied need not be kept."""
+        """The job does not ask for copies any more: what is applied need not be kept.
+
+        Replays that were applied go out once more: what answers them lets them go.
+        """
         for held in self.held.values():
             held.uncovered.clear()
+        for done in (done for row in self.sealed.values() for done in row):
+            done.unacked[:] = True
         self.settle()
 
     def uncovered(self, server: int) -> int:
