@@ -500,6 +500,50 @@ def test_what_comes_while_a_lazy_replica_is_told_counts_as_what_it_may_lack() ->
     assert sent() == 3, "nothing came on the way"
 
 
+def test_one_late_answer_of_a_lazy_replica_does_not_make_it_get_every_update() -> None:
+    head = Head(replace(CHAIN, ack="None", every_updates=100))
+    head.follow()
+    sent: list[int] = []
+    """By message: as of which update it went out."""
+    answered = 0
+
+    def push(last: int, late: int) -> None:
+        """Answers come so many updates late."""
+        nonlocal answered
+        for batch in range(head.plane.updates + 1, last + 1):
+            head.push(batch)
+            head.turn()
+            sent.extend([batch] * (head.link.kinds.count(Kind.WHOLE) - len(sent)))
+            while answered < len(sent) and sent[answered] <= batch - late:
+                head.link.answer(2 + answered)  # after those that began the stream
+                answered += 1
+
+    push(220, late=120)
+    assert sent == [100, 200]
+    push(720, late=4)
+    assert len(sent) <= 2 + 12, "once in some hundred, but for the few after the one that was late"
+    assert head.plane.updates - sent[-1] <= 100
+
+
+def test_what_was_measured_on_a_connection_that_broke_is_forgotten() -> None:
+    head = Head(replace(CHAIN, ack="None", every_updates=10))
+    head.follow()
+    for batch in range(1, 15):
+        head.push(batch)
+        head.turn()
+    head.link.answer(-1)
+    head.turn()
+    assert head.link.kinds.count(Kind.WHOLE) == 1
+    head.link.events = ["disconnected", "connected"]
+    head.turn()
+    head.turn(RETRY_SECONDS)
+    head.follow()
+    for batch in range(15, 24):
+        head.push(batch)
+        head.turn()
+    assert head.link.kinds.count(Kind.WHOLE) == 1, "the replica has the first 14"
+
+
 def test_a_lazy_replica_gets_a_new_table_at_once() -> None:
     """Before that it could not be promoted: its slots would lack the table."""
     head = Head(replace(CHAIN, ack="None", every_updates=100))

@@ -31,8 +31,8 @@ def test_copies_are_offered_of_all_whom_the_epoch_that_it_names_replaces() -> No
     """One server is away; another is drained, and tells its workers of it itself."""
     job = SimulatedJob(Settings(), 0.0, servers=2)
     try:
-        assert job.until(lambda: quiet(job), 400)
         worker = job.live_workers[0]
+        assert job.until(lambda: quiet(job) and not worker._live.away(), 400)
         assert worker.membership is not None
         assert worker.copy is not None
         away = without(worker.membership, 1)

@@ -104,9 +104,7 @@ def remember(gone: Gone, index: str, report: Report) -> Gone:
     )
 
 
-def _missing(
-    gone: Gone, index: str, report: Report | None
-) -> tuple[Stretches, Stretches, Pushes]:
+def _missing(gone: Gone, index: str, report: Report | None) -> tuple[Stretches, Stretches, Pushes]:
     """Return which batches of a worker's lives were lost and which skipped, each in one of them.
 
     And what the newest life counts that it does not name.

@@ -101,7 +101,9 @@ class Stream:
         """How many the stream was begun with."""
         self._retry_at: float | None = None
         self._flushed = 0
-        self._flushing = False
+        """Of `every`: the update at which slots were last set to go out."""
+        self._flushing: int | None = None
+        """And the first such whose slots have not all come."""
         self._meanwhile = 0
         """Updates that came while the last ones of `every` were on their way."""
         self._flush: NDArray[np.bool_] = np.zeros(len(plane.slots.ids), np.bool_)
@@ -142,6 +144,7 @@ class Stream:
         self._out.reset(self._plane.updates)
         self.link.forget()
         self._told_joined = False
+        self._flushing, self._meanwhile = None, 0
         self._retry_at = self._clock() + seconds
 
     def roll_back(self) -> None:
@@ -266,13 +269,14 @@ class Stream:
             return
         wanted = self._whole
         if policy is Send.EVERY and not self.relays:
-            if self._flushing and out.covered >= self._flushed:
-                self._flushing, self._meanwhile = False, plane.updates - self._flushed
+            if self._flushing is not None and out.covered >= self._flushing:
+                self._flushing, self._meanwhile = None, plane.updates - self._flushing
             # Until it has these it lacks what comes meanwhile, too: all that may be so many.
             due = max(1, self.settings.every_updates - self._meanwhile)
             if plane.updates - self._flushed >= due or not out.whole:
                 self._flushed, self._flush = plane.updates, out.since > 0
-                self._flushing = True
+                if self._flushing is None:
+                    self._flushing = plane.updates
             wanted = wanted & (self._flush if out.whole else out.unseen)
         elif policy is Send.DEMAND and not (demanded or self.relays):
             return
