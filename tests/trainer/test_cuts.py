@@ -275,7 +275,9 @@ def test_a_cut_does_not_wait_for_a_worker_that_was_lost(tmp_path: Path) -> None:
     world = World(tmp_path)
     plane = world.plane
     worker = Member(Role.WORKER, 0, 1, "w0", "a:1")
-    plane.steps.seats = Seats(replace(world.membership, members=(*world.membership.members, worker)))
+    plane.steps.seats = Seats(
+        replace(world.membership, members=(*world.membership.members, worker))
+    )
     world.train(4)
     world.cuts.receive({"op": "begin", "number": number(4), "batches": [7]}, 0)
     assert plane.hold == (7,)

@@ -23,14 +23,15 @@ class Guarded:
     """A guard, what it looks at, and whom it asked."""
 
     def __init__(self) -> None:
-        self.life: Any = SimpleNamespace(
+        life: Any = SimpleNamespace(
             plane=object(), generation=4, rolling=False, frozen=False, replica=False
         )
-        self.replicator: Any = SimpleNamespace(follows=None)
+        replicator: Any = SimpleNamespace(follows=None)
+        self.life, self.replicator = life, replicator
         self.sure = True
         self.asked: list[bytes] = []
         fence: Any = SimpleNamespace(sure=lambda: self.sure)
-        self.guard = Guard(ME, self.life, self.replicator, fence, self.asked.append)
+        self.guard = Guard(ME, life, replicator, fence, self.asked.append)
 
     def says(
         self,

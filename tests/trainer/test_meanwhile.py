@@ -22,9 +22,10 @@ class Worker:
         membership = Membership("uid", "n", "j", 1, SERVERS, WORKERS, members, Settings(**settings))
         self.copy = HostCopy("uid", SERVERS, WORKERS)
         self.gone, self.may, self.uncovered = {1}, True, {0: 0, 1: 0}
-        self.client: Any = SimpleNamespace(
+        client: Any = SimpleNamespace(
             me=SimpleNamespace(index=0), resumed=True, lock=threading.Condition()
         )
+        self.client = client
         sessions: Any = SimpleNamespace(
             membership=membership,
             copy=self.copy,
@@ -35,7 +36,7 @@ class Worker:
             away=lambda: sorted(self.gone),
             synced=lambda server: None if server in self.gone else object(),
         )
-        self.meanwhile = Meanwhile(sessions, self.client)
+        self.meanwhile = Meanwhile(sessions, client)
 
 
 @pytest.mark.parametrize(
