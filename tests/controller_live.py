@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from http import HTTPStatus
 
 from controller_world import World
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
+from daruma_operator.clock import SteadyClock
 from daruma_operator.controller.loop import Controller, Hooks
 from daruma_operator.metrics import Metrics
 from daruma_operator.settings import Settings
@@ -196,6 +198,7 @@ class Operator:
         self.metrics = Metrics()
         self.deaths: list[str] = []
         self.die_at: list[str] = []
+        self.clock: Callable[[], datetime] = SteadyClock()
 
     async def run_until(self, done: Callable[[], bool]) -> None:
         """Train and operate until `done`; an operator that is killed is followed by another."""
@@ -223,7 +226,7 @@ class Operator:
                 raise Killed
 
         hooks = Hooks(point=point)
-        controller = Controller(self.substrate, SETTINGS, self.metrics, hooks=hooks)
+        controller = Controller(self.substrate, SETTINGS, self.metrics, self.clock, hooks)
 
         def wake() -> None:
             if not stop.is_set():

@@ -1,12 +1,13 @@
 """Replicas and copies, model-checked: the real servers and workers over a simulated network.
 
 Connections break with what was on its way, messages are lost or come twice, members are parted,
-killed, or taken for lost while they go on; the operator looks and tells late. Each batch leaves a mark of its own in the shard, so
-what a slot holds can be seen. Whatever happens: no push that a worker was told is covered is lost
-by as many failures as were promised, none is applied twice, slots of one version are one wherever
-they are, weights are what the batches that their slot has make of them, what is lost is counted
-exactly, and it ends: once the network is whole again, all pushes are covered and all replicas have
-joined. One server or two, each with its replicas in the other's pod; rollbacks; elastic workers.
+killed, or taken for lost while they go on; the operator looks and tells late. Each batch leaves a
+mark of its own in the shard, so what a slot holds can be seen. Whatever happens: no push that a
+worker was told is covered is lost by as many failures as were promised, none is applied twice,
+slots of one version are one wherever they are, weights are what the batches that their slot has
+make of them, what is lost is counted exactly, and it ends: once the network is whole again, all
+pushes are covered and all replicas have joined. One server or two, each with its replicas in the
+other's pod; rollbacks; elastic workers.
 
 Broken on purpose, the protocol is caught here: a push acknowledged before it is forwarded, marks
 that a replica leaves out, uncovered pushes dropped, updates taken from a deposed head, no whole

@@ -1,7 +1,7 @@
 """The operator's metrics (names are API, see docs), on a registry of their own.
 
-They are fed from won status writes alone: what changed between the status before and the one
-written is counted once, whichever operator wrote it and however often a pass is repeated.
+They are fed from what status is, as it was read or written: what changed in it since this operator
+saw it before is counted once, however often a pass is repeated and whenever a write comes true.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -145,7 +145,7 @@ class Metrics:
     def note_write(
         self, namespace: str, old: TrainingJobStatus, new: TrainingJobStatus, limit: int
     ) -> None:
-        """Count what a won status write announced. `limit` is runPolicy.backoffLimit."""
+        """Count what status announced since. `limit` is runPolicy.backoffLimit."""
         known = {r.id for r in old.recoveries}
         for record in new.recoveries:
             if record.id not in known:

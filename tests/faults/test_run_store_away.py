@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import softmax
-from daruma_trainer.checkpoint.manifest import newest_manifest
+from daruma_trainer.bench.members import processes
+from daruma_trainer.checkpoint.manifest import newest_cut, newest_manifest
 from daruma_trainer.checkpoint.objects import ENV_SECONDS
 from daruma_trainer.checkpoint.store import Store, open_store
 from faulty_proxy import Fault, FaultyProxy, faulty_proxy
@@ -101,6 +102,14 @@ def ended(folder: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
+def saved(store: Store, strategy: str) -> bool:
+    """Whether there is more than what the job began with."""
+    if strategy == "Partial":
+        return min(saved_steps(store)) > 0
+    found = [newest_cut(store, f"default/toy/{uid}") for uid in store.list("default/toy")]
+    return any(one is not None and one[1].step > 0 for one in found)
+
+
 def saved_steps(store: Store) -> list[int]:
     """The step of each shard's newest save."""
     prefixes = [f"default/toy/{uid}" for uid in store.list("default/toy")]
@@ -147,6 +156,27 @@ def test_a_recovery_waits_for_its_store_and_says_so(
     source = {"Partial": "runningCheckpoint", "FullCheckpoint": "fullCheckpoint"}[strategy]
     assert list(recovery["sources"]) == [source]
     assert recovery["reason"] in ("RunningCheckpointFound", "RolledBackToCut")
+
+
+@pytest.mark.parametrize("strategy", ["Partial", "FullCheckpoint"])
+def test_a_recovery_waits_for_a_volume_that_is_not_mounted(tmp_path: Path, strategy: str) -> None:
+    """The new server finds an empty folder: nothing is written there, nothing taken for lost."""
+    volume, aside = tmp_path / "out" / "store", tmp_path / "out" / "aside"
+    recovery = {"strategy": strategy}
+    with running(tmp_path, "file:///saves", recovery, think_ms=40) as process:
+        store = open_store(f"file://{volume}/saves")
+        until(tmp_path, "saves", lambda: told(tmp_path, "step ") and saved(store, strategy))
+        volume.rename(aside)
+        volume.mkdir()
+        next(p for p in processes(tmp_path / "out") if p.id.startswith("server-1-")).kill()
+        until(tmp_path, "it is told", lambda: told(tmp_path, f"StoreUnreachable: {strategy}: the"))
+        until(tmp_path, "why", lambda: logged(tmp_path, "mount its volume again"))
+        aside.rename(volume)  # which fails unless it is empty still
+        found = ended(tmp_path, process)
+    assert not told(tmp_path, "SourceDamaged")
+    (record,) = found["recoveries"]
+    assert (record["outcome"], record["rung"]) == ("Succeeded", 0)
+    assert record["reason"] in ("RunningCheckpointFound", "RolledBackToCut")
 
 
 def test_a_recovery_waits_no_longer_than_its_deadline_and_takes_the_next_rung(

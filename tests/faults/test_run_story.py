@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import softmax
+from daruma_trainer.bench.members import processes
 from daruma_trainer.programs.data import classification
 from left_behind import left_by
 
@@ -275,6 +276,19 @@ def test_ctrl_c_saves_what_there_is(tmp_path: Path) -> None:
     assert (found["phase"], found["reason"]) == ("Failed", "Interrupted")
     assert 0 < found["steps"] < 100_000
     assert accuracy(found["result"]["uri"], tmp_path / "model") > 0.2
+
+
+def test_a_worker_that_others_end_is_not_done(tmp_path: Path) -> None:
+    """Whoever sends it SIGTERM: it is replaced as one that crashed."""
+    with running(tmp_path, think_ms=50) as process:
+        until("it trains", lambda: trains(tmp_path, 5))
+        (worker,) = [p for p in processes(tmp_path / "out") if p.id == "worker-1-1"]
+        os.kill(worker.pid, signal.SIGTERM)
+        assert ended(tmp_path, process) == 0
+    found = report(tmp_path)
+    assert (found["phase"], found["steps"]) == ("Succeeded", STEPS)
+    (record,) = found["recoveries"]
+    assert (record["cause"], record["losses"][0]["reason"]) == ("WorkerLost", "Error")
 
 
 def test_the_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:

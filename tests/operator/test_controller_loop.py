@@ -1,10 +1,12 @@
 """The controller as it runs: real HTTP to agents, status writes that lose, operators that die."""
 
 import asyncio
+import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -21,12 +23,15 @@ from controller_live import (
 from controller_world import FOREVER, spec_of
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import TrainingJobStatus
+from daruma_operator.clock import SteadyClock
 from daruma_operator.controller import gather
 from daruma_operator.controller.agents import Agents, Talk, Targets, news
 from daruma_operator.controller.gather import observe, reachable
+from daruma_operator.controller.loop import Controller
 from daruma_operator.errors import ClusterError, UnreadableJobError
+from daruma_operator.metrics import Metrics
 from daruma_operator.substrate.pods import pod_manifest
-from daruma_operator.substrate.protocol import JobKey, PodFacts, PodPlan, PodState
+from daruma_operator.substrate.protocol import Event, JobKey, PodFacts, PodPlan, PodState
 from daruma_trainer.contract import Report, Role, View
 
 
@@ -185,11 +190,38 @@ def test_pods_that_wait_for_their_secret_get_it(
     assert [e.reason for e in substrate.events] == ["TokenNotPut"]
 
 
+TOLD = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
+
+
+def a_recovery(world: LiveWorld, substrate: LiveSubstrate) -> Callable[[], bool]:
+    """Let a server fall; true once that is over, and told.
+
+    In one operator's life: the next would tell all of it again.
+    """
+    fallen: list[str] = []
+
+    def over() -> bool:
+        if trains(world) and not fallen:
+            fallen.append("server-1")
+            world.fall(fallen[0])
+            return False
+        return bool(fallen) and recovered(world) and len(substrate.events) == len(TOLD)
+
+    return over
+
+
+def check_counted_once(world: LiveWorld, operator: Operator) -> None:
+    count = operator.metrics.registry.get_sample_value
+    labels = {"strategy": "Freshest", "cause": "ServerLost"}
+    assert count("daruma_recovery_seconds_count", labels) == 1
+    (loss,) = world.status.recoveries[0].losses
+    labels = {"namespace": KEY.namespace, "role": "Server", "cause": loss.reason}
+    assert count("daruma_pod_failures_total", labels) == 1
+
+
 def test_what_was_written_is_told_and_counted_though_the_answer_was_lost(world: LiveWorld) -> None:
     substrate = LiveSubstrate(world)
     write = substrate.write_status
-    told = ["PodFailed", "RecoveryStarted", "RecoverySucceeded"]
-    fallen: list[str] = []
     lost: list[int] = []
     """How many recoveries had ended in each write whose answer is lost."""
 
@@ -201,25 +233,90 @@ def test_what_was_written_is_told_and_counted_though_the_answer_was_lost(world: 
             raise ClusterError("the API server did not answer")
         return written
 
-    def over() -> bool:
-        # In one operator's life: the next would tell all of it again.
-        if trains(world) and not fallen:
-            fallen.append("server-1")
-            world.fall(fallen[0])
-            return False
-        return bool(fallen) and recovered(world) and len(substrate.events) == len(told)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(substrate, "write_status", unanswered)
-        operator = operate(substrate, over)
+        operator = operate(substrate, a_recovery(world, substrate))
     assert lost == [0, 1]
-    count = operator.metrics.registry.get_sample_value
-    labels = {"strategy": "Freshest", "cause": "ServerLost"}
-    assert count("daruma_recovery_seconds_count", labels) == 1
-    (loss,) = world.status.recoveries[0].losses
-    labels = {"namespace": KEY.namespace, "role": "Server", "cause": loss.reason}
-    assert count("daruma_pod_failures_total", labels) == 1
-    assert sorted(e.reason for e in substrate.events) == told
+    check_counted_once(world, operator)
+    assert sorted(e.reason for e in substrate.events) == TOLD
+
+
+def test_a_write_that_comes_true_after_the_next_look_is_told_and_counted_once(
+    world: LiveWorld,
+) -> None:
+    """The API server was slow: it had not taken it when the job was read again."""
+    substrate = LiveSubstrate(world)
+    write = substrate.write_status
+    slow: list[tuple[TrainingJob, TrainingJobStatus]] = []
+    held: list[int] = []
+    """How many recoveries had ended in each write that is held up."""
+
+    async def held_up(job: TrainingJob, status: TrainingJobStatus) -> TrainingJob:
+        ended = len(status.recoveries)
+        if slow:
+            await write(*slow.pop())
+        elif (status.recovery is not None or ended) and ended not in held:
+            held.append(ended)
+            slow.append((job, status))
+            raise ClusterError("the API server did not answer")
+        return await write(job, status)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(substrate, "write_status", held_up)
+        operator = operate(substrate, a_recovery(world, substrate))
+    assert held == [0, 1]
+    check_counted_once(world, operator)
+    assert sorted(e.reason for e in substrate.events) == TOLD
+    assert len(world.created) == 6
+
+
+def test_an_operator_that_is_stopped_while_it_tells_people_tells_it_all(world: LiveWorld) -> None:
+    substrate = LiveSubstrate(world)
+    operate(substrate, lambda: trains(world))
+    world.fall("server-1")
+    emit = substrate.emit
+    begun: list[str] = []
+
+    async def story() -> None:
+        stop = asyncio.Event()
+
+        async def slowly(job: TrainingJob, event: Event) -> None:
+            begun.append(event.reason)
+            stop.set()
+            await asyncio.sleep(0.05)
+            await emit(job, event)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(substrate, "emit", slowly)
+            async with asyncio.timeout(DEADLINE):
+                await Controller(substrate, SETTINGS, Metrics()).run(stop)
+
+    asyncio.run(story())
+    assert {"PodFailed", "RecoveryStarted"} <= set(begun)
+    assert sorted(e.reason for e in substrate.events) == sorted(begun)
+
+
+def test_a_pass_that_does_not_notice_its_end_is_the_last(world: LiveWorld) -> None:
+    """As one whose cancellation came together with a timeout."""
+    substrate = LiveSubstrate(world)
+    list_pods = substrate.list_pods
+
+    async def story() -> None:
+        stop = asyncio.Event()
+
+        async def stubborn(job: TrainingJob) -> Sequence[PodFacts]:
+            stop.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(DEADLINE)
+            return await list_pods(job)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(substrate, "list_pods", stubborn)
+            async with asyncio.timeout(DEADLINE / 4):
+                await Controller(substrate, SETTINGS, Metrics()).run(stop)
+
+    asyncio.run(story())
+    assert world.created, "it went on to its end"
 
 
 def test_a_status_write_that_loses_leads_to_no_act(world: LiveWorld) -> None:
@@ -237,6 +334,7 @@ def test_a_job_that_cannot_be_read_for_a_while_is_not_given_up(
     substrate = LiveSubstrate(world)
     read, refused = substrate.read_job, 0
     begun: list[JobKey] = []
+    fallen: list[str] = []
     begin = Agents.begin
 
     async def unreadable(key: JobKey) -> TrainingJob | None:
@@ -252,8 +350,9 @@ def test_a_job_that_cannot_be_read_for_a_while_is_not_given_up(
         return begin(agents, key, uid, token)
 
     def over() -> bool:
-        if refused == 5 and not world.status.recoveries and len(world.created) == 5:
-            world.fall("server-1")
+        if refused == 5 and not fallen:
+            fallen.append("server-1")
+            world.fall(fallen[0])
         return recovered(world)
 
     monkeypatch.setattr(substrate, "read_job", unreadable)
@@ -265,6 +364,18 @@ def test_a_job_that_cannot_be_read_for_a_while_is_not_given_up(
         "daruma_reconcile_errors_total", {"error": "UnreadableJobError"}
     )
     assert errors == refused == 5
+
+
+def test_the_time_between_two_operators_ends_no_recovery(world: LiveWorld) -> None:
+    """The first died when it had written the loss; the next came after restoreSeconds."""
+    substrate = LiveSubstrate(world)
+    operate(substrate, lambda: trains(world))
+    world.fall("worker-0")
+    operator, steady = Operator(substrate), SteadyClock()
+    operator.clock = lambda: steady() + timedelta(seconds=1000 * len(operator.deaths))
+    operator.die_at = ["status-written"]
+    asyncio.run(operator.run_until(lambda: recovered(world) or world.status.phase == "Failed"))
+    assert (operator.deaths, world.status.phase) == (["status-written"], "Running")
 
 
 def test_an_operator_that_made_itself_another_key_says_so() -> None:

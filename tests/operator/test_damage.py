@@ -83,6 +83,18 @@ def test_where_no_cut_is_whole_all_servers_are_made_anew_for_the_next_rung() -> 
     assert f"cannot load {OLDER.path}; there is no cut before it" in escalated.message
 
 
+def test_where_there_is_no_cut_yet_the_next_rung_touches_nobody_else() -> None:
+    """Nobody went back to anything."""
+    world = World(spec=spec_of(recovery=ladder("FullCheckpoint", "Partial")), total=FOREVER)
+    world.running()
+    world.kill("server-1")
+    world.running()
+    (record,) = world.status.recoveries
+    assert (record.strategy, record.indexes, len(record.losses)) == ("Partial", (1,), 1)
+    assert list(sources_of(world)) == [RUNNING]
+    assert sum(sources_of(world).values()) < 1024
+
+
 def test_without_a_whole_cut_or_another_rung_the_state_is_lost() -> None:
     spec = spec_of(recovery=ladder("FullCheckpoint"))
     world = World(spec=spec, total=FOREVER, cut=CUT, bad_cuts={CUT.path: None}).running()

@@ -12,7 +12,7 @@ from daruma_operator.api.status import Phase, TrainingJobStatus
 from daruma_operator.controller.acts import CreatePod
 from daruma_operator.controller.decide import TRANSITIONS
 from daruma_operator.controller.membership import membership_of
-from daruma_trainer.contract import Membership
+from daruma_trainer.contract import Membership, SavedState
 from soak import counted
 
 HISTORIES, COUNTED = counted("histories of up to 12 events: decisions", 150, 20_000)
@@ -88,6 +88,22 @@ def test_the_membership_is_a_function_of_status_and_changes_with_the_epoch() -> 
         world.tick()
         membership = membership_of(world.job, world.status, world.store)
         assert seen.setdefault(membership.epoch, membership) == membership
+
+
+def test_members_hear_once_that_there_is_something_in_the_store() -> None:
+    """Who comes later takes a folder in which nothing is for one whose volume is away."""
+    world = World(total=FOREVER).running()
+    seen: dict[int, Membership] = {}
+    epoch, saved = world.status.epoch, []
+    for step in range(6):
+        if step == 3:
+            world.cut = SavedState("n/j/u/cuts/00000002-0000000002.json", 2, 1000, 0.0)
+        world.tick()
+        membership = membership_of(world.job, world.status, world.store)
+        assert seen.setdefault(membership.epoch, membership) == membership
+        saved.append(all(s.membership and s.membership.saved for s in world.sims.values()))
+    assert saved == [False] * 3 + [True] * 3
+    assert world.status.epoch == epoch + 1
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])

@@ -119,6 +119,26 @@ def test_who_runs_can_be_read(tmp_path: Path) -> None:
     assert not shown.exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "code", "reason"), [(True, 0, "Completed"), (False, 143, "Error")]
+)
+def test_a_worker_that_ends_when_told_to_is_done_only_where_that_was_asked_here(
+    tmp_path: Path, *, asked: bool, code: int, reason: str
+) -> None:
+    async def story(it: Story) -> None:
+        assert not it.substrate.terminate_workers(), "none runs yet"
+        await it.substrate.create_pod(it.job, plan())
+        (found,) = json.loads((tmp_path / "members.json").read_text())
+        if asked:
+            assert it.substrate.terminate_workers()
+        else:
+            os.kill(found["pid"], signal.SIGTERM)
+        (pod,) = await it.until(ended)
+        assert (pod.exit_code, pod.reason) == (code, reason)
+
+    tell(job_of("exec sleep 600"), tmp_path, story)
+
+
 def test_a_server_starts_without_the_process_that_forks_them(tmp_path: Path) -> None:
     async def story(it: Story) -> None:
         assert it.substrate._forkserver is not None

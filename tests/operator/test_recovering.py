@@ -211,7 +211,9 @@ def test_what_workers_hold_is_not_lost_because_the_operator_does_not_hear_them()
         world.tick(5.0)
     assert world.status.phase is Phase.RECOVERING
     assert "waiting to hear from worker-0-1, worker-1-1" in world.status.message
-    world.failing = {"worker-0-1": 0.0}
+    del world.failing["worker-1-1"]
+    world.until(lambda w: w.sim("server-1").plan is not None)
+    world.failing.clear()  # nobody else tells it of the new epoch here
     world.running()
     assert list(sources_of(world)) == [PEER]
 

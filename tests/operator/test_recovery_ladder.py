@@ -20,6 +20,7 @@ STATELESS, FRESHEST = StrategyName.STATELESS, StrategyName.FRESHEST
         (PARTIAL, Means(store=True, cut=False, peers=False), True),
         (FULL, Means(store=True, cut=False, peers=True), False),
         (FULL, Means(store=True, cut=True, peers=False), True),
+        (FULL, Means(store=True, cut=False, peers=False, nothing=True), True),
     ],
 )
 def test_what_each_strategy_needs(strategy: StrategyName, means: Means, works: bool) -> None:

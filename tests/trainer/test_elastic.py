@@ -13,6 +13,7 @@ from daruma_trainer.server.seats import Seats
 from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Push, TablePush, mask_of
 from planes import Planes
+from simulated_job import SimulatedJob, quiet
 
 GRADIENTS = (1.0, 10.0, 100.0)
 
@@ -165,6 +166,25 @@ def test_what_was_skipped_and_is_made_after_a_rollback_may_be_lost() -> None:
     restored = planes.planes[1]
     restored.slots.last[:], restored.slots.window[:] = 1, FULL
     assert planes.resync(late, 1) == [4, 5, 6, 7, 8], "2 and 3 nobody made"
+
+
+def test_what_a_worker_had_counted_as_lost_and_now_skips_is_not_lost_as_well() -> None:
+    """All went back, and the others are far ahead again when it knows where it goes on."""
+    settings = Settings(consistency="Bounded", max_staleness=2, min_replicas=1)
+    job = SimulatedJob(settings, 0.0)
+    try:
+        worker, other = job.live_workers
+        assert job.until(lambda: quiet(job), 400)
+        assert worker.copy is not None
+        assert worker.pushes is not None
+        worker.copy.last[:, worker.me.index] = 3
+        worker.copy.last[:, other.me.index] = 9
+        worker.pushes.lost = Stretches.these((2, 5, 12))
+        assert worker.resume(worker.generation)
+        assert (worker.batch, worker.position.skipped) == (9, Stretches.of((4, 9)))
+        assert worker.pushes.lost == Stretches.of((2, 2))
+    finally:
+        job.close()
 
 
 def test_nobody_makes_again_what_others_counted_lost() -> None:

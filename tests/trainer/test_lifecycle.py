@@ -216,7 +216,7 @@ def store(new: Newcomer, monkeypatch: pytest.MonkeyPatch) -> Away:
     """What the newcomer's store is."""
     made = Away(new.folder)
 
-    def opened(_uri: str) -> Store:
+    def opened(_uri: str, _folder: str, *, there: bool) -> Store:
         return made
 
     monkeypatch.setattr(lifecycle, "open_store", opened)
@@ -235,6 +235,25 @@ def test_a_store_that_is_away_is_asked_again(
     new.life.tick()
     new.until(lambda: not new.life.rolling)
     assert (new.life.waiting, new.life.error, new.value()) == (None, None, 12.0)
+
+
+def test_a_volume_that_is_not_mounted_is_waited_for_by_a_new_server(
+    new: Newcomer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has never seen it, but was told that the job has saves."""
+    monkeypatch.setattr("daruma_trainer.server.lifecycle.AGAIN_SECONDS", 0.0)
+    aside = new.folder.with_name(f"{new.folder.name}-aside")
+    new.folder.rename(aside)
+    new.folder.mkdir()
+    new.membership = replace(new.membership, saved=True)
+    new.roll_back(THIRD)
+    while new.life.waiting is None:
+        new.around.calls.get(timeout=SECONDS)()  # and no tick, which would ask again
+    assert new.life.error is None, "it may be whole"
+    assert "mount its volume again" in (new.life.waiting or "")
+    aside.rename(new.folder)  # which is empty still
+    new.until(lambda: not new.life.rolling)
+    assert new.value() == 12.0
 
 
 def test_a_rollback_that_waits_for_its_store_ends_with_the_next(new: Newcomer, store: Away) -> None:

@@ -16,6 +16,7 @@ from daruma_trainer.checkpoint.store import Store, open_store
 from daruma_trainer.errors import (
     ConfigurationError,
     MissingError,
+    StoreAwayError,
     StoreError,
     StoreFullError,
 )
@@ -186,6 +187,91 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+# A volume that goes -----------------------------------------------------------------------------
+
+JOB = "ns/job/uid"
+VERBS: dict[str, Callable[[Store], object]] = {
+    "read": lambda s: s.read(f"{JOB}/shard/there"),
+    "read_ranges": lambda s: s.read_ranges(f"{JOB}/shard/there", [(0, 1)]),
+    "list": lambda s: s.list(f"{JOB}/shard"),
+    "write": lambda s: s.write(f"{JOB}/shard/new", b"1"),
+    "create": lambda s: s.create(f"{JOB}/cuts/new", b"1"),
+    "delete": lambda s: s.delete(f"{JOB}/shard/there"),
+}
+
+
+class Volume:
+    """A store below a mount point, with one object."""
+
+    def __init__(self, folder: Path) -> None:
+        self.point, self._aside = folder / "volume", folder / "aside"
+        self.uri = f"file://{self.point}/store"
+        self.store = open_store(self.uri, JOB)
+        self.store.write(f"{JOB}/shard/there", b"1")
+
+    def unmount(self) -> None:
+        """An empty folder stays."""
+        self.point.rename(self._aside)
+        self.point.mkdir()
+
+    def mount(self) -> None:
+        """Fails unless it is empty still."""
+        self._aside.rename(self.point)
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Volume:
+    return Volume(tmp_path)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("seen", ["by this process", "by others"])
+def test_a_store_whose_volume_is_not_mounted_is_away(volume: Volume, verb: str, seen: str) -> None:
+    store = volume.store
+    if seen == "by others":
+        store = open_store(volume.uri, JOB, there=True)
+    volume.unmount()
+    with pytest.raises(StoreAwayError, match="is not there any more: mount its volume again"):
+        VERBS[verb](store)
+    volume.mount()
+    VERBS[verb](store)
+    assert [p.name for p in (volume.point / "store" / JOB).rglob("*.partial")] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_of_a_mount_point_that_is_gone_the_same_is_said(volume: Volume, verb: str) -> None:
+    volume.unmount()
+    volume.point.rmdir()
+    with pytest.raises(StoreAwayError, match="mount its volume again"):
+        VERBS[verb](volume.store)
+    volume.mount()
+    VERBS[verb](volume.store)
+
+
+def test_a_jobs_folder_is_made_once(volume: Volume) -> None:
+    """Not again in another volume, though other jobs' folders lie there."""
+    volume.unmount()
+    (volume.point / "store" / JOB).parent.mkdir(parents=True)
+    for verb in ("write", "create"):
+        with pytest.raises(StoreAwayError, match="where it was removed, make it again"):
+            VERBS[verb](volume.store)
+    (volume.point / "store" / JOB).mkdir()
+    VERBS["write"](volume.store)
+    assert volume.store.list(f"{JOB}/shard") == ["new"]
+
+
+def test_a_store_that_nobody_wrote_to_is_empty(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}/volume/store", JOB)
+    for verb in ("read", "read_ranges"):
+        with pytest.raises(StoreError, match="No such file") as caught:
+            VERBS[verb](store)
+        assert type(caught.value) is StoreError
+    assert VERBS["list"](store) == []
+    VERBS["delete"](store)
+    VERBS["write"](store)
+    assert VERBS["list"](store) == ["new"]
 
 
 # Opening ----------------------------------------------------------------------------------------

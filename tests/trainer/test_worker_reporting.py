@@ -41,7 +41,8 @@ def test_copies_are_offered_of_all_whom_the_epoch_that_it_names_replaces() -> No
         assert offered(worker) == set(np.flatnonzero(worker.copy.slots_of(1)).tolist())
         link, newest = worker._live.by_server[0].link, without(away, 0)
         header = Header(Kind.MEMBERSHIP, 0, newest.epoch, link.peer.incarnation)
-        worker._unasked(link, header, [b"", encode_json(newest.to_json())])
+        with worker.lock:
+            worker._unasked(link, header, [b"", encode_json(newest.to_json())])
         assert worker._report().epoch == newest.epoch
         assert offered(worker) == set(range(SLOTS)), "it is connected, and counts no more"
     finally:

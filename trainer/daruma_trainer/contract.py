@@ -256,6 +256,8 @@ class Membership:
     """Servers whose slots their successors in `members` take over: frozen, but still there."""
     replicas: tuple[Member, ...] = ()
     """Servers of the indexes that they replicate, each in another server's pod."""
+    saved: bool = False
+    """Something of the job lies in its store: where nothing is found, the store is away."""
 
     def member(self, role: Role, index: int) -> Member | None:
         """Return the incarnation that counts, if there is one."""

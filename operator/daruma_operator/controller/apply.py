@@ -95,7 +95,21 @@ async def apply(
 
 
 async def announce(job: TrainingJob, substrate: Substrate, events: Sequence[Event]) -> None:
-    """Tell people, in about this order; what was not told in time is not told."""
+    """Tell people, in about this order; what was not told in time is not told.
+
+    A pass that is cancelled meanwhile ends no sooner: no other knows of all of it.
+    """
+    if not events:
+        return
+    telling = asyncio.create_task(_announce(job, substrate, events))
+    try:
+        await asyncio.shield(telling)
+    except asyncio.CancelledError:
+        await telling
+        raise
+
+
+async def _announce(job: TrainingJob, substrate: Substrate, events: Sequence[Event]) -> None:
     try:
         async with asyncio.timeout(EVENTS_SECONDS):
             _raise_first(await _together(partial(substrate.emit, job, e) for e in events))

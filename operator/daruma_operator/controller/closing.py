@@ -7,11 +7,10 @@ from daruma_operator.controller.damage import tell_damage
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.losing import ROLLED_FURTHER
 from daruma_operator.controller.progress import pushes_of, working
-from daruma_operator.controller.sourcing import meanwhile_of, restoring, rework_of
+from daruma_operator.controller.sourcing import goes_back, meanwhile_of, restoring, rework_of
 from daruma_operator.controller.telling import HAND_BACK, over
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.recovery.price import EXACT
-from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import SLOTS, Role, SourceKind
 
 
@@ -26,7 +25,7 @@ def finish(d: Draft) -> None:
             size += report.restore.bytes
             sources.update(report.restore.sources)
             moments.update(report.restore.moments)
-    if record.role is Role.SERVER and preset_of(d.record.strategy).rollback:
+    if goes_back(d.status):
         sources = Counter({SourceKind.FULL_CHECKPOINT.value: SLOTS})
         size = d.status.checkpoint.bytes if d.status.checkpoint else 0
     elif record.role is Role.SERVER:

@@ -4,10 +4,9 @@ Pure."""
 from dataclasses import dataclass
 
 from daruma_operator.controller.draft import Draft
-from daruma_operator.controller.sourcing import restoring
+from daruma_operator.controller.sourcing import goes_back, restoring
 from daruma_operator.controller.verdicts import name_of
 from daruma_operator.names import seat
-from daruma_operator.recovery.strategies import preset_of
 from daruma_trainer.contract import Report, Role, SavedState
 
 DAMAGED = "SourceDamaged"
@@ -26,7 +25,7 @@ class UnreadCut:
 
 def unread_cut(d: Draft) -> UnreadCut | None:
     """Tell of the cut of a rollback that a server cannot load; None if that is not so."""
-    if not preset_of(d.record.strategy).rollback:
+    if not goes_back(d.status):
         return None
     generation = d.status.rollback.generation
     unread = [

@@ -12,7 +12,6 @@ from datetime import datetime
 from time import perf_counter
 
 from daruma_operator.api.job import TrainingJob
-from daruma_operator.api.status import TrainingJobStatus
 from daruma_operator.clock import SteadyClock
 from daruma_operator.controller.agents import Agents, Talk
 from daruma_operator.controller.apply import PodNotMadeError, TokenNotPutError, announce, apply
@@ -78,8 +77,9 @@ class Controller:
         self._errors: dict[JobKey, int] = {}
         self._known: dict[JobKey, str] = {}
         """Uids of jobs of which this operator has told what the one before may not have."""
-        self._unanswered: dict[JobKey, tuple[TrainingJob, TrainingJobStatus]] = {}
-        """Jobs as they were before a status write whose answer has not come, and what was to be."""
+        self._counted: dict[JobKey, TrainingJob] = {}
+        """Jobs as this operator last saw them: what changed in their status until then is counted.
+        Of a write whose answer is lost nobody knows when, or whether, it comes true."""
 
     def enqueue(self, key: JobKey) -> None:
         """Ask for a pass: something about the job may have changed. From the loop's thread."""
@@ -94,7 +94,7 @@ class Controller:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then end the passes in progress and close all connections."""
         tasks = [
-            asyncio.create_task(self._work(), name=f"pass {n}")
+            asyncio.create_task(self._work(stop), name=f"pass {n}")
             for n in range(self._settings.passes)
         ]
         tasks.append(asyncio.create_task(self._resync(), name="resync"))
@@ -117,8 +117,9 @@ class Controller:
                 continue
             await asyncio.sleep(self._settings.resync_seconds)
 
-    async def _work(self) -> None:
-        while True:
+    async def _work(self, stop: asyncio.Event) -> None:
+        # A cancellation that comes together with a timeout may be taken for that.
+        while not stop.is_set():
             key, waited = await self._queue.get()
             self._metrics.queue_depth.set(len(self._queue))
             self._metrics.queue_wait.observe(waited)
@@ -155,18 +156,12 @@ class Controller:
             self._agents.forget(key)
             self._queue.forget(key)
             self._known.pop(key, None)
-            self._unanswered.pop(key, None)
+            self._counted.pop(key, None)
             self._metrics.note_job(key.namespace, key.name, None)
             return
-        if unanswered := self._unanswered.pop(key, None):
-            before, wanted = unanswered
-            if (job.uid, job.status) == (before.uid, wanted):
-                self._count(key, before, wanted)
+        self._count(key, job)
         pods = tuple(await self._substrate.list_pods(job))
-        talk = self._agents.talk(key, job.uid)
-        if talk is None:
-            talk = self._agents.begin(key, job.uid, await self._substrate.token(job))
-            talk.began = self._clock()
+        talk = self._agents.talk(key, job.uid) or await self._begin(key, job)
         # Whoever runs has found it.
         talk.equipped |= all(pod.state is not PodState.WAITING for pod in pods)
         seen = await observe(job, pods, talk, self._agents)
@@ -177,10 +172,8 @@ class Controller:
         if decision.status != job.status:
             # It may be written though the answer is lost: then the next pass tells of it.
             self._known.pop(key, None)
-            self._unanswered[key] = job, decision.status
             written = await self._substrate.write_status(job, decision.status)
-            del self._unanswered[key]
-            self._count(key, job, decision.status)
+            self._count(key, written)
             if decision.reason != job.status.reason or decision.phase != job.status.phase:
                 LOG.info("%s: %s, %s: %s", key, decision.phase, decision.reason, decision.message)
             job = written
@@ -201,6 +194,11 @@ class Controller:
             self._queue.add_after(key, self._settings.retry_seconds)
         if decision.final:
             self._agents.forget(key)
+
+    async def _begin(self, key: JobKey, job: TrainingJob) -> Talk:
+        talk = self._agents.begin(key, job.uid, await self._substrate.token(job))
+        talk.began = self._clock()
+        return talk
 
     async def _act(
         self, job: TrainingJob, decision: Decision, talk: Talk, events: tuple[Event, ...]
@@ -223,7 +221,9 @@ class Controller:
             self._known[JobKey(job.namespace, job.name)] = job.uid
             await announce(job, self._substrate, (*events, *decision.events))
 
-    def _count(self, key: JobKey, before: TrainingJob, status: TrainingJobStatus) -> None:
-        """Count what a status that was written changed."""
-        limit = before.spec.run_policy.backoff_limit
-        self._metrics.note_write(key.namespace, before.status, status, limit)
+    def _count(self, key: JobKey, job: TrainingJob) -> None:
+        """Count what changed in a job's status since this operator last saw it."""
+        before, self._counted[key] = self._counted.get(key), job
+        if before is not None and before.uid == job.uid:
+            limit = before.spec.run_policy.backoff_limit
+            self._metrics.note_write(key.namespace, before.status, job.status, limit)

@@ -24,12 +24,13 @@ from daruma_operator.controller.membership import ladder_of
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import gone_of, job_step, pushes_of
 from daruma_operator.controller.replicating import promote, promoted
+from daruma_operator.controller.sourcing import goes_back
 from daruma_operator.controller.telling import CUT_NOT_LOADED, HAND_BACK, lost, started
 from daruma_operator.controller.verdicts import PROCESS_ENDED, Verdict, name_of
 from daruma_operator.names import seat
 from daruma_operator.recovery.ladder import Means, Rung, find_rung
 from daruma_operator.recovery.price import remember
-from daruma_operator.recovery.strategies import PRESETS, preset_of
+from daruma_operator.recovery.strategies import PRESETS
 from daruma_trainer.contract import SLOTS, Role, SavedState, SourceKind, place
 
 ROLLED_BACK = "RolledBackToCut"
@@ -160,7 +161,8 @@ def _joined_cause(record: RecoveryRecord, role: Role, *, servers: bool) -> str:
 
 def climb(d: Draft, start: int, why: str) -> None:
     """Take the first rung from `start` on that can work; none: initial values, or the end."""
-    found = find_rung(ladder_of(d.spec), start, means(d))
+    there = means(d)
+    found = find_rung(ladder_of(d.spec), start, there)
     if isinstance(found, str):
         exhausted(d, why, found)
         return
@@ -168,12 +170,14 @@ def climb(d: Draft, start: int, why: str) -> None:
     if found.number != record.rung:
         text = "; ".join([why, *found.skipped])
         d.tell("RecoveryEscalated", f"{record.strategy} → {found.strategy}: {text}", warning=True)
-    _take(d, found)
+    _take(d, found, nothing=there.nothing)
 
 
-def _take(d: Draft, rung: Rung) -> None:
+def _take(d: Draft, rung: Rung, *, nothing: bool) -> None:
+    """Go on by a rung; `nothing`: nothing was lost, so nobody has to go back."""
     moved = rung.number != d.record.rung
-    leaves_cuts = preset_of(d.record.strategy).rollback and not PRESETS[rung.strategy].rollback
+    rollback = PRESETS[rung.strategy].rollback
+    leaves_cuts = goes_back(d.status) and not rollback
     d.set_record(rung=rung.number, strategy=rung.strategy, planned_epoch=0)
     if moved:
         # The membership may change with the rung, and plans of the old one must not be taken.
@@ -181,7 +185,7 @@ def _take(d: Draft, rung: Rung) -> None:
         d.set_record(stage_since=d.now)
     if leaves_cuts:
         _leave_cuts(d)
-    if PRESETS[rung.strategy].rollback:
+    if rollback and not nothing:
         redone = _roll_back(d)
         further = d.record.reason == ROLLED_FURTHER
         d.set_record(

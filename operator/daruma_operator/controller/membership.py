@@ -35,6 +35,7 @@ def membership_of(job: TrainingJob, status: TrainingJobStatus, store: str | None
         recovery=None if status.recovery is None else status.recovery.id,
         handing=members_of(status.handing),
         replicas=members_of(status.replicas),
+        saved=status.initialised and status.checkpoint is not None,
     )
 
 

@@ -99,9 +99,9 @@ def attribute(d: Draft) -> None:
 def fold(d: Draft) -> None:
     """Take what members say into the status."""
     _succeeded(d)
+    _checkpoint(d)
     _initialised(d)
     _progress(d)
-    _checkpoint(d)
     _pushes(d)
 
 
@@ -203,6 +203,8 @@ def _checkpoint(d: Draft) -> None:
         return
     if old is None or (old.cut, old.step) != (new.cut, new.step):
         d.set(checkpoint=new)
+    if old is None and d.status.initialised:
+        d.raise_epoch()  # members are told that there is something in the store
 
 
 def _saved(now: datetime, cut: str | None, step: int, size: int, age: float) -> CheckpointStatus:

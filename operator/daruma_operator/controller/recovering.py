@@ -19,6 +19,7 @@ from daruma_operator.controller.progress import goes_on
 from daruma_operator.controller.sourcing import (
     copies_of,
     delta_of,
+    goes_back,
     plans_of,
     restoring,
     rework_of,
@@ -152,7 +153,7 @@ def _planned(d: Draft) -> bool:
         tell_damage(d)
         _next_rung(d, broken)
         return False
-    if preset_of(record.strategy).rollback or record.planned_epoch == d.status.epoch:
+    if goes_back(d.status) or record.planned_epoch == d.status.epoch:
         return True
     if mute := _mute(d):
         # Only they know what they have: that they are told late is no loss.
@@ -165,14 +166,13 @@ def _planned(d: Draft) -> bool:
         return False
     plans = plans_of(d.seen, d.status, stored=d.policy.store is not None)
     unsourced = sum(p.unsourced for p in plans.values())
-    unheard = [m for m in silent if not _told(d, m)]
-    if unsourced and unheard:
-        # Others may hear them well, and what they hold is not lost because the operator does not.
-        who = f"{', '.join(unheard[:3])}{', …' * (len(unheard) > 3)}"
-        _message(d, f"waiting to hear from {who}: nobody else holds {unsourced} lost slots")
-        return False
     if unsourced:
-        _next_rung(d, f"{unsourced} lost slots have no source")
+        # Others may hear them well, and what they hold is not lost because the operator does not.
+        if unheard := [m for m in silent if not _told(d, m)]:
+            who = f"{', '.join(unheard[:3])}{', …' * (len(unheard) > 3)}"
+            _message(d, f"waiting to hear from {who}: nobody else holds {unsourced} lost slots")
+        else:
+            _next_rung(d, f"{unsourced} lost slots have no source")
         return False
     delta = delta_of(d, plans)
     d.set_record(
@@ -219,8 +219,8 @@ def _reason(plans: Iterable[Plan]) -> str:
 
 def _broken(d: Draft) -> str | None:
     """Why the present rung cannot work, as the servers found out, or None."""
-    if preset_of(d.record.strategy).rollback:
-        return "there is no full checkpoint" if d.status.rollback.cut is None else None
+    if goes_back(d.status):
+        return None
     missing = _missing(d)
     return f"{missing} slots could not be had from any source" if missing else None
 

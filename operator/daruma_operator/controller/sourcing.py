@@ -21,9 +21,17 @@ def lost_seats(record: RecoveryRecord, role: Role) -> tuple[int, ...]:
     return tuple(sorted({x.index for x in record.losses if x.role is role}))
 
 
+def goes_back(status: TrainingJobStatus) -> bool:
+    """Whether the recovery in progress sends everybody back to a cut.
+
+    What its strategy is does not tell: where nothing was lost, nobody goes back.
+    """
+    return status.recovery is not None and status.rollback.cut is not None
+
+
 def restoring(status: TrainingJobStatus) -> tuple[MemberStatus, ...]:
     """Servers whose slots the recovery in progress restores, as far as they have an address."""
-    if status.recovery is None or preset_of(status.recovery.strategy).rollback:
+    if status.recovery is None or goes_back(status):
         return ()
     seats = lost_seats(status.recovery, Role.SERVER)
     return tuple(

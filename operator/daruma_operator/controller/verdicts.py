@@ -160,7 +160,7 @@ def confirmed(seen: Seen, member: MemberStatus) -> bool:
 
 
 def finished(pod: PodFacts | None) -> bool:
-    """Whether a worker's program came to its end. One that was told to end exits with 0 too."""
+    """Whether a worker's program came to its end. Others may exit with 0 when told to end."""
     return (
         pod is not None
         and pod.state is PodState.TERMINATED

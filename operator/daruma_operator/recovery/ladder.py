@@ -50,11 +50,11 @@ def find_rung(ladder: Sequence[StrategyName], start: int, means: Means) -> Rung 
 def lacks(strategy: StrategyName, means: Means) -> str | None:
     """Return why a strategy cannot work at all, or None."""
     preset = PRESETS[strategy]
+    if means.nothing:
+        return None
     if preset.rollback:
         return None if means.cut else "there is no full checkpoint"
-    if means.nothing or means.predecessors:
-        return None
-    if SourceKind.REPLICA in preset.sources and means.replicas:
+    if means.predecessors or (SourceKind.REPLICA in preset.sources and means.replicas):
         return None
     if preset.sources == {SourceKind.REPLICA}:
         return "no replica of it is left that has everything"

@@ -48,6 +48,8 @@ from daruma_trainer.contract import (
 HOST = "127.0.0.1"
 _NOT_FOUND, _NOT_STARTED = 127, 126
 """Exit codes of what could not be started, as shells give them."""
+_TERMINATED = 128 + signal.SIGTERM
+"""Exit code of what ended because of SIGTERM."""
 WORKERS_NICE = 10
 """Workers compute without end, and cannot go on without a server: one that starts or restores comes
 first. Measured on 2 cores: without this a replacement took twice as long to start."""
@@ -59,6 +61,8 @@ class _Pod:
     facts: PodFacts
     child: Child | None
     """None: it could not be started."""
+    leaves: bool = False
+    """It was told to leave the job."""
 
 
 class ProcessSubstrate:
@@ -130,17 +134,13 @@ class ProcessSubstrate:
         return pod.facts
 
     def terminate_workers(self) -> bool:
-        """SIGTERM to all workers: leave the job. False: none runs."""
-        children = [
-            pod.child
-            for pod in self._pods.values()
-            if pod.child is not None
-            and pod.child.exit_code is None
-            and pod.facts.role is Role.WORKER
-        ]
-        for child in children:
-            child.send(signal.SIGTERM)
-        return bool(children)
+        """SIGTERM to all workers: leave the job, and count as done. False: none runs."""
+        found = False
+        for pod in self._pods.values():
+            if pod.child and pod.child.exit_code is None and pod.facts.role is Role.WORKER:
+                found = pod.leaves = True
+                pod.child.send(signal.SIGTERM)
+        return found
 
     @property
     def job(self) -> TrainingJob:
@@ -255,12 +255,14 @@ class ProcessSubstrate:
         if pod.facts.deleting:
             del self._pods[name]
         else:
-            code = pod.child.exit_code
+            code, reason = pod.child.exit_code, pod.child.reason
+            if pod.leaves and code == _TERMINATED:
+                code, reason = 0, "Completed"
             pod.facts = replace(
                 pod.facts,
                 state=PodState.TERMINATED,
                 exit_code=code,
-                reason=pod.child.reason,
+                reason=reason,
                 message=pod.child.message() if code else None,
             )
         self._show_members()

@@ -71,9 +71,12 @@ class Store(Protocol):
         """
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, folder: str | None = None, *, there: bool = False) -> Store:
     """Open the store that a URI names.
 
+    `folder`: what lies in it alone is used, as a job's prefix; `there`: others have written to it.
+    In a directory it is made by the first write. Where it is missing later the store is away: of a
+    volume that is not mounted an empty folder stays, or none.
     ConfigurationError: it is of no kind that there is. MissingError: its library is not installed.
     """
     parts = urlsplit(uri)
@@ -87,7 +90,7 @@ def open_store(uri: str) -> Store:
             f"store {uri!r}: write file:///absolute/path, s3://bucket/folder, gs://bucket/folder "
             "or az://container/folder"
         )
-    return DirectoryStore(Path(unquote(parts.path)))
+    return DirectoryStore(Path(unquote(parts.path)), folder, there=there)
 
 
 def check_name(name: str) -> None:
@@ -120,8 +123,11 @@ class DirectoryStore:
     # More wait for each other's turn at the interpreter longer than for a disk.
     readers: ClassVar[int] = 2
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, folder: str | None = None, *, there: bool = False) -> None:
         self._root = root
+        self._folder = None if folder is None else self._path(folder)
+        self._there = there
+        """Whether the folder was made: it goes with its volume, and with nothing else."""
 
     def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
         """See Store.read."""
@@ -130,7 +136,7 @@ class DirectoryStore:
                 file.seek(offset)
                 data = file.read(length)
         except OSError as error:
-            raise _error(error)(f"cannot read {name}: {error.strerror}") from error
+            raise self._failed(f"read {name}", error) from error
         if 0 <= length != len(data):
             raise StoreError(f"{name} ends at {offset + len(data)}, {length} bytes were expected")
         return data
@@ -149,7 +155,7 @@ class DirectoryStore:
                     found.append(into[: _pread(file.fileno(), offset, into[:length])])
                     into = into[length:]
         except OSError as error:
-            raise _error(error)(f"cannot read {name}: {error.strerror}") from error
+            raise self._failed(f"read {name}", error) from error
         check_whole(name, ranges, found)
         return found
 
@@ -161,7 +167,7 @@ class DirectoryStore:
             temporary.rename(path)
             self._sync_folder(path.parent)
         except OSError as error:
-            raise _error(error)(f"cannot write {name}: {error.strerror}") from error
+            raise self._failed(f"write {name}", error) from error
 
     def create(self, name: str, data: bytes) -> bool:
         """See Store.create."""
@@ -174,7 +180,7 @@ class DirectoryStore:
         except FileExistsError:
             return False
         except OSError as error:
-            raise _error(error)(f"cannot write {name}: {error.strerror}") from error
+            raise self._failed(f"write {name}", error) from error
         finally:
             temporary.unlink(missing_ok=True)
         return True
@@ -183,18 +189,19 @@ class DirectoryStore:
         """See Store.list."""
         try:
             names = [p.name for p in self._path(prefix).iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
         except OSError as error:
-            raise _error(error)(f"cannot list {prefix}: {error.strerror}") from error
+            if isinstance(error, FileNotFoundError | NotADirectoryError) and not self._is_away:
+                return []
+            raise self._failed(f"list {prefix}", error) from error
         return sorted(n for n in names if not n.endswith(_PARTIAL))
 
     def delete(self, name: str) -> None:
         """See Store.delete."""
         try:
-            self._path(name).unlink(missing_ok=True)
+            self._path(name).unlink()
         except OSError as error:
-            raise _error(error)(f"cannot delete {name}: {error.strerror}") from error
+            if not isinstance(error, FileNotFoundError) or self._is_away:
+                raise self._failed(f"delete {name}", error) from error
 
     def sweep(self, prefix: str, dead: Callable[[str], bool]) -> None:
         """See Store.sweep: the files beside their places."""
@@ -206,7 +213,7 @@ class DirectoryStore:
                 if dead(str(name)):
                     path.unlink(missing_ok=True)
         except OSError as error:
-            raise _error(error)(f"cannot clean {prefix}: {error.strerror}") from error
+            raise self._failed(f"clean {prefix}", error) from error
 
     def _path(self, name: str) -> Path:
         check_name(name)
@@ -216,7 +223,7 @@ class DirectoryStore:
         writer = f"{os.getpid()}-{threading.get_ident()}"
         temporary = path.with_name(f"{path.name}.{writer}{_PARTIAL}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             with temporary.open("wb", buffering=0) as file:
                 view = memoryview(data)
                 while view:
@@ -225,10 +232,24 @@ class DirectoryStore:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            kind = StoreFullError if full else _error(error)
-            raise kind(f"cannot write {path}: {error.strerror}") from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise StoreFullError(f"cannot write {path}: {error.strerror}") from error
+            raise self._failed(f"write {path}", error) from error
+        self._there = True
         return temporary
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder and those above it; but not again what goes with the volume alone.
+
+        In its place, below where the volume belongs, saves would be lost when that is back.
+        """
+        if self._there and folder == self._folder:
+            return
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            self._make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
 
     def _sync_folder(self, folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
@@ -237,10 +258,26 @@ class DirectoryStore:
         finally:
             os.close(handle)
 
+    @property
+    def _is_away(self) -> bool:
+        """Whether the folder that has been there cannot be found."""
+        if self._folder is None or not self._there:
+            return False
+        try:
+            self._folder.stat()
+        except OSError:
+            return True
+        return False
 
-def _error(error: OSError) -> type[StoreError]:
-    """Return what an error of the file system is to those who ask."""
-    return StoreAwayError if error.errno in _AWAY else StoreError
+    def _failed(self, what: str, error: OSError) -> StoreError:
+        """Return what an error of the file system is to those who ask."""
+        if self._is_away:
+            return StoreAwayError(
+                f"cannot {what}: the folder {self._folder} is not there any more: mount its "
+                "volume again; where it was removed, make it again"
+            )
+        kind = StoreAwayError if error.errno in _AWAY else StoreError
+        return kind(f"cannot {what}: {error.strerror}")
 
 
 def _pread(handle: int, offset: int, into: memoryview) -> int:

@@ -221,7 +221,7 @@ class Lifecycle:
         background = self._background = Background(self._around.post)
         if settings.store is not None:
             try:
-                self.store = open_store(settings.store)
+                self.store = open_store(settings.store, membership.prefix, there=membership.saved)
             except (ConfigurationError, MissingError) as error:
                 LOG.error("%s", error)
                 wrong = isinstance(error, ConfigurationError)

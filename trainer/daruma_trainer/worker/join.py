@@ -24,14 +24,16 @@ def join() -> Iterator[Job]:
     """Join the job that this process was started for, and leave it when the program is done.
 
     Ends the process with the exit code that the operator understands where the program cannot go
-    on: 2 for a program that asks for what cannot be, 4 where a newer incarnation has its place.
+    on: 2 for a program that asks for what cannot be, 4 where a newer incarnation has its place,
+    143 when it gets SIGTERM.
     An exception of the program itself is handed on; Python then exits with 1.
     """
     try:
         client = Client(Identity.from_environment(os.environ))
     except ConfigurationError as error:
         _end(ExitCode.USAGE, error)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
+    # Not with 0, which says that the program came to its end.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     job = Job(client)
     try:
         client.wait(lambda: client.membership is not None, JOIN_SECONDS, "a membership")

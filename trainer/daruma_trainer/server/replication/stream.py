@@ -269,14 +269,7 @@ class Stream:
             return
         wanted = self._whole
         if policy is Send.EVERY and not self.relays:
-            if self._flushing is not None and out.covered >= self._flushing:
-                self._flushing, self._meanwhile = None, plane.updates - self._flushing
-            # Until it has these it lacks what comes meanwhile, too: all that may be so many.
-            due = max(1, self.settings.every_updates - self._meanwhile)
-            if plane.updates - self._flushed >= due or not out.whole:
-                self._flushed, self._flush = plane.updates, out.since > 0
-                if self._flushing is None:
-                    self._flushing = plane.updates
+            self._set_due()
             wanted = wanted & (self._flush if out.whole else out.unseen)
         elif policy is Send.DEMAND and not (demanded or self.relays):
             return
@@ -297,3 +290,16 @@ class Stream:
                 return
             self._flush[k] = False
         self._more = True
+
+    def _set_due(self) -> None:
+        """Let slots go out where it is time (`every`)."""
+        out, updates = self._out, self._plane.updates
+        if self._flushing is not None and out.covered >= self._flushing:
+            self._meanwhile = updates - self._flushing
+            self._flushing = None
+        # Until it has these it lacks what comes meanwhile, too: all that may be so many.
+        due = max(1, self.settings.every_updates - self._meanwhile)
+        if updates - self._flushed >= due or not out.whole:
+            self._flushed, self._flush = updates, out.since > 0
+            if self._flushing is None:
+                self._flushing = updates
