@@ -252,6 +252,7 @@ def test_a_volume_that_is_not_mounted_is_waited_for_by_a_new_server(
     assert new.life.error is None, "it may be whole"
     assert "mount its volume again" in (new.life.waiting or "")
     aside.rename(new.folder)  # which is empty still
+    new.life.tick()
     new.until(lambda: not new.life.rolling)
     assert new.value() == 12.0
 
