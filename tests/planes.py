@@ -4,8 +4,10 @@ Messages arrive when a test says so, and every answer at once. A worker w's batc
 `gives(w, b)` to every row of a table (rule add), or is such a gradient (SGD, rate 1).
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -50,6 +52,8 @@ class Seat:
     """Servers whose answer to the present pull is still to come."""
     flying: list[tuple[int, int]] = field(default_factory=list)
     """(server, batch) of pushes that have not arrived."""
+    requests: Iterator[int] = field(default_factory=partial(itertools.count, 1))
+    """Their numbers on its connection."""
 
     @property
     def id(self) -> bytes:
@@ -130,7 +134,8 @@ class Planes:
         push = Push(
             seat.index, batch, batch, 1, 0, self.masks[server], (TablePush(0, 1.0, values),)
         )
-        plane.push(seat.id, Header(Kind.PUSH, 1, 1, 1), [b"", *self._wire(encode_push(push))])
+        header = Header(Kind.PUSH, next(seat.requests), 1, 1)
+        plane.push(seat.id, header, [b"", *self._wire(encode_push(push))])
         self._answer_waiting(server)
 
     def ask(self, seat: Seat, server: int, min_step: int) -> None:
@@ -138,7 +143,7 @@ class Planes:
         flags = ENTER * (not seat.resumed)
         meta = PULL.pack(min_step, 1, flags) + bitmap(self.masks[server])
         seat.missing.add(server)
-        header = Header(Kind.PULL, server, 1, 1)
+        header = Header(Kind.PULL, next(seat.requests), 1, 1)
         reply = self.planes[server].pull(seat.id, header, [b"", meta])
         if reply is not None:
             self._take(seat, server, reply)

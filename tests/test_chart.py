@@ -14,9 +14,15 @@ import parts
 import pytest
 import yaml
 
+from bad_manifests import PROGRAM, manifest
+from daruma_operator.api.load import parse_manifest
+from daruma_operator.substrate.pods import pod_manifest
+from daruma_operator.substrate.protocol import PodPlan
+from daruma_trainer.contract import Role
+
 CHART = parts.ROOT / "charts/daruma"
 SCHEMA = "1.34"
-OTHER_SCHEMAS = {"ServiceMonitor"}
+OTHER_SCHEMAS = {"PodMonitor", "ServiceMonitor"}
 """Kinds of other projects, which no Kubernetes schema describes."""
 
 pytestmark = [
@@ -34,7 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "podAnnotations": {"team": "training"},
         "imagePullSecrets": [{"name": "pull"}],
     },
-    "observed": {"serviceMonitor": {"enabled": True, "interval": "30s"}},
+    "observed": {
+        "serviceMonitor": {"enabled": True, "interval": "30s"},
+        "podMonitor": {"enabled": True},
+    },
     "bare": {"dashboard": {"enabled": False}},
 }
 
@@ -221,10 +230,28 @@ def test_what_is_optional_can_be_had_and_left_out() -> None:
     def kinds(values: dict[str, Any]) -> set[str]:
         return {document["kind"] for document in rendered(values)}
 
-    assert "ServiceMonitor" not in kinds({})
+    assert {"ServiceMonitor", "PodMonitor"}.isdisjoint(kinds({}))
     assert "ServiceMonitor" in kinds({"serviceMonitor": {"enabled": True}})
+    assert "PodMonitor" in kinds({"podMonitor": {"enabled": True}})
     assert "ConfigMap" in kinds({})
     assert "ConfigMap" not in kinds({"dashboard": {"enabled": False}})
+
+
+@pytest.mark.parametrize("role", Role)
+def test_the_pod_monitor_finds_the_pods_of_jobs(role: Role) -> None:
+    chosen = {"podMonitor": {"enabled": True}, "watchNamespaces": ["team-a"]}
+    spec = the("PodMonitor", chosen)["spec"]
+    job = parse_manifest(json.dumps(manifest({"program": PROGRAM})), "x")
+    pod = pod_manifest(job.model_copy(update={"uid": "u"}), PodPlan("p", role, 0, 1))
+    (wanted,) = spec["selector"]["matchExpressions"]
+    assert wanted["operator"] == "Exists"
+    assert wanted["key"] in pod["metadata"]["labels"]
+    (endpoint,) = spec["podMetricsEndpoints"]
+    (container,) = pod["spec"]["containers"]
+    assert endpoint["port"] in {port["name"] for port in container["ports"]}
+    assert spec["namespaceSelector"] == {"matchNames": ["team-a"]}
+    everywhere = the("PodMonitor", {"podMonitor": {"enabled": True}})["spec"]
+    assert everywhere["namespaceSelector"] == {"any": True}
 
 
 def test_the_services_selector_finds_the_deployments_pods() -> None:

@@ -1,6 +1,5 @@
 """A server is away for a while: workers go on, within their limits, and say what it cost them."""
 
-import re
 import time
 import urllib.request
 from functools import partial
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from daruma_trainer.contract import Outage, Replay, Role, Settings
+from expositions import sample
 from local_cluster import LocalCluster, freshest, local_cluster, lose
 
 pytestmark = pytest.mark.faults
@@ -20,14 +20,18 @@ def both(cluster: LocalCluster) -> list[int]:
     return [w.index for w in cluster.membership.of(Role.WORKER)]
 
 
-def blocked(cluster: LocalCluster, worker: int) -> tuple[float, float]:
-    """Now, and how long a worker's program has waited for servers so far; seconds."""
-    member = cluster.membership.member(Role.WORKER, worker)
+def scraped(cluster: LocalCluster, role: Role, index: int) -> str:
+    """What a member's metrics are."""
+    member = cluster.membership.member(role, index)
     assert member is not None
     with urllib.request.urlopen(f"http://{member.agent}/metrics", timeout=30) as answer:
-        found = re.search(r"daruma_blocked_seconds_total\{.*\} (\S+)", answer.read().decode())
-    assert found is not None
-    return time.monotonic(), float(found[1])
+        return str(answer.read().decode())
+
+
+def blocked(cluster: LocalCluster, worker: int) -> tuple[float, float]:
+    """Now, and how long a worker's program has waited for servers so far; seconds."""
+    found = sample(scraped(cluster, Role.WORKER, worker), "daruma_blocked_seconds_total")
+    return time.monotonic(), found
 
 
 def ended(cluster: LocalCluster, worker: int, epoch: int) -> Outage | None:
@@ -42,6 +46,11 @@ def test_workers_compute_through_an_outage_and_say_how_far_they_are_off(tmp_path
     with local_cluster(tmp_path, servers=2, workers=2, settings=config, program=program) as cluster:
         cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 20, "20 steps")
         assert cluster.report(Role.WORKER, 0).outage is None
+        text = scraped(cluster, Role.SERVER, 0)
+        updates = sample(text, "daruma_update_seconds_count")
+        assert updates >= 20
+        # Each update of one worker lies between one pull and push of the other.
+        assert 0 < sample(text, "daruma_staleness_steps_sum") < 2 * updates
         first = [blocked(cluster, w) for w in both(cluster)]  # its library is imported now
         end = time.monotonic() + 2.0
         cluster.until(lambda: time.monotonic() > end, "two seconds of training")
@@ -72,6 +81,12 @@ def test_workers_compute_through_an_outage_and_say_how_far_they_are_off(tmp_path
             "all has come to the server",
         )
         assert all(cluster.report(Role.WORKER, w).replayed > 50 for w in both(cluster))
+        for w in both(cluster):
+            text = scraped(cluster, Role.WORKER, w)
+            count = partial(sample, text, "daruma_push_latency_seconds_bucket")
+            assert count(le="+Inf") - count(le="5.0") >= 1, "the first waited all the time"
+            assert count(le="+Inf") - count(le="1.0") > 50, "many were made meanwhile"
+            assert count(le="1.0") >= 20, "before it they did not wait"
         # The kill may take what was acknowledged and pulled by nobody, nothing that waited.
         assert all(cluster.report(Role.WORKER, w).lost <= 1 for w in both(cluster))
 

@@ -95,7 +95,6 @@ def test_what_a_rollback_has_made_again_is_not_skipped() -> None:
     assert counters({"worker-1-9": third}, ["worker-1-9"], gone) == Pushes(skipped=21)
 
 
-<<<<<<< ours
 def test_what_a_past_life_skipped_is_not_lost_as_well() -> None:
     """It entered after 100, which it had left off at 50; then a server lacks all since 45."""
     gone = remember(
@@ -119,9 +118,6 @@ def test_what_a_past_life_lost_is_not_skipped_as_well() -> None:
     "text",
     ["1-99999999999", "4-1", "x", "1-2-3", "-5", "1-99999999999999999999", "9" * 4000],
 )
-=======
-@pytest.mark.parametrize("text", ["1-99999999999", "4-1", "x", "1-2-3", "-5"])
->>>>>>> theirs
 def test_what_cannot_be_is_not_taken_up(text: str) -> None:
     report = Report("worker-0-1", 1, "Training", lost=3, lost_batches=text)
     past = Gone(lost={"0": "1-9"})
@@ -145,22 +141,3 @@ def test_what_a_lost_worker_had_counted_still_counts() -> None:
     found = counters(reports, reports, Gone(gone))
     assert found == Pushes(lost=6, replayed=1, skipped=5)
     assert found.since(gone) == Pushes(lost=1, skipped=2)
-
-
-def test_what_a_past_life_skipped_is_not_lost_as_well() -> None:
-    """It entered after 100, which it had left off at 50; then a server lacks all since 45."""
-    gone = remember(
-        Gone(), "0", Report("w-0-1", 1, "Training", skipped=50, skipped_batches="51-100", after=100)
-    )
-    late = Report("worker-0-5", 1, "Training", lost=69, lost_batches="46-114", after=110)
-    assert counters({late.id: late}, [late.id], gone) == Pushes(lost=19, skipped=50)
-    gone = remember(gone, "0", late)
-    assert (gone.lost, gone.skipped) == ({"0": "46-50,101-114"}, {"0": "51-100"})
-    assert counters({}, [], gone) == Pushes(lost=19, skipped=50)
-
-
-def test_what_a_past_life_lost_is_not_skipped_as_well() -> None:
-    """It lost 45 and went back to 40, where it died; the next one entered after 60."""
-    past = Gone(lost={"0": "45"})
-    late = Report("worker-0-5", 1, "Training", skipped=20, skipped_batches="41-60", after=60)
-    assert counters({late.id: late}, [late.id], past) == Pushes(skipped=20)

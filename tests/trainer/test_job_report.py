@@ -10,7 +10,7 @@ import pytest
 from daruma_operator.controller.agents import MEMBER_BYTES
 from daruma_trainer.contract import Report
 from daruma_trainer.errors import ConfigurationError
-from daruma_trainer.worker import job as module
+from daruma_trainer.worker import evaluating as module
 from daruma_trainer.worker.job import MAX_METRICS_BYTES, Job
 
 

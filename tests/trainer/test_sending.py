@@ -125,3 +125,12 @@ def test_a_replay_that_was_kept_for_copies_is_let_go_when_none_are_asked_for() -
     for sent in server.send():
         server.answer(sent, sent[0].slots)
     assert (server.pushes.acked, server.pushes.sealed) == (1, {})
+
+
+def test_a_replay_took_until_it_was_applied_however_long_it_is_kept() -> None:
+    server = Server(copies=2)
+    for sent in server.send():
+        assert server.pushes.latency.seen.count == 0
+        server.answer(sent, sent[0].slots)
+    assert server.pushes.latency.seen.count == 1
+    assert server.pushes.sealed, "it is not covered yet"

@@ -1,14 +1,9 @@
 """What a worker's /metrics answers."""
 
-import threading
-from types import SimpleNamespace
-from typing import Any, cast
-
-from daruma_trainer.contract import Replay, Role
-from daruma_trainer.identity import Identity
-from daruma_trainer.worker.metrics import exposition
+from daruma_trainer.contract import Replay
 from daruma_trainer.worker.position import Position
 from daruma_trainer.worker.pushes import Pushes
+from expositions import families, worker_text
 
 
 def test_batches_that_a_failure_touched_are_counted() -> None:
@@ -16,15 +11,10 @@ def test_batches_that_a_failure_touched_are_counted() -> None:
     pushes.lose(3, 4)
     pushes.replayed = 7
     position.mixed.add(9)
-    me = Identity("n", "j", Role.WORKER, 1, 1, "")
-    client = SimpleNamespace(
-        me=me, pushes=pushes, position=position, loss=None, blocked_seconds=1.5,
-        lock=threading.Lock(),
-    )  # fmt: skip
-    lines = exposition(cast("Any", client)).decode().splitlines()
-    counted = {
-        line.split('outcome="')[1].split('"')[0]: float(line.rsplit(" ", 1)[1])
-        for line in lines
-        if line.startswith("daruma_batches_total{")
-    }
+    found = families(worker_text(pushes=pushes, position=position))["daruma_batches"]
+    counted = {one.labels["outcome"]: one.value for one in found.samples}
     assert counted == {"lost": 2, "replayed": 7, "skipped": 0, "mixed": 1}
+
+
+def test_before_the_first_membership_no_push_took_any_time() -> None:
+    assert "daruma_push_latency_seconds" not in families(worker_text(pushes=None))

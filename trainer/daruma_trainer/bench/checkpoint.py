@@ -147,12 +147,12 @@ def measure_saves(
             np.copyto(into[: len(flat) - begin], flat[begin : begin + size])
             plain.append(time.perf_counter() - started)
             shard.push()
-            before, used = shard.saver.seconds, time.process_time()
+            before, used = shard.saver.seconds.total, time.process_time()
             shard.saver.tick()
             shard.settle()
             cpu.append(time.process_time() - used)
             blocked.append(shard.saver.copied_seconds)
-            durable.append(shard.saver.seconds - before)
+            durable.append(shard.saver.seconds.total - before)
         # The first finds memory that nobody touched before.
         memcpy = statistics.median(plain[1:])
         return {

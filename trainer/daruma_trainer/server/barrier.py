@@ -124,7 +124,9 @@ class Barrier:
         for pattern in np.unique(gave, axis=0):
             same = k[(gave == pattern).all(axis=1)]
             parts = [w for w, g in zip(givers, pattern, strict=True) if g]
+            began = self._shard.clock()
             made = self._apply(same, step, parts)
+            self._shard.update_seconds.observe(self._shard.clock() - began)
             done = sorted({*workers, *parts})
             for w in done:
                 self._slots.mark(same, w, step, step)

@@ -20,6 +20,7 @@ from daruma_trainer.server.rebuilding import Sums
 from daruma_trainer.server.replies import Reply, refuse, worker_of
 from daruma_trainer.server.shard import Shard
 from daruma_trainer.server.slots import Slots, SlotState
+from daruma_trainer.server.staleness import Staleness
 from daruma_trainer.server.steps import Steps
 from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import (
@@ -113,6 +114,7 @@ class DataPlane:
         self.unheard: set[int] = set()
         """Workers that did not say since the slots were restored what they can give again."""
         self.counts = Counts()
+        self.staleness = Staleness()
         self._lost: dict[int, Stretches] = {}
         """By worker: its batches that were lost here."""
         self.updates = 0
@@ -190,6 +192,7 @@ class DataPlane:
                 self.observer.pushed(push, frames[1:], k[:0])  # a promoted replica may have it
             self.advance()
         else:
+            self.staleness.applied(push.worker, header.request, k, new)
             self._apply(push, frames, k, ready, new)
             self.counts.duplicate += int(not len(new) and not overlap.any() and bool(ready.any()))
             applied = ready & (seen != Seen.OVERLAP)
@@ -202,9 +205,11 @@ class DataPlane:
         self, push: Push, frames: Sequence[Frame], k: Ints, ready: NDArray[np.bool_], new: Ints
     ) -> None:
         """Apply a checked push at once, to those of its slots that lack it."""
+        began = self.shard.clock()
         others = self.sums.add_from(push, k, ready)
         if len(new):
             self.shard.apply(others, k, new)
+            self.shard.update_seconds.observe(self.shard.clock() - began)
             self.slots.advance(k[new], push.worker, push.first, push.last)
             self.counts.applied += 1
             self.updates += 1
@@ -266,6 +271,7 @@ class DataPlane:
         partial = self.beginning.has_later(tables, k)
         body = encode_state(self.state(k, tables))
         self.counts.pulled_bytes += sum(len(f) for f in body)
+        self.staleness.pulled(worker, header.request, k)
         if self.observer is not None and not partial:
             self.observer.pulled(worker_of(identity.decode()), k)
         return Reply(Kind.STATE, body, told | PARTIAL * partial)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from daruma_trainer.histogram import Histogram
+
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
@@ -16,6 +18,7 @@ def exposition(server: "Server") -> bytes:
 
     labels = ["job", "role", "index"]
     values = [server.me.job, server.me.role.value, str(server.me.index)]
+    whose = dict(zip(labels, values, strict=True))
 
     class Collector:
         def collect(self) -> "Iterator[Metric]":
@@ -27,6 +30,8 @@ def exposition(server: "Server") -> bytes:
                 counter = CounterMetricFamily(name, text, labels=labels)
                 counter.add_metric(values, value)
                 yield counter
+            for name, text, histogram in _histograms(server):
+                yield histogram.family(name, text, whose)
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector())
@@ -64,11 +69,23 @@ def _counters(server: "Server") -> list[tuple[str, str, float]]:
             ("daruma_duplicate_pushes", "Pushes that were applied already.", counts.duplicate),
         ]
     if server.life.saver is not None:
-        found += [
-            ("daruma_checkpoint_bytes", "Bytes saved.", server.life.saver.bytes_total),
-            ("daruma_checkpoint_seconds", "Seconds spent writing.", server.life.saver.seconds),
-        ]
+        found.append(("daruma_checkpoint_bytes", "Bytes saved.", server.life.saver.bytes_total))
     if server.life.cuts is not None:
         text = "Cuts that were given up, since a worker did not get that far in time."
         found.append(("daruma_cuts_abandoned", text, server.life.cuts.abandoned))
+    return found
+
+
+def _histograms(server: "Server") -> list[tuple[str, str, Histogram]]:
+    plane, saver = server.life.plane, server.life.saver
+    found: list[tuple[str, str, Histogram]] = []
+    if plane is not None:
+        text = "Seconds to apply a push to the tables; under Sync a step, with what all gave to it."
+        found.append(("daruma_update_seconds", text, plane.shard.update_seconds))
+        if not plane.sync:
+            text = "Updates of others between a worker's pull and its push, where that is applied."
+            found.append(("daruma_staleness_steps", text, plane.staleness.seen))
+    if saver is not None:
+        text = "Seconds until a save was durable, cuts and first saves among them."
+        found.append(("daruma_checkpoint_seconds", text, saver.seconds))
     return found

@@ -21,6 +21,7 @@ from daruma_trainer.checkpoint.selection import Selection, Turn, select
 from daruma_trainer.checkpoint.store import Store
 from daruma_trainer.contract import Membership, SavedState, Settings
 from daruma_trainer.errors import StoreError
+from daruma_trainer.histogram import Histogram
 from daruma_trainer.layout import Floats, Ints
 from daruma_trainer.server.background import Background
 from daruma_trainer.server.compacting import compact
@@ -41,6 +42,8 @@ PATIENCE_SECONDS = 0.05
 those are long, as those of large pushes are, a longer one:"""
 SHARE = 1 / 8
 """of the time that was spent on serving since the last slice."""
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+"""Of a save: from a directory's to a slow bucket's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +121,8 @@ class Saver:
         self.bytes_total = 0
         self.moved_total = 0
         """Bytes that compaction wrote; part of `bytes_total`."""
-        self.seconds = 0.0
-        """Spent on writing."""
+        self.seconds = Histogram(SECONDS)
+        """How long each save took to become durable, on the background thread."""
         self.copied_seconds = 0.0
         """What requests waited for the newest partial save."""
         self.error: str | None = None
@@ -222,7 +225,7 @@ class Saver:
             self._failed(error)
             if written is not None:
                 self.bytes_total += written.size
-                self.seconds += written.seconds
+                self.seconds.observe(written.seconds)
             done(written, None if error is None else str(error))
 
         self._background.submit(lambda: self._write(snapshot), finished)
@@ -377,7 +380,7 @@ class Saver:
         self.saves += 1
         self.moved_total += written.moved
         self.bytes_total += written.size + written.moved
-        self.seconds += written.seconds
+        self.seconds.observe(written.seconds)
         self.newest_at = time.monotonic()
         self.newest = SavedState(
             written.name, written.manifest.step, written.size, 0.0, self._distances.total()

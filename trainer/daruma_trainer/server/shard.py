@@ -1,8 +1,9 @@
 """The parameters of one shard: arrays in wire order, and how pushes and restores change them."""
 
 import math
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,12 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from daruma_trainer.histogram import Histogram
 from daruma_trainer.layout import Floats, Ints, ShardLayout, TableLayout, TableSpec, alike
 from daruma_trainer.rules import TILE, Rule, rule_from_json, state_names
 from daruma_trainer.wire import MAX_SLOT_BYTES, TablePush
 
 NORMS = 64
 """How many updates the largest recent norm looks back on."""
+SECONDS = (
+    0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005,
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0,
+)  # fmt: skip
+"""Of an update: from that of a few rows to Adam on gigabytes."""
 
 
 class TableTooLargeError(ValueError):
@@ -47,6 +54,11 @@ class Shard:
         self.layout = ShardLayout(uid, [], slots)
         self.tables: list[TableArrays] = []
         self.norms: deque[float] = deque(maxlen=NORMS)
+        self.update_seconds = Histogram(SECONDS)
+        """Seconds that each update took, in the tables alone: one push's, or all that a step makes
+        of the workers' (`Sync`) once the last of them is there."""
+        self.clock: Callable[[], float] = time.monotonic
+        """Seconds since whenever."""
 
     def create(self, spec: TableSpec) -> None:
         """Add a table of zeros; ContractError for a bad rule, TableTooLargeError for its size."""

@@ -86,6 +86,8 @@ class Accumulation:
         self.parts: dict[int, Part] = {}
         self.unacked: Slots = np.ones(SLOTS, np.bool_)
         """Once it is sent: slots (of its server) that have not said that they are done with it."""
+        self.applied = False
+        """All of those slots have said it; it is kept until it is covered."""
         self.overlaps = False
         """A slot has some of its batches already: they count as lost."""
 

@@ -16,6 +16,8 @@ def exposition(client: "Client") -> bytes:
 
     labels = ["job", "role", "index"]
     values = [client.me.job, client.me.role.value, str(client.me.index)]
+    text = "Seconds from a batch's first sending until all slots have applied it."
+    histograms = []
     with client.lock:
         pushes, loss, blocked = client.pushes, client.loss, client.blocked_seconds
         acked = 0 if pushes is None else pushes.acked
@@ -27,6 +29,10 @@ def exposition(client: "Client") -> bytes:
             "skipped": len(client.position.skipped),
             "mixed": len(client.position.mixed),
         }
+        if pushes is not None:
+            whose = dict(zip(labels, values, strict=True))
+            seen = pushes.latency.seen
+            histograms.append(seen.family("daruma_push_latency_seconds", text, whose))
 
     class Collector:
         def collect(self) -> "Iterator[Metric]":
@@ -62,6 +68,7 @@ def exposition(client: "Client") -> bytes:
             for outcome, count in batches.items():
                 counter.add_metric([*values, outcome], count)
             yield counter
+            yield from histograms
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector())

@@ -6,7 +6,7 @@ however long the outage; an accumulation is sealed at its first send. Pure bookk
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from daruma_trainer.stretches import Stretches
 from daruma_trainer.wire import Slots
 from daruma_trainer.worker.accumulating import Accumulation
 from daruma_trainer.worker.copies import HostCopy
+from daruma_trainer.worker.latency import Latency
 from daruma_trainer.worker.residual import Residual, Ride
 
 MAX_SEALED = 2
@@ -76,10 +77,12 @@ class Pushes:
         """Sum of the gaps of the other workers, as servers said last."""
         self.widest = 0.0
         """The largest `view_gap` since it was last set to 0."""
+        self.latency = Latency()
 
     def hold(self, held: Held) -> None:
         """Keep a new batch."""
         self.held[held.batch] = held
+        self.latency.sent(held.batch)
 
     def accumulate(
         self, held: Held, server: int, copy: HostCopy, now: float, rules: Sequence[Rule]
@@ -188,6 +191,7 @@ class Pushes:
         """
         for done in self.sealed.get(server, []):
             done.unacked |= slots
+            done.applied = False
         mine = [*self.sealed.get(server, []), *filter(None, [self.open.get(server)])]
         for held in self.held.values():
             if not any(a.first <= held.batch <= a.last for a in mine):
@@ -236,16 +240,23 @@ class Pushes:
 
     def drop_sealed(self, server: int, last: int) -> None:
         """The accumulation that ends with this batch need not be kept: applied, or counted lost."""
-        rest = [a for a in self.sealed.get(server, []) if a.last != last]
-        if rest:
+        row = self.sealed.pop(server, [])
+        if rest := [a for a in row if a.last != last]:
             self.sealed[server] = rest
-        else:
-            self.sealed.pop(server, None)
+        for done in [a for a in row if a.last == last]:
+            self._note_latency(range(done.first, done.last + 1))
         self.settle()
+
+    def keep_sealed(self, done: Accumulation) -> None:
+        """An accumulation is applied, and kept until it is covered."""
+        done.applied = True
+        self._note_latency(range(done.first, done.last + 1))
 
     def settle(self) -> None:
         """Let go of what every slot has, and move `acked` on."""
-        for batch, held in [(b, h) for b, h in self.held.items() if not h.unacked.any()]:
+        applied = [(b, h) for b, h in self.held.items() if not h.unacked.any()]
+        self._note_latency([batch for batch, _ in applied])
+        for batch, held in applied:
             if not self._waits(batch):
                 self.acked_epoch = max(self.acked_epoch, held.epoch)
             if not held.uncovered:
@@ -263,6 +274,7 @@ class Pushes:
     def lose(self, first: int, last: int) -> None:
         """These batches were lost, or some part of each was."""
         self.lost |= Stretches.of((first, last))
+        self.latency.lost(first, last)
 
     def unsent(self, server: int) -> Stretches:
         """Return every batch that this worker can still give to a server, for a resync."""
@@ -276,12 +288,22 @@ class Pushes:
         self.open.clear()
         self.rest.clear()
         self._late.clear()
+        self.latency.forget()
         self.acked = self._newest = batch
 
     @property
     def pending(self) -> int:
         """Batches accumulated and not yet sent: the longest of all servers."""
         return max((a.count for a in self.open.values()), default=0)
+
+    def _note_latency(self, batches: Iterable[int]) -> None:
+        """Count those of these batches that no slot lacks any more."""
+        lacking = [a for a in self._accumulations() if not a.applied]
+        for batch in batches:
+            held = self.held.get(batch)
+            lacks = held is not None and held.unacked.any()
+            if not lacks and not any(a.first <= batch <= a.last for a in lacking):
+                self.latency.applied(batch)
 
     def _waits(self, batch: int) -> bool:
         return any(a.first <= batch <= a.last for a in self._accumulations())

@@ -118,6 +118,8 @@ class Sender:
             return  # its other messages are under way
         elif done.overlaps or not self._sessions.membership.settings.covers:
             pushes.drop_sealed(server, done.last)
+        else:
+            pushes.keep_sealed(done)
 
 
 def _acknowledged(frames: Sequence[Frame]) -> tuple[Slots, bool]:

@@ -124,6 +124,7 @@ class _Wire:
         self._replica.attach(plane)
         self._replica.follow(members)
         self._queue: list[tuple[Header, Sequence[Frame], Answer | None]] = []
+        self._requests = 0
 
     def deliver(self) -> None:
         """Let the replica take and answer what is under way."""
@@ -137,7 +138,8 @@ class _Wire:
 
     def request(self, header: Header, body: Sequence[Frame], answer: Answer | None) -> bool:
         """See Connection."""
-        self._queue.append((header, body, answer))
+        self._requests += 1
+        self._queue.append((replace(header, request=self._requests), body, answer))
         return True
 
     def receive(
