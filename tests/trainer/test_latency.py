@@ -198,3 +198,24 @@ def test_what_a_rollback_dropped_was_not_applied() -> None:
     job.pushes.drop_all(2)
     job.pushes.latency.applied(2)
     assert job.seen == (1, 0.5), "nothing is remembered of one that the cut has already"
+
+
+def test_each_batch_counts_once_in_whatever_order() -> None:
+    now = [0.0]
+    latency = Latency(lambda: now[0])
+    for batch in range(7, 107):
+        now[0] = float(batch)
+        latency.sent(batch)
+    latency.lost(40, 60)
+    latency.lost(100, 1 << 60)
+    now[0] = 200.0
+    order = np.random.default_rng(0).permutation(np.arange(0, 200)).tolist()
+    for batch in [*order, *order]:
+        latency.applied(batch)
+    left = [b for b in range(7, 100) if not 40 <= b <= 60]
+    assert (latency.seen.count, latency.seen.total) == (len(left), sum(200.0 - b for b in left))
+    latency.forget()
+    latency.sent(3)  # a rollback went back to 2
+    latency.applied(106)
+    latency.applied(3)
+    assert latency.seen.count == len(left) + 1
