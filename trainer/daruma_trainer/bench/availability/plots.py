@@ -12,7 +12,7 @@ from daruma_trainer.bench.availability.stats import (
     value_at,
 )
 
-GRID = 80
+GRID = 40
 """Points of a drawn line."""
 
 
@@ -39,10 +39,10 @@ def draw(folder: Path, scenario: str, runs: Sequence[Run]) -> Path:
             lines = [[value_at(c, by, x, ACCURACY) or 0.0 for x in grid] for c in curves]
             columns = [[round(v, 4) for v in c] for c in zip(*lines, strict=True)]
             mean = [sum(c) / len(c) for c in columns]
-            (line,) = axis.step(grid, mean, where="post", linewidth=1, label=arm)
+            (line,) = axis.plot(grid, mean, linewidth=1, label=arm)
             if len(curves) > 1:
                 low, high = [min(c) for c in columns], [max(c) for c in columns]
-                axis.fill_between(grid, low, high, step="post", alpha=0.12, color=line.get_color())
+                axis.fill_between(grid, low, high, alpha=0.12, color=line.get_color())
         axis.tick_params(labelsize=7)
     for begin, end in (w for r in runs for w in r["outages"]):
         axes[0].axvspan(begin, end, color="black", alpha=0.12 / len(runs), linewidth=0)
