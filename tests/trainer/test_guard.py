@@ -26,7 +26,7 @@ class Guarded:
         life: Any = SimpleNamespace(
             plane=object(), generation=4, rolling=False, frozen=False, replica=False
         )
-        replicator: Any = SimpleNamespace(follows=None)
+        replicator: Any = SimpleNamespace(counted_on=False)
         self.life, self.replicator = life, replicator
         self.sure = True
         self.asked: list[bytes] = []
@@ -108,7 +108,7 @@ def test_a_shard_that_is_not_served_now_answers_nobody(
 def test_a_replica_answers_pulls_once_it_is_counted_on(guarded: Guarded) -> None:
     guarded.life.replica = True
     assert guarded.says(PULL, membership=READS) == Refusal.STALE_INCARNATION
-    guarded.replicator.follows = "server-0-1"
+    guarded.replicator.counted_on = True
     assert guarded.says(PULL, membership=READS) is None
     assert guarded.says(PUSH, membership=READS) == Refusal.STALE_INCARNATION
     assert guarded.says(PULL) == Refusal.STALE_INCARNATION, "the job does not want it"

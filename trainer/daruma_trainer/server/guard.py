@@ -61,5 +61,5 @@ class Guard:
 
     def _reads(self, header: Header, membership: Membership) -> bool:
         """Whether a replica answers this: a pull, once the one before counts on it."""
-        counted_on = self._replicator.follows is not None
-        return header.kind is Kind.PULL and membership.settings.pulls_from_replicas and counted_on
+        reads = header.kind is Kind.PULL and membership.settings.pulls_from_replicas
+        return reads and self._replicator.counted_on

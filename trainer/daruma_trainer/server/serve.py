@@ -373,7 +373,7 @@ class Server:
     @property
     def counted_on(self) -> bool:
         """See Surroundings."""
-        return self.replicator.follows is not None
+        return self.replicator.counted_on
 
     def tell_cut(self, index: int, message: dict[str, Any]) -> None:
         """See Surroundings."""

@@ -98,7 +98,7 @@ class Replicator:
             self._adopt(self._plane, new)
         covering = self._covering
         if self._next is not None:
-            self._next.counted_on = not self._next.relays or self.follows is not None
+            self._next.counted_on = not self._next.relays or self.counted_on
             self._next.turn(ready, demanded=covering is not None and covering.demanded)
         if covering is not None:
             nodes = [m.failure_domain for m in self._chain]
@@ -106,6 +106,11 @@ class Replicator:
         while self._late and not self._waits(self._late[0][0]):
             _, member, request = self._late.pop(0)
             self._around.answer(member, request, OK)
+
+    @property
+    def counted_on(self) -> bool:
+        """Whether the one before counts on this replica."""
+        return self.follows is not None
 
     @property
     def busy(self) -> bool:
