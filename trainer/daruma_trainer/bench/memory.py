@@ -17,7 +17,6 @@ and as many more as uncovered pushes may be (`maxUncovered`).
 
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,10 +30,9 @@ from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_o
 from daruma_trainer.bench.holding import hold, release
 from daruma_trainer.bench.local import HELD_RUN, LocalRun
 from daruma_trainer.bench.members import Process
+from daruma_trainer.bench.pushing import COLS
 from daruma_trainer.contract import Role, Settings
-from daruma_trainer.rules import SGD, Adam, Rule
 
-COLS = 256
 SHARE = 10
 """One row in so many is in a gradient of single rows."""
 THINK_SECONDS = 0.02
@@ -51,15 +49,14 @@ metadata: {{name: bench-memory}}
 spec:
   program:
     image: none
-    command: [python, -m, daruma_trainer.bench.memory]
-    args: [--train, "{rows}", "{rule}", "{gradients}"]
+    command: [python, -m, daruma_trainer.bench.pushing]
+    args: ["{rows}", "{think}", "{rule}", "{share}"]
   servers: {{replicas: 2}}
   workers: {{replicas: {workers}}}
   checkpoint: {{every: 0}}
   recovery: {{strategy: {strategy}, replay: {{maxPending: 65535}}}}
   runPolicy: {{backoffLimit: 100}}
 """
-RULES: dict[str, Rule] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +103,6 @@ class Plan:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and write what was asked for; returns the exit code."""
-    if arguments[:1] == ["--train"]:
-        return _train(*arguments[1:])
     options = parser_of("memory", __doc__, "one cell, a small table, short").parse_args(arguments)
     return conclude(options, lambda: measure(Plan.of(quick=options.quick)), page)
 
@@ -155,7 +150,10 @@ def page(result: Result) -> str:
 
 def _run(cell: Cell, plan: Plan) -> dict[str, Any]:
     model = plan.mb * 1_000_000
-    manifest = MANIFEST.format(**asdict(cell), workers=WORKERS, rows=model // (4 * COLS))
+    manifest = MANIFEST.format(
+        strategy=cell.strategy, rule=cell.rule, workers=WORKERS, rows=model // (4 * COLS),
+        think=THINK_SECONDS, share=SHARE if cell.gradients == "rows" else 1,
+    )  # fmt: skip
     run = LocalRun(manifest, WORKERS, STEPS, HELD_RUN)
     with run.running():
         workers = [p for p in run.members() if p.role is Role.WORKER]
@@ -207,24 +205,3 @@ def _peak(worker: Process) -> int:
     if found is None:
         raise BenchError(f"{worker.id}: the kernel tells no peak of its memory")
     return int(found[1]) * 1024
-
-
-def _train(rows: str, rule: str, gradients: str) -> int:
-    """What a worker of the job runs."""
-    import daruma_trainer as daruma
-
-    shape = int(rows), COLS
-    some = gradients == "rows"
-    drawn = np.random.default_rng(0).random((shape[0] // SHARE if some else shape[0], COLS))
-    gradient: Any = drawn.astype(np.float32)
-    with daruma.join() as job:
-        table = job.table("t", shape, rule=RULES[rule])
-        while job.stopped is None:
-            chosen = np.arange(len(gradient)) * SHARE + job.batch % SHARE if some else None
-            table.push(chosen, gradient, lr=1e-6)
-            time.sleep(THINK_SECONDS)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -31,7 +31,6 @@ job of as many servers without one; one worker. Every one takes some seconds, on
 
 import http.client
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -44,10 +43,9 @@ from daruma_trainer.bench.arena import START_SECONDS, BenchError
 from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.local import LocalRun
 from daruma_trainer.bench.members import Process
+from daruma_trainer.bench.pushing import COLS
 from daruma_trainer.contract import Role, agent_address
-from daruma_trainer.rules import SGD, Adam, Rule
 
-COLS = 256
 STEPS = 3
 MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
@@ -56,8 +54,8 @@ metadata: {{name: bench-replication}}
 spec:
   program:
     image: none
-    command: [python, -m, daruma_trainer.bench.replication]
-    args: [--push, "{rows}", "{think}", "{rule}"]
+    command: [python, -m, daruma_trainer.bench.pushing]
+    args: ["{rows}", "{think}", "{rule}"]
   servers: {{replicas: {servers}}}
   workers: {{replicas: {workers}}}
   checkpoint: {{every: 0}}
@@ -73,7 +71,6 @@ WAYS = {
     "copies 2": "{strategy: Freshest, copies: 2}",
 }
 """By name, spec.recovery."""
-RULES: dict[str, Rule] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +114,6 @@ class Plan:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and write what was asked for; returns the exit code."""
-    if arguments[:1] == ["--push"]:
-        return _push(*arguments[1:])
     parser = parser_of("replication", __doc__, "one small size, one round, fewer ways")
     options = parser.parse_args(arguments)
     return conclude(options, lambda: measure(Plan.of(quick=options.quick)), page)
@@ -246,20 +241,3 @@ def _cpu(pid: int) -> tuple[float, float]:
         own += used * (pid == int(folder.name))
         children += used * (pid == int(fields[1]))
     return own, children
-
-
-def _push(rows: str, think: str, rule: str) -> int:
-    """What a worker of the job runs."""
-    import daruma_trainer as daruma
-
-    gradient: Any = np.random.default_rng(0).random((int(rows), COLS), np.float32)
-    with daruma.join() as job:
-        table = job.table("t", gradient.shape, rule=RULES[rule])
-        while job.stopped is None:
-            table.push(None, gradient, lr=1e-6)
-            time.sleep(float(think))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
