@@ -210,6 +210,18 @@ def a_recovery(world: LiveWorld, substrate: LiveSubstrate) -> Callable[[], bool]
     return over
 
 
+def is_first(status: TrainingJobStatus, ended: list[int]) -> bool:
+    """Whether a recovery begins, or ends, with this write, and not with one before; notes it.
+
+    `ended`: how many recoveries had ended in each such write.
+    """
+    now = len(status.recoveries)
+    if now in ended or not (status.recovery is not None or now):
+        return False
+    ended.append(now)
+    return True
+
+
 def check_counted_once(world: LiveWorld, operator: Operator) -> None:
     count = operator.metrics.registry.get_sample_value
     labels = {"strategy": "Freshest", "cause": "ServerLost"}
@@ -227,9 +239,7 @@ def test_what_was_written_is_told_and_counted_though_the_answer_was_lost(world: 
 
     async def unanswered(job: TrainingJob, status: TrainingJobStatus) -> TrainingJob:
         written = await write(job, status)
-        ended = len(status.recoveries)
-        if (status.recovery is not None or ended) and ended not in lost:
-            lost.append(ended)
+        if is_first(status, lost):
             raise ClusterError("the API server did not answer")
         return written
 
@@ -252,11 +262,9 @@ def test_a_write_that_comes_true_after_the_next_look_is_told_and_counted_once(
     """How many recoveries had ended in each write that is held up."""
 
     async def held_up(job: TrainingJob, status: TrainingJobStatus) -> TrainingJob:
-        ended = len(status.recoveries)
         if slow:
             await write(*slow.pop())
-        elif (status.recovery is not None or ended) and ended not in held:
-            held.append(ended)
+        elif is_first(status, held):
             slow.append((job, status))
             raise ClusterError("the API server did not answer")
         return await write(job, status)
