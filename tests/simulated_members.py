@@ -196,7 +196,7 @@ class SimulatedWorker(Client):
             if self.copy is not None and not (pulling.before or self.patient):
                 own = self.copy.last[~pulling.missing, self.me.index]
                 assert (own >= self.batch).all(), "a pull without an own push"
-            self.pulling = self._before() if self.patient and not pulling.before else None
+            self.pulling = None if pulling.before else self._before()
             self.job.aligned(self)
         elif pulling.before and self.job.now > self._again:
             self.pulling = self._before()
@@ -204,6 +204,8 @@ class SimulatedWorker(Client):
 
     def _before(self) -> Wanted | None:
         """Under `Sync`: what some slots were at this worker's last batch (footing.align)."""
+        if self.batch + 1 in self.position.mixed:
+            return None
         self._again = self.job.now + RELAY_AGAIN_SECONDS
         if self.pulling is None or not self.pulling.before:
             self._ends = self.job.now + RELAY_SECONDS
