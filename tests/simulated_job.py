@@ -361,6 +361,8 @@ class SimulatedJob:
             return None
         if self.reported or self.began_again or self.skipped or self.settings.min_replicas:
             return None
+        if server.generation != self.operator.rollback.generation:
+            return None  # what it lost and has yet to give up, nobody counts any more
         return self.training.wrong(plane)
 
     @property
