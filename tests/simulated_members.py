@@ -117,6 +117,8 @@ class SimulatedWorker(Client):
         """The batch that it went on after."""
         self.patient = False
         """Whether it waits for servers that are away, too."""
+        self._waits = False
+        """Whether it pushed, and waits before it pulls (`Job._until_covered`)."""
         self._generation = 0
         """Of the first pull of its program, or of the last one after a rollback."""
         self._again = self._ends = 0.0
@@ -124,7 +126,8 @@ class SimulatedWorker(Client):
 
     @property
     def idle(self) -> bool:
-        return self.begun and self.resumed and self.pulling is None and self.batch < BATCHES
+        busy = self.pulling is not None or self._waits
+        return self.begun and self.resumed and not busy and self.batch < BATCHES
 
     @property
     def ended(self) -> bool:
@@ -150,7 +153,8 @@ class SimulatedWorker(Client):
         specs = self._live.copy.specs
         updates = self.job.training.updates(specs, self.me.index, self.batch + 1)
         self.push(updates, self.generation)
-        self.pulling = self.pull(pace(self))
+        self._waits = True
+        self._program()
 
     def refresh(self) -> None:
         """Pull the newest values."""
@@ -176,8 +180,10 @@ class SimulatedWorker(Client):
             self.add_tables()
         if not self.resumed and self._generation != self.generation:
             self._generation = self.generation
-            self.pulling, self.patient = self.pull(0), True
-        if self.pulling is not None:
+            self.pulling, self.patient, self._waits = self.pull(0), True, False
+        if self._waits and not (self._live.membership.repeats and self.meanwhile.crowded):
+            self._waits, self.pulling = False, self.pull(pace(self))
+        elif self.pulling is not None:
             self._pulled(self.pulling)
 
     def _pulled(self, pulling: Wanted) -> None:
@@ -191,6 +197,7 @@ class SimulatedWorker(Client):
         away = self.meanwhile.away(pace(self)) & (not self.patient)
         if pulling.before and (pulling.unkept or self.job.now > self._ends):
             self.position.mixed.add(self.batch + 1)
+            self.job.mixed()
             self.pulling = None
         elif not (pulling.missing & ~away).any() and (self.patient or not self.meanwhile.crowded):
             if self.copy is not None and not (pulling.before or self.patient):

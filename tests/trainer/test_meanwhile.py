@@ -98,3 +98,14 @@ def test_uncovered_pushes_crowd_it_but_not_those_of_a_server_that_is_away() -> N
     assert not worker.meanwhile.crowded
     worker.uncovered[0] = 3
     assert worker.meanwhile.crowded
+
+
+def test_where_steps_are_repeated_it_keeps_one_push_of_any_server_there_or_not() -> None:
+    worker = Worker(max_uncovered=2, consistency="Sync")
+    worker.uncovered = {0: 1, 1: 1}
+    assert not worker.meanwhile.crowded
+    worker.uncovered[1] = 2
+    assert worker.meanwhile.crowded
+    elastic = Worker(max_uncovered=2, consistency="Sync", min_replicas=1)
+    elastic.uncovered = {0: 2, 1: 5}
+    assert not elastic.meanwhile.crowded, "replacements do not go back"

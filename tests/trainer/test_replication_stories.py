@@ -340,3 +340,43 @@ def test_what_is_lost_is_counted_though_its_worker_did_not_hear_it(story: Replic
     assert not story.counted(), "and not heard"
     story.calm()
     assert story.counted() == job.reported
+
+
+def test_replicas_are_no_further_behind_than_what_workers_keep(story: Replication) -> None:
+    """A server and a worker die together: what the replica lacks is made again, of what it has."""
+    story.begin("3 copies, momentum", "sync", shared=True, narrow=True)
+    story.add_table()
+    story.calm()
+    story.run(WORKERS)
+    story.crash(member=0, arrive=1)
+    story.calm()
+    assert not any(w.position.mixed for w in story.job.live_workers)
+
+
+def test_nor_are_those_of_a_server_that_is_away(story: Replication) -> None:
+    """Workers push to the others meanwhile, who make a step of it: nobody takes that in."""
+    story.begin("copies, momentum", "sync", servers=2)
+    job = story.job
+    story.run(WORKERS)
+    story.calm()
+
+    def step(heads: list[str]) -> None:
+        """Workers and these servers alone go on."""
+        for worker in job.live_workers:
+            assert worker.idle
+            worker.step()
+        for _ in range(5):
+            job.move(lambda w: w.own in job.workers and w.peer.id in heads, MANY, MANY)
+            for member in (*heads, *job.workers):
+                job.spin(member)
+
+    first, second = (head.me.id for head in job.heads)
+    step([first, second])
+    job.crash(first)
+    step([second])
+    plane = job.servers[second].plane
+    assert plane is not None
+    assert plane.step == max(w.batch for w in job.live_workers)
+    job.crash(job.live_workers[0].me.id)
+    story.calm()
+    assert not any(w.position.mixed for w in job.live_workers)

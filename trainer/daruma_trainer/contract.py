@@ -198,7 +198,7 @@ class Settings:
     copies: int = 1
     """k: a worker keeps a push until it is on so many nodes, its own not counted."""
     max_uncovered: int = 2
-    """Pushes of a worker that may be waiting for that."""
+    """Pushes of a worker that may be waiting for that. See `Membership.max_uncovered`."""
     copies_bytes_per_second: float | None = None
     """Limit of what each server sends for it."""
     suspect_seconds: float = 1.0
@@ -286,6 +286,24 @@ class Membership:
         """Whether steps are made without a lost worker, until its replacement enters."""
         waits = self.settings.consistency in ("Sync", "Bounded")
         return waits and 0 < self.settings.min_replicas < self.workers
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a step that was half made is made again, of what the one before it left.
+
+        Live workers keep that: under `Sync`, where all are needed.
+        """
+        sync = self.settings.consistency == "Sync"
+        return sync and not self.elastic and self.workers > 1
+
+    @property
+    def max_uncovered(self) -> int:
+        """Pushes of a worker that may be waiting to be covered; it waits before it has more.
+
+        Where steps are repeated one, of the newest step: a promoted replica may lack what is not
+        covered, and workers keep one step back.
+        """
+        return 1 if self.repeats else self.settings.max_uncovered
 
     @property
     def prefix(self) -> str:

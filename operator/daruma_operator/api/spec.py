@@ -336,7 +336,7 @@ class Recovery(SpecModel):
         ge=1,
         le=1000,
         description="Pushes of a worker that may wait to be covered; then it waits. Each is kept "
-        "in its memory.",
+        "in its memory. With Sync, and all workers needed, it is 1.",
     )
     chain: Chain = Field(default_factory=Chain)
     replay: Replay = Field(default_factory=Replay)

@@ -236,6 +236,18 @@ class Job:
         )
         self._client.stepped(complete=False, seconds=time.monotonic() - started)
 
+    def _until_covered(self) -> None:
+        """Take no step in before the one that this worker keeps, when it does, is covered.
+
+        Or a server, lost with another worker, could leave slots that are behind what anybody has.
+        """
+        client = self._client
+        self.wait(
+            lambda: self._rolled_back or not client.meanwhile.crowded or client.stopped is not None,
+            self._progress_seconds(),
+            "a copy of the last step but one on another node",
+        )
+
     def _settle(self, min_step: int, *, all_workers: bool = False, ahead: bool = False) -> None:
         """Pull; where a rollback came meanwhile, go on from where it leads.
 
@@ -243,6 +255,8 @@ class Job:
         """
         client, meanwhile = self._client, self._client.meanwhile
         started = time.monotonic()
+        if client.membership is not None and client.membership.repeats:
+            self._until_covered()
         wanted = client.pull(min_step, all_workers=all_workers)
 
         def missing() -> bool:

@@ -66,11 +66,15 @@ class Meanwhile:
 
     @property
     def crowded(self) -> bool:
-        """Whether more pushes than allowed wait to be covered by a server that is there."""
+        """Whether more pushes than allowed wait to be covered by a server that is there.
+
+        Where steps are repeated, by any server: this worker waits for it anyhow.
+        """
         sessions = self._sessions
-        limit = sessions.membership.settings.max_uncovered
+        repeats, limit = sessions.membership.repeats, sessions.membership.max_uncovered
         return any(
-            sessions.synced(server) is not None and sessions.pushes.uncovered(server) > limit
+            (repeats or sessions.synced(server) is not None)
+            and sessions.pushes.uncovered(server) > limit
             for server in range(sessions.membership.servers)
         )
 

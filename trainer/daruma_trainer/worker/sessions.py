@@ -97,12 +97,11 @@ class Sessions:
         self._context, self._poller = context, poller
         self.membership = membership
         settings = membership.settings
-        relays = settings.consistency == "Sync" and not membership.elastic
         self.copy = HostCopy(
             membership.job_uid,
             membership.servers,
             membership.workers,
-            keeps_for=worker.me.index if relays and membership.workers > 1 else None,
+            keeps_for=worker.me.index if membership.repeats else None,
         )
         self.pushes = Pushes(replay_of(settings))
         self.by_server: dict[int, Session] = {}

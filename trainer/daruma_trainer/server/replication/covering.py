@@ -112,7 +112,7 @@ class Covering:
 
     def _due(self, nodes: Mapping[int, str], holders: Sequence[Holder], now: float) -> bool:
         """Whether some of what waits has to go to a replica now."""
-        cover, demand, limit = self._cover, self._demand, self._membership.settings.max_uncovered
+        cover, demand, limit = self._cover, self._demand, self._membership.max_uncovered
         fresh = [w for w in nodes if now - self._given_at[w] < COMING_SECONDS]
         given = self._given.min(axis=1).tolist()
         coming = [(nodes[w], given[w], False) for w in fresh]
