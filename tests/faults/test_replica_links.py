@@ -154,6 +154,19 @@ def test_workers_go_on_at_a_slow_replicas_pace(tmp_path: Path) -> None:
         ends_exactly(cluster, tmp_path)
 
 
+def test_under_sync_no_step_is_taken_in_before_the_last_but_one_is_covered(tmp_path: Path) -> None:
+    with counting(tmp_path, replace(CHAIN, consistency="Sync")) as cluster, link_proxy() as proxy:
+        linked(cluster, proxy)
+        proxy.part()
+        at = stood(cluster)
+        # Of each worker one is uncovered that it has taken in, and one it has pushed since.
+        assert at <= min(steps(cluster)) + 2
+        cluster.tell(raise_epoch=True, replicas=())
+        proxy.heal()
+        goes_on(cluster)
+        ends_exactly(cluster, tmp_path)
+
+
 def test_nobody_waits_for_a_parted_replica_that_acknowledges_nothing(tmp_path: Path) -> None:
     with counting(tmp_path, replace(CHAIN, ack="None")) as cluster, link_proxy() as proxy:
         linked(cluster, proxy)
