@@ -6,6 +6,7 @@ step every so many seconds: its push arrives, its pull is answered, later its co
 
 import heapq
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ class World:
     nodes: Sequence[str]
     """Of the workers."""
     limit: int = 2
+    sync: bool = False
     now: float = 100.0
     sent: int = 0
     """How often all slots went to the replica."""
@@ -46,7 +48,10 @@ class World:
         members += tuple(
             Member(Role.WORKER, i, 1, f"w{i}", f"w:{i}", node) for i, node in enumerate(self.nodes)
         )
-        settings = Settings(copies=2, replicas=2, max_uncovered=self.limit)
+        settings = Settings(
+            copies=2, replicas=2, max_uncovered=self.limit,
+            consistency="Sync" if self.sync else "Async",
+        )  # fmt: skip
         new = Membership("uid", "n", "j", 1, 1, len(self.nodes), members, settings)
         self.plane = DataPlane(new, 0, 1)
         assert self.plane.add_table(TableSpec(0, "t", (64, 2), 1, rule_to_json(SGD()))) is None
@@ -150,6 +155,33 @@ def test_workers_of_one_pace_cover_each_others_pushes(
     assert world.sent <= 2, "but the first pushes, of workers whose pace nobody knows"
     assert max(waited) <= 0.02 * second, "nobody waited"
     assert min(world.told.values()) >= STEPS - 5
+
+
+def test_nothing_is_sent_where_workers_wait_for_each_other() -> None:
+    """A step is everybody's; which of them is entered first says nothing of their pace."""
+    world, draw = World(["a", "b"], sync=True), random.Random(0)
+
+    def step(batch: int) -> None:
+        world.plane.updates += 1
+        for worker in draw.sample((0, 1), 2):
+            world.now += draw.uniform(1e-6, 1e-4)
+            world.plane.slots.advance(world.k, worker, batch, batch)
+            world.covering.pushed(worker, batch)
+        world.at(0.001, lambda: pull(batch))
+        world.turn()
+
+    def pull(batch: int) -> None:
+        if min(world.told.get(w, 0) for w in (0, 1)) < batch - 1:
+            world.at(0.001, lambda: pull(batch))
+            return
+        for worker in (0, 1):
+            world.pull(worker, 0.05)
+        world.at(0.2, lambda: step(batch + 1))
+
+    step(1)
+    world.run(0.2 * STEPS)
+    assert min(world.told.values()) >= STEPS - 4
+    assert world.sent <= 2
 
 
 def test_unsteady_workers_send_little() -> None:

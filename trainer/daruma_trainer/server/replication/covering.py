@@ -113,6 +113,8 @@ class Covering:
     def _due(self, nodes: Mapping[int, str], holders: Sequence[Holder], now: float) -> bool:
         """Whether some of what waits has to go to a replica now."""
         cover, demand, limit = self._cover, self._demand, self._membership.max_uncovered
+        # Of workers that wait for each other nobody is late: they only seem a little apart.
+        steps = limit + self._membership.repeats
         fresh = [w for w in nodes if now - self._given_at[w] < COMING_SECONDS]
         given = self._given.min(axis=1).tolist()
         coming = [(nodes[w], given[w], False) for w in fresh]
@@ -122,7 +124,7 @@ class Covering:
             if len(batches) == limit:
                 # Its next push would make it wait: who pulls before that?
                 gone = set(self._plane.steps.gone)
-                soon = (demand.in_time(worker, limit, now) - gone) & nodes.keys()
+                soon = (demand.in_time(worker, steps, now) - gone) & nodes.keys()
                 hoped = [(nodes[w], self._plane.updates, False) for w in soon]
                 if worker in cover.waiting(cover.limits(nodes, [*holders, *hoped])):
                     return True
