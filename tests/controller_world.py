@@ -20,7 +20,7 @@ from daruma_operator.controller.acts import (
 )
 from daruma_operator.controller.decide import Decision, decide
 from daruma_operator.controller.draft import Policy
-from daruma_operator.controller.observe import Heard, Planned, Seen
+from daruma_operator.controller.observe import Heard, Seen
 from daruma_operator.substrate.protocol import PodFacts, PodPlan, PodState
 from daruma_trainer.contract import (
     SLOTS,
@@ -136,7 +136,7 @@ class World:
     pods: dict[str, PodFacts] = field(default_factory=dict)
     sims: dict[str, Sim] = field(default_factory=dict)
     delivered: dict[str, int] = field(default_factory=dict)
-    planned: dict[str, Planned] = field(default_factory=dict)
+    planned: dict[str, Restore] = field(default_factory=dict)
     saving: dict[str, str] = field(default_factory=dict)
     failing: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
@@ -247,7 +247,7 @@ class World:
                 self.delivered[member] = membership.epoch
             case PostRestore(member, _, restore):
                 self.post_restore(member, restore)
-                self.planned[member] = Planned(0.05, restore)
+                self.planned[member] = restore
             case PostCheckpoint(member, _, number):
                 self.post_checkpoint(number)
                 self.saving[member] = number
@@ -364,17 +364,19 @@ class World:
         assert offered.issuperset(mine), "a plan that leaves slots out"
         sim.waiting = self.away
         if self.away is not None:
-            sim.restore = RestoreReport(restore.recovery)
+            sim.restore = RestoreReport(restore.recovery, epoch=restore.epoch)
             return
         if self.dead_sources:
-            sim.restore = RestoreReport(restore.recovery, missing=len(mine), damaged=self.damaged)
+            sim.restore = RestoreReport(
+                restore.recovery, missing=len(mine), damaged=self.damaged, epoch=restore.epoch
+            )
             return
         there = [s.kind.value for s in restore.sources]
         kinds = [k for k in there if not (self.dead_peers and k == PEER)][: len(mine)]
         assert kinds or not mine, "no source is left"
         sim.restore = RestoreReport(
             restore.recovery, {k: len(mine) for k in kinds[:1]}, 100, 0.01, moments=self.moments,
-            damaged=self.damaged, done=True
+            damaged=self.damaged, done=True, epoch=restore.epoch,
         )  # fmt: skip
         sim.state, sim.initialised = "Ready", True
 

@@ -158,3 +158,16 @@ def test_copies_are_taken_from_a_members_own_view_with_its_epoch() -> None:
     bare = replace(mine, copies=())
     assert merge([(0.5, View(5, 3, bare)), (0.1, server)])[ME].copies_epoch == 3
     assert merge([(0.1, server)])[ME].copies_epoch == 0, "it has not said it itself"
+
+
+def test_what_a_member_said_last_counts_whatever_came_last() -> None:
+    """A replica that was promoted serves; a busy sibling has just read what it said before."""
+    before = Report("server-1-5", 6, "Replica", follows="server-1-1", at=40.0)
+    now = Report("server-1-5", 7, "Ready", follows="server-1-1", at=40.3)
+    own = (0.2, View(9, 7, now))
+    busy = (0.01, View(3, 6, Report("server-0-1", 6, "Ready"), {now.id: (0.0, before)}))
+    for views in ([own, busy], [busy, own]):
+        found = merge(views)[now.id]
+        assert (found.report, found.age, found.copies_epoch) == (now, 0.2, 7)
+    later = (0.01, View(4, 7, Report("server-0-1", 7, "Ready"), {now.id: (0.0, now)}))
+    assert merge([own, later])[now.id].age == 0.01, "the same words, heard of later"

@@ -161,6 +161,23 @@ def test_what_would_have_brought_lost_state_back_is_what_the_job_lacks() -> None
     assert "checkpoint.store" not in advice, "it has one"
 
 
+def test_what_a_former_plan_could_not_bring_is_not_held_against_a_newer_one() -> None:
+    world = World(total=FOREVER, dead_sources=True).running()
+    world.kill("server-1")
+    world.until(lambda w: any(s.plan for s in w.sims.values()))
+    late = world.sim("server-1")
+    found = late.restore
+    assert found is not None
+    assert found.missing
+    world.kill("server-0")  # before the operator hears of that: both are planned for
+    world.dead_sources = False
+    world.until(lambda _: late.plan is not None and late.plan.epoch > found.epoch)
+    late.restore, late.state = found, "Restoring"  # it has not begun with that one yet
+    world.tick()
+    assert world.status.recovery is not None
+    assert (world.status.recovery.rung, world.status.reason) == (0, "ServerLost")
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [("replaceSeconds", "ReplaceTimeout"), ("restoreSeconds", "RestoreTimeout")],

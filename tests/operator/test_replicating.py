@@ -223,7 +223,7 @@ def test_with_copies_a_replica_takes_what_is_fresher_from_the_workers() -> None:
     record = world.status.recoveries[-1]
     assert (record.strategy, record.placement) == ("Freshest", "Promote")
     assert list(sources_of(world)) == [PEER]
-    offered = [p.restore.sources for p in world.planned.values()]
+    offered = [p.sources for p in world.planned.values()]
     assert [[s.kind.value for s in sources] for sources in offered[:1]] == [
         [PEER, PEER, REPLICA, RUNNING]
     ], "the workers' copies are newer than its own"
@@ -280,7 +280,7 @@ def test_without_workers_at_hand_a_covered_push_is_with_the_replica() -> None:
     world = copied(strategy="Stateless")
     world.kill("server-1")
     recovered(world)
-    (sources,) = [p.restore.sources for p in world.planned.values()]
+    (sources,) = [p.sources for p in world.planned.values()]
     assert [s.kind.value for s in sources] == [PEER, PEER, REPLICA, RUNNING]
 
 

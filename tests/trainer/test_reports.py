@@ -41,3 +41,12 @@ def test_reports_are_handed_on_without_the_copies_that_they_offer() -> None:
     offer = replace(TRAINING, copies=(Copies(1, 3, slots_to_hex(range(SLOTS))),))
     assert not reports.take(offer), "the operator hears it from the worker itself"
     assert reports.others("server-0-1")["worker-0-1"][1] == TRAINING
+
+
+def test_what_was_said_before_what_is_known_is_dropped() -> None:
+    """It was on its way over a connection that was replaced meanwhile."""
+    reports = Reports()
+    left = replace(TRAINING, state="Left", at=5.0)
+    reports.take(left)
+    assert not reports.take(replace(TRAINING, at=4.9))
+    assert reports.others("server-0-1")["worker-0-1"][1] == left

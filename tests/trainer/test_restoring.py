@@ -303,6 +303,8 @@ def test_a_newer_plan_does_not_wait_for_what_a_former_one_waited_for(tmp_path: P
     new.restorer.begin(Restore(1, 3, ME.id, ()))
     assert new.restorer.waiting is None
     assert new.missing == len(new.lost)
+    assert new.restorer.report is not None
+    assert new.restorer.report.epoch == 3, "whose finding that is"
 
 
 def test_what_a_former_plan_still_reads_is_not_taken(tmp_path: Path) -> None:

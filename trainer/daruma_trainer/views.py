@@ -80,6 +80,8 @@ class RestoreReport:
     Empty where the tables have none."""
     damaged: tuple[str, ...] = ()
     done: bool = False
+    epoch: int = 0
+    """Of the newest `Restore` that it took; 0: a promoted replica had all, and took none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,9 @@ class Report:
     """Workers: what `job.report` and `job.evaluate` said last, but the loss."""
     error: str | None = None
     """Why it is Failed, in a sentence."""
+    at: float = 0.0
+    """When it said so, in seconds of its own monotonic clock: of two of its reports the later
+    counts, by whatever way each came. By the ages of what others hand on that cannot be told."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

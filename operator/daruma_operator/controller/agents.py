@@ -17,10 +17,10 @@ from http import HTTPStatus
 import aiohttp
 
 from daruma_operator.controller.acts import PostCheckpoint, PostRestore, PutMembership
-from daruma_operator.controller.observe import Heard, Planned, merge
+from daruma_operator.controller.observe import Heard, merge
 from daruma_operator.settings import Settings
 from daruma_operator.substrate.protocol import JobKey
-from daruma_trainer.contract import ContractError, View
+from daruma_trainer.contract import ContractError, Restore, View
 
 LOG = logging.getLogger("daruma.operator")
 Targets = Mapping[str, str]
@@ -76,7 +76,7 @@ class Talk:
     """When (the loop's time) each view came."""
     failing: dict[str, Silence] = field(default_factory=dict)
     delivered: dict[str, int] = field(default_factory=dict)
-    planned: dict[str, tuple[float, Planned]] = field(default_factory=dict)
+    planned: dict[str, Restore] = field(default_factory=dict)
     saving: dict[str, str] = field(default_factory=dict)
     refusals: dict[str, "Refusals"] = field(default_factory=dict)
     """Of pods that the API server would not make, by name."""
@@ -180,7 +180,7 @@ class Agents:
         body = act.restore.to_json()
         if not await self._command(talk, "POST", act.agent, "restore", body, act.member):
             return False
-        talk.planned[act.member] = _now(), Planned(0.0, act.restore)
+        talk.planned[act.member] = act.restore
         return True
 
     async def post_checkpoint(self, talk: Talk, act: PostCheckpoint) -> bool:

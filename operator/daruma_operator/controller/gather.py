@@ -3,7 +3,6 @@ once where something just happened."""
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 
 from daruma_operator.api.job import TrainingJob
 from daruma_operator.api.status import Phase
@@ -104,7 +103,7 @@ def _seen(job: TrainingJob, pods: tuple[PodFacts, ...], talk: Talk) -> Seen:
         refused=frozenset(m for m, silence in talk.failing.items() if silence.refused),
         denied=frozenset(m for m, silence in talk.failing.items() if silence.denied),
         delivered=dict(talk.delivered),
-        planned={m: replace(p, age=now - at) for m, (at, p) in talk.planned.items()},
+        planned=dict(talk.planned),
         saving=dict(talk.saving),
         began=talk.began,
     )

@@ -27,14 +27,6 @@ class Heard:
         return self.report.epoch if self.offered is None else self.offered
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A restore plan that a server accepted."""
-
-    age: float
-    restore: Restore
-
-
 @dataclass(frozen=True)
 class Seen:
     """Everything that `decide` may look at but the clock."""
@@ -51,7 +43,8 @@ class Seen:
     """Those of them whose hosts refuse the connection: nobody listens there."""
     delivered: Mapping[str, int] = field(default_factory=dict)
     """The newest epoch that each member accepted from this operator."""
-    planned: Mapping[str, Planned] = field(default_factory=dict)
+    planned: Mapping[str, Restore] = field(default_factory=dict)
+    """The restore plan that each server accepted last from this operator."""
     saving: Mapping[str, str] = field(default_factory=dict)
     """The number of the final cut that each server was told to take."""
     denied: frozenset[str] = frozenset()
@@ -118,7 +111,10 @@ class Seen:
 
 
 def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
-    """Merge views of known ages: of each member the freshest words, its own or handed on.
+    """Merge views of known ages: of each member its last words, from itself or handed on.
+
+    Which are the last, its own clock says: an age begins when the words came here or there, so what
+    was long on its way looks younger than what came at once.
 
     Copies are in a member's own view alone. Others may have heard of a newer epoch from it by now:
     it keeps what it offered until the recovery ends, and may offer in the newer one what it did not
@@ -129,7 +125,7 @@ def merge(views: Iterable[tuple[float, View]]) -> dict[str, Heard]:
 
     def take(age: float, report: Report) -> None:
         known = found.get(report.id)
-        if known is None or age < known.age:
+        if known is None or (report.at, known.age) > (known.report.at, age):
             found[report.id] = Heard(age, report)
 
     for age, view in views:

@@ -291,12 +291,10 @@ def _missing(d: Draft) -> int:
     """Slots that a server could not get from the plan of the present epoch."""
     found = 0
     for member in restoring(d.status):
-        heard, planned = d.seen.heard.get(name_of(member)), d.seen.planned.get(name_of(member))
-        if heard is None or planned is None or heard.report.restore is None:
-            continue
-        current = planned.restore.epoch == d.status.epoch and heard.age < planned.age
-        if current and heard.report.restore.recovery == d.record.id:
-            found += heard.report.restore.missing
+        report = d.seen.report(name_of(member))
+        if report is not None and report.restore is not None:
+            current = report.restore.epoch == d.status.epoch
+            found += report.restore.missing if current else 0
     return found
 
 

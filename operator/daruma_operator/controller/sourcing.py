@@ -108,7 +108,7 @@ def restores_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[
     record = status.recovery
     if record is None or record.planned_epoch != status.epoch or record.phases.restore is not None:
         return {}
-    told = {m for m, planned in seen.planned.items() if planned.restore.epoch == status.epoch}
+    told = {m for m, planned in seen.planned.items() if planned.epoch == status.epoch}
     if told.issuperset(name_of(m) for m in restoring(status)):
         return {}
     plans = plans_of(seen, status, stored=stored)

@@ -34,6 +34,8 @@ class Reports:
         """
         report = replace(report, copies=()) if report.copies else report
         before = self._heard.get(report.id)
+        if before is not None and report.at < before[1].at:
+            return False  # it comes from a connection that was replaced
         self._heard[report.id] = (time.monotonic(), report)
         if before is None:
             return True
@@ -110,6 +112,7 @@ def report_of(server: "Server") -> Report:
         Report,
         server.me.id,
         0 if server.membership is None else server.membership.epoch,
+        at=time.monotonic(),
         generation=life.generation,
         initialised=life.initialised,
         suspects=server.suspects(),

@@ -91,7 +91,7 @@ class Restorer:
         if self.report is None or self.report.recovery != plan.recovery:
             self.report = RestoreReport(plan.recovery)
             self._started = now
-        self.report = replace(self.report, missing=0)
+        self.report = replace(self.report, missing=0, epoch=plan.epoch)
         self.plan, self.waiting = plan, None
         self._asks.clear()
         self._tried.clear()

@@ -32,7 +32,7 @@ class Reporter:
             client.me.id, client.epoch, client.state, generation=client.generation,
             loss=client.loss, total_steps=client.total_steps, stop=client.own_stop,
             metrics=dict(client.values),
-            error=None if client.failure is None else str(client.failure),
+            error=None if client.failure is None else str(client.failure), at=time.monotonic(),
         )  # fmt: skip
         if sessions is None:
             return report
