@@ -225,13 +225,8 @@ class Job:
         if wanted is None:
             return
         started = time.monotonic()
-        self.wait(
-            lambda: (
-                self._rolled_back
-                or not (wanted.missing & ~self._client.meanwhile.away(0)).any()
-                or self._client.stopped is not None
-            ),
-            self._progress_seconds(),
+        self._until(
+            lambda: not (wanted.missing & ~self._client.meanwhile.away(0)).any(),
             "an answer from every server that is there",
         )
         self._client.stepped(complete=False, seconds=time.monotonic() - started)
@@ -241,10 +236,8 @@ class Job:
 
         Or a server, lost with another worker, could leave slots that are behind what anybody has.
         """
-        client = self._client
-        self.wait(
-            lambda: self._rolled_back or not client.meanwhile.crowded or client.stopped is not None,
-            self._progress_seconds(),
+        self._until(
+            lambda: not self._client.meanwhile.crowded,
             "a copy of the last step but one on another node",
         )
 
@@ -264,13 +257,8 @@ class Job:
             away = np.zeros_like(wanted.missing) if all_workers else meanwhile.away(min_step)
             return bool((wanted.missing & ~away).any()) or meanwhile.crowded
 
-        self.wait(
-            lambda: (
-                self._rolled_back
-                or not (meanwhile.crowded if ahead else missing())
-                or client.stopped is not None
-            ),
-            self._progress_seconds(),
+        self._until(
+            lambda: not (meanwhile.crowded if ahead else missing()),
             f"batch {min_step} of every worker" if all_workers else "an answer from every server",
         )
         complete = self._rolled_back or not wanted.missing.any()
@@ -281,6 +269,15 @@ class Job:
         client.stepped(complete=complete, seconds=time.monotonic() - started)
         for write in self._writers:
             write()
+
+    def _until(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait for servers; a rollback, or the job's stop, ends that, too."""
+        client = self._client
+        self.wait(
+            lambda: self._rolled_back or client.stopped is not None or ready(),
+            self._progress_seconds(),
+            what,
+        )
 
     @property
     def _rolled_back(self) -> bool:
