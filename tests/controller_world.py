@@ -125,10 +125,14 @@ class World:
     """Nobody initialises the servers."""
     holds_pods: bool = False
     """New pods stay Waiting."""
+    holds_steps: bool = False
+    """Workers make none."""
     guests_at: str | None = None
     """Where hosts say that their guests listen, if not in their own pods."""
     lost_acts: bool = False
     """What a decision announces is not done."""
+    lost_plans: bool = False
+    """Restore plans reach nobody."""
     lagging: bool = False
     """Replicas do not come up to date."""
     now: datetime = START
@@ -140,6 +144,10 @@ class World:
     saving: dict[str, str] = field(default_factory=dict)
     failing: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    unheard: set[str] = field(default_factory=set)
+    """Members that this operator has not heard of, from anybody."""
+    late_words: dict[str, Report] = field(default_factory=dict)
+    """What a member said before, and is still the last that came."""
     denied: set[str] = field(default_factory=set)
     began: datetime = START
     silent: dict[str, float] = field(default_factory=dict)
@@ -160,7 +168,9 @@ class World:
     def seen(self) -> Seen:
         heard = {i: Heard(0.1, r) for i, r in self.last.items()}
         heard |= {i: self._heard(s) for i, s in self.sims.items() if self.runs(s)}
-        reached = {i for i, s in self.sims.items() if self.runs(s) and i not in self.failing}
+        heard = {i: words for i, words in heard.items() if i not in self.unheard}
+        mute = self.unheard | self.failing.keys()
+        reached = {i for i, s in self.sims.items() if self.runs(s) and i not in mute}
         return Seen(
             self.job,
             tuple(self.pods.values()),
@@ -178,6 +188,8 @@ class World:
     def _heard(self, sim: Sim) -> Heard:
         """Siblings hand on what one says that does not answer the operator, but its copies."""
         report, age = self.report(sim), self.silent.get(sim.id, 0.01)
+        if late := self.late_words.get(sim.id):
+            report = replace(late, epoch=report.epoch)
         if sim.id in self.failing:
             return Heard(age, replace(report, copies=()), 0)
         return Heard(age, report)
@@ -191,7 +203,7 @@ class World:
         member = sim.membership
         if sim.role is Role.WORKER and sim.step and member is not None and member.recovery:
             steps = [s.step for s in self.sims.values() if s.role is Role.WORKER] or [sim.step]
-            copies = (Copies(1, min(steps) * len(steps), EVERYTHING),)
+            copies = (Copies(1, min(steps) * len(steps), self._offered()),)
         if sim.state == "Restoring" and sim.was_replica and sim.plan is None:
             copies = (Copies(1, 1, slots_to_hex(self.slots(sim.index))),)
         server = sim.role is Role.SERVER
@@ -222,6 +234,16 @@ class World:
             follows=sim.follows,
         )
 
+    def _offered(self) -> str:
+        """What a worker offers: the slots of servers that are away, or all if none is."""
+        there = {s.index for s in self.sims.values() if s.role is Role.SERVER and self._serves(s)}
+        owners = place("u", self.spec.servers.replicas)
+        away = [s for s, owner in enumerate(owners) if owner not in there]
+        return slots_to_hex(away) if away else EVERYTHING
+
+    def _serves(self, sim: Sim) -> bool:
+        return sim.state == "Ready" and self.runs(sim)
+
     # What the operator does
 
     def pass_(self, *, restarted: bool = False) -> Decision:
@@ -245,6 +267,8 @@ class World:
             case PutMembership(member, _, membership):
                 self.put_membership(member, membership)
                 self.delivered[member] = membership.epoch
+            case PostRestore() if self.lost_plans:
+                pass
             case PostRestore(member, _, restore):
                 self.post_restore(member, restore)
                 self.planned[member] = restore
@@ -438,7 +462,7 @@ class World:
     def train(self) -> None:
         """Every worker makes a step if all servers serve it; released ones end."""
         workers = [s for s in self.sims.values() if s.role is Role.WORKER and self.runs(s)]
-        for worker in workers:
+        for worker in () if self.holds_steps else workers:
             member = worker.membership
             if worker.state == "Left" and self._released():
                 self.finish(f"worker-{worker.index}")

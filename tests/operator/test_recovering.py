@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from controller_world import FOREVER, PEER, RUNNING, World, ladder, sources_of, spec_of
 from daruma_operator.api.status import Phase
-from daruma_operator.controller.acts import PutMembership
+from daruma_operator.controller.acts import PostRestore, PutMembership
 from daruma_operator.controller.observe import Heard
 from daruma_operator.controller.sourcing import copies_of
 from daruma_operator.controller.verdicts import name_of
@@ -176,6 +177,80 @@ def test_what_a_former_plan_could_not_bring_is_not_held_against_a_newer_one() ->
     world.tick()
     assert world.status.recovery is not None
     assert (world.status.recovery.rung, world.status.reason) == (0, "ServerLost")
+
+
+def recovered(world: World) -> World:
+    return world.until(lambda w: w.status.recovery is None and bool(w.status.recoveries))
+
+
+def without_store(**more: object) -> World:
+    return World(spec=spec_of(checkpoint={}, **more), store=None, total=FOREVER).running()
+
+
+def restored(world: World, seat: str) -> None:
+    """Kill a server, and wait until its next incarnation has all; nobody made a step with it."""
+    world.kill(seat)
+    world.holds_steps = True
+    world.until(
+        lambda w: w.status.recovery is not None and w.seen().reported(w.sim(seat).id, "Ready")
+    )
+
+
+def test_who_was_restored_is_no_loss_once_nobody_offers_its_slots() -> None:
+    """Another server is lost before the first step with the restored one; there is no store."""
+    world = without_store(servers={"replicas": 3})
+    restored(world, "server-1")
+    back = world.pod("server-1")
+    world.kill("server-0")
+    world.holds_steps = False
+    recovered(world)
+    record = world.status.recoveries[-1]
+    assert (record.outcome, record.rung, record.indexes) == ("Succeeded", 0, (0, 1))
+    assert world.pod("server-1") == back
+    assert sources_of(world) == {PEER: SLOTS - len(world.slots(2))}
+    assert record.delta_norm.value is not None, "both were priced"
+
+
+def test_who_was_restored_outlives_the_workers_that_it_came_from() -> None:
+    world = without_store(workers={"replicas": 1})
+    restored(world, "server-1")
+    world.kill("worker-0")
+    world.holds_steps = False
+    recovered(world)
+    record = world.status.recoveries[-1]
+    assert (record.outcome, record.reason) == ("Succeeded", "PeerCopiesFound")
+
+
+def test_who_is_nearly_restored_is_waited_for() -> None:
+    """Its last word is older than that of the workers, which have its slots from it already."""
+    world = without_store(servers={"replicas": 3})
+    restored(world, "server-1")
+    late = world.sim("server-1")
+    world.kill("server-0")
+    world.late_words[late.id] = replace(world.report(late), state="Restoring")
+    for _ in range(5):
+        world.tick()
+        assert world.status.phase == "Recovering"
+    world.late_words.clear()
+    world.holds_steps = False
+    recovered(world)
+
+
+def test_another_operator_hears_the_workers_before_it_hands_out_a_plan() -> None:
+    world = World(total=FOREVER, lost_plans=True).running()
+    world.kill("server-1")
+    world.until(lambda w: any(isinstance(a, PostRestore) for a in w.decisions[-1].acts))
+    world.lost_plans = False  # the operator dies before anybody is told
+    workers = {s.id for s in world.sims.values() if s.role is Role.WORKER}
+    world.unheard |= workers
+    world.now += timedelta(seconds=30)
+    world.tick(restarted=True)
+    world.tick()
+    assert not any(s.plan for s in world.sims.values()), "all that it knew of was the store"
+    world.unheard.clear()
+    recovered(world)
+    assert sources_of(world).keys() == {PEER}
+    assert world.status.recoveries[-1].silent == ()
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,72 @@ def test_a_replica_whose_loop_alone_hangs_is_dropped() -> None:
     assert not world.status.recoveries
 
 
+@pytest.mark.parametrize(
+    ("reason", "age", "dropped"),
+    [
+        ("Disconnected", 4.0, True), ("Disconnected", 2.0, False),
+        ("Unanswered", 20.0, False),  # it is slow, perhaps
+        ("Unconnected", 60.0, False),  # for which nobody waits
+    ],
+)  # fmt: skip
+def test_a_replica_that_only_its_server_cannot_reach_is_dropped(
+    reason: str, age: float, dropped: bool
+) -> None:
+    """The operator reaches both; workers would wait until the link heals."""
+    world = chained()
+    cut = next(m for m in world.status.replicas if m.index == 0)
+    name = f"server-0-{cut.incarnation}"
+    world.sim("server-0").suspects = (Suspect(name, age, reason),)
+    decision = world.tick(0.01)
+    assert (cut not in world.status.replicas) == dropped
+    told = [e.message for e in decision.events if e.reason == "ReplicaLost"]
+    assert len(told) == dropped
+    assert all("Parted" in text for text in told)
+    assert not world.status.recoveries
+
+
+def test_what_others_say_of_a_replica_drops_it_not() -> None:
+    world = chained()
+    name = next(f"server-0-{m.incarnation}" for m in world.status.replicas if m.index == 0)
+    world.sim("server-1").suspects = (Suspect(name, 60.0, "Disconnected"),)
+    world.tick()
+    assert name in {f"server-0-{m.incarnation}" for m in world.status.replicas if m.index == 0}
+
+
+def test_a_replica_is_kept_while_workers_do_not_reach_its_server() -> None:
+    world = chained()
+    cut = next(m for m in world.status.replicas if m.index == 0)
+    name = f"server-0-{cut.incarnation}"
+    world.sim("server-0").suspects = (Suspect(name, 60.0, "Disconnected"),)
+    world.sim("worker-1").suspects = (Suspect("server-0-1", 0.5, "Disconnected"),)
+    world.tick()
+    assert cut in world.status.replicas
+    world.sim("worker-1").suspects = (Suspect("server-0-1", 0.5, "Unanswered"),)
+    world.tick()
+    assert cut not in world.status.replicas, "it waits for the replica, and they for it"
+
+
+def test_another_operator_hears_the_replicas_before_it_judges() -> None:
+    world = chained()
+    replica = next(m for m in world.status.replicas if m.index == 1)
+    world.unheard = {f"server-1-{replica.incarnation}"}
+    world.kill("server-1")
+    world.tick(restarted=True)
+    assert world.status.phase == "Running", "nobody knows yet who could take its place"
+    world.unheard.clear()
+    recovered(world)
+    assert world.status.recoveries[-1].placement == "Promote"
+
+
+def test_another_operator_waits_no_longer_than_a_second_for_a_replica() -> None:
+    world = chained(fallback=["Stateless"])
+    replica = next(m for m in world.status.replicas if m.index == 1)
+    world.unheard = {f"server-1-{replica.incarnation}"}
+    world.kill("server-1")
+    world.tick(restarted=True)
+    world.until(lambda w: w.status.phase == "Recovering", ticks=11)
+
+
 def test_a_promotion_that_is_told_late_is_no_loss() -> None:
     world = chained()
     world.kill("server-1")

@@ -180,7 +180,8 @@ class Link:
             since = self._broken_at or self._opened_at
             if self._broken_at is None and now - since < seconds:
                 return None
-            return Suspect(self.peer.id, now - since, "Disconnected")
+            reason = "Disconnected" if self._broken_at is not None else "Unconnected"
+            return Suspect(self.peer.id, now - since, reason)
         oldest = min((p.sent_at for p in self._pending.values() if not p.patient), default=now)
         if now - oldest > seconds:
             return Suspect(self.peer.id, now - oldest, "Unanswered")

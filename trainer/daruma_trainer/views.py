@@ -27,7 +27,7 @@ class Suspect:
     age: float
     """Seconds since the connection broke, or since the oldest unanswered request."""
     reason: str
-    """Disconnected | Unanswered."""
+    """Disconnected | Unconnected (it never was) | Unanswered."""
 
 
 @dataclass(frozen=True, slots=True)

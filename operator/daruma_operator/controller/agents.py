@@ -228,8 +228,9 @@ class Agents:
     def _keep(self, talk: Talk, member: str, view: View) -> None:
         talk.failing.pop(member, None)
         known = talk.views.get(member)
-        if known is None or known[1].version <= view.version:
-            # Of two answers on their way the older may come last.
+        was = None if known is None else known[1]
+        # Of two answers on their way the older may come last. A new life counts from the start.
+        if was is None or view.version >= was.version or view.own.at > was.own.at:
             talk.views[member] = _now(), view
 
     async def _view(self, talk: Talk, agent: str, after: int, wait: float) -> View:
@@ -304,6 +305,7 @@ def _gist(view: View) -> dict[str, tuple[object, ...]]:
         r.id: (
             r.epoch, r.state, r.generation, r.initialised, bool(r.copies), r.final, r.restore,
             r.acked_epoch, r.error, r.stop, r.save_error, r.guests, {s.id for s in r.suspects},
+            r.follows, r.waiting, r.older is None,
         )
         for r in reports
     }  # fmt: skip

@@ -18,7 +18,7 @@ from daruma_operator.controller.losing import lose
 from daruma_operator.controller.observe import Seen, newest_pods, runs
 from daruma_operator.controller.progress import attribute, fold, show
 from daruma_operator.controller.recovering import recover
-from daruma_operator.controller.replicating import keep_up, replicate, show_replicas
+from daruma_operator.controller.replicating import keep_up, replicate, show_replicas, unheard
 from daruma_operator.controller.starting import addresses, pending, starting
 from daruma_operator.controller.verdicts import UNRESPONSIVE, Verdict, losses, name_of
 from daruma_operator.substrate.protocol import Event
@@ -124,7 +124,7 @@ def _losses(d: Draft) -> tuple[Verdict, ...]:
         # The result is safe: no server is needed but to release the workers, and a worker that
         # was released closes its agent before its process is gone.
         found = tuple(v for v in found if v.member.role is Role.WORKER and v.reason != UNRESPONSIVE)
-    return found
+    return tuple(v for v in found if v.member.role is Role.WORKER or not unheard(d, v.member.index))
 
 
 def _begin(d: Draft) -> None:

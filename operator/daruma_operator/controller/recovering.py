@@ -4,8 +4,8 @@ The stage is what the record's phases say: `replace` is filled in when every rep
 of, `restore` when every slot is Ready, `resume` with the first new step.
 """
 
-from collections.abc import Iterable
-from datetime import timedelta
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
 
 from daruma_operator.api.status import DeltaNorm, MemberStatus, Phase
 from daruma_operator.controller.adopting import adopt_instead, hands_over
@@ -16,6 +16,7 @@ from daruma_operator.controller.ending import all_left, fail
 from daruma_operator.controller.losing import climb, roll_further
 from daruma_operator.controller.observe import runs
 from daruma_operator.controller.progress import goes_on
+from daruma_operator.controller.replicating import promoted
 from daruma_operator.controller.sourcing import (
     copies_of,
     delta_of,
@@ -25,6 +26,7 @@ from daruma_operator.controller.sourcing import (
     rework_of,
     serves,
     survivors,
+    untold_of,
 )
 from daruma_operator.controller.telling import HAND_BACK
 from daruma_operator.controller.verdicts import described, name_of
@@ -153,22 +155,34 @@ def _planned(d: Draft) -> bool:
         tell_damage(d)
         _next_rung(d, broken)
         return False
-    if goes_back(d.status) or record.planned_epoch == d.status.epoch:
+    if goes_back(d.status):
         return True
-    if mute := _mute(d):
-        # Only they know what they have: that they are told late is no loss.
-        _message(d, f"waiting for {', '.join(mute)} to say what they have")
-        return False
     silent = _silent(d)
-    fenced = max((x.at for x in record.losses if x.at is not None), default=None)
-    if silent and d.left(fenced, d.policy.copies_seconds) > 0:
-        _message(d, "waiting for the workers to say what they hold")
+    hears = silent and d.left_to_act(_fenced_at(d), d.policy.copies_seconds) > 0
+    if record.planned_epoch == d.status.epoch:
+        if not (hears and untold_of(d.seen, d.status)):
+            return True
+        # Another operator announced it, who had heard them: this one would hand out less.
+        d.set_record(planned_epoch=0)
+    # Only they know what they have: that they are told late is no loss.
+    mute = _mute(d)
+    if mute or hears:
+        who = (
+            f"{', '.join(mute)} to say what they have" if mute else "workers to say what they hold"
+        )
+        _message(d, f"waiting for {who}")
         return False
+    return _plan(d, silent)
+
+
+def _plan(d: Draft, silent: tuple[str, ...]) -> bool:
+    """Plan from what everybody said; `silent`: workers that did not. False: it has to wait."""
     plans = plans_of(d.seen, d.status, stored=d.policy.store is not None)
     unsourced = sum(p.unsourced for p in plans.values())
     if unsourced:
         # Others may hear them well, and what they hold is not lost because the operator does not.
-        if unheard := [m for m in silent if not _told(d, m)]:
+        unheard = [m for m in silent if not _told(d, m)] + _nearly_back(d, plans)
+        if unheard:
             who = f"{', '.join(unheard[:3])}{', …' * (len(unheard) > 3)}"
             _message(d, f"waiting to hear from {who}: nobody else holds {unsourced} lost slots")
         else:
@@ -177,7 +191,7 @@ def _planned(d: Draft) -> bool:
     delta = delta_of(d, plans)
     d.set_record(
         planned_epoch=d.status.epoch,
-        reason=_reason(plans.values()),
+        reason=_reason(d, plans.values()),
         delta_norm=DeltaNorm(value=delta.value, kind=delta.kind),
         rework=rework_of(d, delta),
         silent=silent,
@@ -204,10 +218,28 @@ def _next_rung(d: Draft, why: str, *, expired: bool = False) -> None:
     climb(d, 0, why)
 
 
-def _reason(plans: Iterable[Plan]) -> str:
+def _fenced_at(d: Draft) -> datetime | None:
+    """When members were told to say what they hold."""
+    begun = d.record.stage_since if d.record.phases.replace is None else None
+    return max((at for at in (begun, *(x.at for x in d.record.losses)) if at), default=None)
+
+
+def _nearly_back(d: Draft, plans: Mapping[str, Plan]) -> list[str]:
+    """Servers that were restored for an earlier loss of this recovery, or nearly.
+
+    Workers that have their slots from them already offer these no more, and may be heard first.
+    """
+    earlier = [m for m in restoring(d.status) if m.incarnation < d.record.epoch]
+    names = [n for m in earlier if (n := name_of(m)) in plans and plans[n].unsourced]
+    waits = d.left_to_act(_fenced_at(d), d.policy.copies_seconds) > 0
+    return [n for n in names if d.seen.report(n) is not None and (waits or not _told(d, n))]
+
+
+def _reason(d: Draft, plans: Iterable[Plan]) -> str:
     plans = list(plans)
     if not plans:
-        return "ReplicaPromoted"
+        promotion = any(promoted(d, m.index) for m in restoring(d.status))
+        return "ReplicaPromoted" if promotion else d.record.reason
     plans = [p for p in plans if not p.nothing]
     if not plans:
         return "NothingLost"
@@ -273,7 +305,7 @@ def _mute(d: Draft) -> tuple[str, ...]:
 
 def _speaks(d: Draft, member: MemberStatus) -> bool:
     """Whether it said so itself: what others hand on is without its copies."""
-    return _told(d, name_of(member)) or serves(d.seen, d.record, member)
+    return _told(d, name_of(member)) or serves(d.seen, member)
 
 
 def _told(d: Draft, member: str) -> bool:
@@ -284,7 +316,7 @@ def _told(d: Draft, member: str) -> bool:
 
 def _to_restore(d: Draft) -> bool:
     """Whether any server is to get slots."""
-    return not all(serves(d.seen, d.record, m) for m in restoring(d.status))
+    return not all(serves(d.seen, m) for m in restoring(d.status))
 
 
 def _missing(d: Draft) -> int:

@@ -11,10 +11,12 @@ from daruma_operator.api.status import MemberStatus
 from daruma_operator.controller.adopting import AGAIN_SECONDS, guest_report, successor
 from daruma_operator.controller.draft import Draft
 from daruma_operator.controller.observe import runs
-from daruma_operator.controller.verdicts import described, losses, name_of
+from daruma_operator.controller.verdicts import Verdict, described, losses, name_of
 from daruma_operator.names import seat
 from daruma_trainer.contract import Role
 
+PARTED = "Parted"
+"""Why a replica is dropped that only the one before it cannot reach."""
 PROMOTE = "Promote"
 """status.recoveries[].placement where every lost server lives on in its replica."""
 
@@ -32,6 +34,9 @@ def keep_up(d: Draft) -> None:
     if not kept:
         return
     lost = losses(d.seen, kept, timeouts, frozenset())
+    known = {name_of(v.member) for v in lost}
+    parted = [m for m in kept if name_of(m) not in known and _is_parted(d, m)]
+    lost += tuple(Verdict(m, PARTED, False, None, None) for m in parted)
     gone = {name_of(v.member) for v in lost}
     for verdict in lost:
         member = verdict.member
@@ -57,6 +62,48 @@ def keep_up(d: Draft) -> None:
     if kept != d.status.replicas:
         d.set(replicas=kept)
         d.raise_epoch()
+
+
+def _is_parted(d: Draft, member: MemberStatus) -> bool:
+    """Whether the one before a replica lost its connection to it detectSeconds ago.
+
+    Workers wait for it, however well the operator reaches both. For one that never was connected
+    nobody waits; and where workers do not reach the one before it either, it may soon be needed.
+    """
+    chain = chain_of(d, member.index)
+    before = name_of(chain[chain.index(member) - 1])
+    limit = d.spec.recovery.timeouts.detect_seconds
+    workers = [name_of(m) for m in d.members(Role.WORKER)]
+    return (
+        before in d.seen.reached
+        and _disconnected(d, before, name_of(member)) >= limit
+        and not any(_disconnected(d, worker, name_of(chain[0])) for worker in workers)
+    )
+
+
+def _disconnected(d: Draft, member: str, other: str) -> float:
+    """Seconds since a member lost its connection to another one; 0 if it did not."""
+    heard = d.seen.heard.get(member)
+    suspects = () if heard is None else heard.report.suspects
+    ages = [s.age for s in suspects if s.id == other and s.reason == "Disconnected"]
+    return 0.0 if heard is None or not ages else heard.age + max(ages)
+
+
+def unheard(d: Draft, index: int) -> bool:
+    """Whether this operator may just not have heard a replica of this seat yet.
+
+    It began a moment ago: whom to promote, if anybody, it does not know.
+    """
+    began = d.seen.began
+    return (
+        any(
+            m.address is not None and runs(d.seen.pod(m.pod)) and d.seen.report(name_of(m)) is None
+            for m in d.status.replicas
+            if m.index == index
+        )
+        and began is not None
+        and d.left(began, d.policy.copies_seconds) > 0
+    )
 
 
 def promote(d: Draft, lost: Collection[MemberStatus]) -> list[MemberStatus]:

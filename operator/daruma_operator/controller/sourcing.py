@@ -75,7 +75,7 @@ def plans_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[str
             replica=name_of(m),
         )
         for m in restoring(status)
-        if not serves(seen, record, m)
+        if not (m.index in owners and serves(seen, m))
     }
 
 
@@ -86,11 +86,13 @@ def _kinds(seen: Seen, record: RecoveryRecord) -> frozenset[SourceKind]:
     return kinds | {SourceKind.REPLICA} if covers else kinds
 
 
-def serves(seen: Seen, record: RecoveryRecord, member: MemberStatus) -> bool:
-    """Whether a promoted replica has all, so that nothing is to be restored."""
-    report = seen.report(name_of(member))
-    ready = report is not None and report.state == "Ready" and report.follows is not None
-    return ready and report is not None and report.epoch >= record.epoch
+def serves(seen: Seen, member: MemberStatus) -> bool:
+    """Whether a server of this recovery has all: a promoted replica, or one that was restored
+    before another loss joined. Nobody offers its slots any more.
+
+    It stays so but for a rollback, in which nothing is planned.
+    """
+    return seen.reported(name_of(member), "Ready")
 
 
 def _predecessor(
@@ -108,15 +110,23 @@ def restores_of(seen: Seen, status: TrainingJobStatus, *, stored: bool) -> dict[
     record = status.recovery
     if record is None or record.planned_epoch != status.epoch or record.phases.restore is not None:
         return {}
-    told = {m for m, planned in seen.planned.items() if planned.epoch == status.epoch}
-    if told.issuperset(name_of(m) for m in restoring(status)):
+    if not (untold := frozenset(untold_of(seen, status))):
         return {}
+    # What an operator announced and another one hands out need not be the same.
     plans = plans_of(seen, status, stored=stored)
     return {
         name: Restore(record.id, status.epoch, name, plan.sources)
         for name, plan in plans.items()
-        if name not in told
+        if name in untold and not plan.unsourced
     }
+
+
+def untold_of(seen: Seen, status: TrainingJobStatus) -> list[str]:
+    """Return the servers that this operator has yet to give a restore order of this epoch."""
+    told = {m for m, planned in seen.planned.items() if planned.epoch == status.epoch}
+    return [
+        name for m in restoring(status) if (name := name_of(m)) not in told and not serves(seen, m)
+    ]
 
 
 def delta_of(d: Draft, plans: dict[str, Plan]) -> Delta:
@@ -146,6 +156,11 @@ def delta_of(d: Draft, plans: dict[str, Plan]) -> Delta:
                 per_step = 1
             since = max(0, updates - report.running.step * per_step)
             shards.append(LostShard(since, norm, report.running.distance))
+    back = (d.seen.report(n) for m in restoring(d.status) if (n := name_of(m)) not in plans)
+    if any(server is not None and server.follows is None for server in back):
+        # They were restored before another loss joined, and priced then.
+        before = d.record.delta_norm.value
+        shards.append(LostShard(0 if before is not None else None, None, before))
     return bound(shards)
 
 

@@ -36,7 +36,7 @@ def _lacks(sessions: Sessions, wanted: Wanted | None, server: int) -> str | None
     name = session.link.peer.id
     suspect = session.link.suspect(sessions.membership.settings.suspect_seconds)
     if suspect is not None:
-        how = "cannot be reached" if suspect.reason == "Disconnected" else "gives no answer"
+        how = "gives no answer" if suspect.reason == "Unanswered" else "cannot be reached"
         return f"{name} {how} for {suspect.age:.0f} s: see its log"
     if session.stage is not Stage.SYNCED:
         return f"{name} has slots that are not Ready: see the job's events"
