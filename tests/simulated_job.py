@@ -20,7 +20,7 @@ from simulated_members import SimulatedServer, SimulatedWorker
 from simulated_network import Network, Wire
 from simulated_operator import Operator
 from simulated_processes import simulated
-from simulated_training import BATCHES, TABLES, WORKERS, Training
+from simulated_training import BATCHES, TABLES, WORKERS, Training, batches_of
 from simulated_versions import Versions
 
 
@@ -87,6 +87,9 @@ class SimulatedJob:
         self.told: set[tuple[int, int, int]] = set()
         """(server's index, worker, batch) that a worker was told is covered, by whomever."""
         self._emitted: dict[tuple[str, int, int], Promise] = {}
+        self.lagging: set[tuple[int, int]] = set()
+        """(worker, batch) that a replica lacked in some slot, perhaps one without marks, when its
+        head was lost."""
         self._at_loss: dict[str, tuple[int, int]] = {}
         """By head that was lost: failures before, and how many covered pushes would outlive."""
         self._stack = ExitStack()
@@ -221,6 +224,18 @@ class SimulatedJob:
         self.lost_workers += member.startswith("worker-")
         if index is not None and member not in self.operator.suspected:
             self._at_loss[member] = self.failures, self.tolerance(index)
+            if not self.settings.covers:
+                self._note_lag(index)
+
+    def _note_lag(self, index: int) -> None:
+        made = {w.me.index: w.batch + 1 for w in self.workers.values()}
+        replicas = [self.servers[m.id] for m in self.operator.chain(index)[1:] if self.alive(m.id)]
+        for plane in [replica.plane for replica in replicas if replica.plane is not None]:
+            for k in np.flatnonzero(plane.shard.layout.slot_bytes):
+                for worker, last in made.items():
+                    has = batches_of(plane.slots.last[k, worker], plane.slots.window[k, worker])
+                    lacks = np.flatnonzero(has[:last] == 0) + 1
+                    self.lagging |= {(worker, b) for b in lacks.tolist()}
 
     def _counts(self, member: Member) -> bool:
         """Whether its loss is one that pushes are promised to outlive."""
@@ -346,6 +361,7 @@ class SimulatedJob:
         self.told = {p for p in self.told if p[2] <= batches[p[1]]}
         self.promises = {p: v for p, v in self.promises.items() if p[2] <= batches[p[1]]}
         self.reported, self.skipped = set(self.cut.reported), set(self.cut.skipped)
+        self.lagging = set()
         self.void = {
             (w.me.index, b)
             for w in self.workers.values()

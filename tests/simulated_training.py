@@ -71,7 +71,7 @@ class Training:
         for k in np.flatnonzero(np.diff(table.layout.slot_rows) * (slots.ready & plane.given)):
             mine = slice(*table.layout.slot_rows[k : k + 2].tolist())
             has = np.stack(
-                [_has(*entry) for entry in zip(slots.last[k], slots.window[k], strict=True)]
+                [batches_of(*entry) for entry in zip(slots.last[k], slots.window[k], strict=True)]
             )
             moved = np.tensordot(has, self._ways[:, :, rows[mine]], 2)
             expected = self.initial(table.layout.table)[rows[mine]] - share * moved
@@ -99,7 +99,7 @@ def gradient(spec: TableSpec, worker: int, batch: int) -> Floats:
     return np.asarray(np.cos(base + np.float32(batch + worker / 3)), np.float32)
 
 
-def _has(last: int, window: int) -> NDArray[np.float64]:
+def batches_of(last: int, window: int) -> NDArray[np.float64]:
     """Which batches an entry says were applied; shape (batches,)."""
     batches = np.arange(1, BATCHES + 1)
     missing = holes(int(last), int(window), 1, int(last))
