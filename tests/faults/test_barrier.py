@@ -77,6 +77,8 @@ def restore_from_the_beginning(cluster: LocalCluster, index: int) -> None:
     """Replace a server by one that takes the running checkpoint, which is older than it."""
     gone = cluster.membership.member(Role.SERVER, index)
     assert gone is not None
+    # Six steps may be made before the first save is durable.
+    cluster.until(lambda: cluster.report(Role.SERVER, index).initialised, "there is a checkpoint")
     cluster.kill(gone.id)
     cluster.replace_server(index, [Source(SourceKind.RUNNING_CHECKPOINT, cluster.slots(index))])
     cluster.until(lambda: cluster.report(Role.SERVER, index).state == "Ready", "it is back")
