@@ -36,7 +36,7 @@ spec:
     command: [python, PROGRAM, "STEPS", digits, "RATE", "THINK", RULE]
   servers: {replicas: 3}
   workers: {replicas: 2, minReplicas: LEAST}
-  checkpoint: CHECKPOINT
+  checkpoint: {store: "file:///saves", every: 32, fraction: 0.25}
   consistency: {mode: MODE}
   recovery: {placement: PLACEMENT, strategy: STRATEGY}
 """
@@ -58,13 +58,12 @@ def running(
     strategy: str = "Freshest",
     rule: str = "sgd",
     least: int = 2,
-    checkpoint: str = '{store: "file:///saves", every: 32, fraction: 0.25}',
 ) -> Iterator[subprocess.Popen[str]]:
     manifest = folder / "toy.yaml"
     text = MANIFEST.replace("PROGRAM", program).replace("STEPS", str(steps))
     text = text.replace("THINK", str(think_ms)).replace("MODE", mode)
     text = text.replace("STRATEGY", strategy).replace("RULE", rule).replace("RATE", RATES[rule])
-    text = text.replace("LEAST", str(least)).replace("CHECKPOINT", checkpoint)
+    text = text.replace("LEAST", str(least))
     manifest.write_text(text.replace("PLACEMENT", placement))
     command = [sys.executable, "-m", "daruma_operator.cli.main", "run", str(manifest)]
     with (folder / "output").open("w") as output:
@@ -232,20 +231,19 @@ def test_all_servers_come_back_from_the_workers(
         ("momentum", "Async", 1),
     ],
 )
-def test_one_worker_has_all_parameters_and_no_moments(
+def test_one_worker_has_all_parameters_but_moments(
     tmp_path: Path, rule: str, mode: str, least: int
 ) -> None:
-    """All servers and a worker are lost at once; moments are nowhere, as there is no store.
+    """All servers and a worker are lost at once, and with the servers the moments.
 
-    They begin anew, which the record counts. Under `Sync` no batch is lost where all workers are
+    These are the running checkpoint's then, which the record counts (without a store they begin
+    anew: tests/trainer/test_restoring.py). Under `Sync` no batch is lost where all workers are
     needed, and without moments the run is the undisturbed one bit for bit. Where the others go on
     without a lost worker, nobody makes its batches again: one is lost if its step was made and the
     worker that is left had not pulled that yet; those after it are skipped, and counted.
     """
     moments = rule in ("momentum", "adam")
     options: dict[str, Any] = {"mode": mode, "rule": rule, "least": least}
-    if moments:
-        options["checkpoint"] = "{}"
     found = killed(tmp_path / "killed", (*SERVERS, "worker-1"), **options)
     records, pushes = found["recoveries"], found["pushes"]
     for record in records:
@@ -254,7 +252,7 @@ def test_one_worker_has_all_parameters_and_no_moments(
     assert sum(len(r["losses"]) for r in records) == len(SERVERS) + 1
     (of_servers,) = (r for r in records if r["sources"])
     assert of_servers["sources"] == {"peer": 1024}
-    assert of_servers["moments"] == ({"reset": 1024} if moments else {})
+    assert of_servers["moments"] == ({"runningCheckpoint": 1024} if moments else {})
     assert (found["phase"], found["steps"]) == ("Succeeded", STEPS)
     assert pushes["applied"] + pushes["lost"] + pushes["skipped"] == 2 * STEPS
     assert found["metrics"]["test_accuracy"] >= 0.85
