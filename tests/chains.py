@@ -60,13 +60,15 @@ def promote(cluster: LocalCluster, made: Member, *, heard: bool = True) -> None:
     cluster.tell(raise_epoch=True, members=told, replicas=replicas, recovery=epoch)
 
 
-def counting(folder: Path, config: Settings) -> AbstractContextManager[LocalCluster]:
+def counting(
+    folder: Path, config: Settings, name: str = "gated_count"
+) -> AbstractContextManager[LocalCluster]:
     """A job whose samples each add one to their row: what was done twice or not at all is seen.
 
-    It makes 5 steps, and the other 55 after `go_on`.
+    It makes 5 steps, and the other 55 after `go_on` (`gated_count_long`: 145).
     """
     config = replace(config, store=f"file://{folder}/store")
-    program = (PROGRAMS, "gated_count", str(folder / "gate"))
+    program = (PROGRAMS, name, str(folder / "gate"))
     return local_cluster(folder, servers=3, settings=config, program=program)
 
 

@@ -2,6 +2,7 @@
 
     python softmax.py STEPS [DATA [RATE [THINK_MS [RULE]]]]
 
+RULE: `sgd`, `momentum`, `adam`, or `rows`: SGD of those classes alone that a small batch has.
 For tests that start many workers. On a cluster it is handed to Python as text (`python -c`).
 """
 
@@ -17,6 +18,7 @@ RULES: dict[str, daruma.SGD | daruma.Adam] = {
     "sgd": daruma.SGD(),
     "momentum": daruma.SGD(momentum=0.9),
     "adam": daruma.Adam(),
+    "rows": daruma.SGD(),
 }
 
 
@@ -37,14 +39,19 @@ def train(
             return {"test_accuracy": float(np.mean((test_x @ table.pull().T).argmax(1) == test_y))}
 
         job.evaluate(score)
-        for inputs, labels in job.batches((x, y), 32, steps=int(steps)):
+        for inputs, labels in job.batches((x, y), 8 if rule == "rows" else 32, steps=int(steps)):
             scores = np.exp(inputs @ weight.T)
             chances = scores / scores.sum(axis=1, keepdims=True)
             rows = np.arange(len(labels))
             job.report(loss=float(-np.log(chances[rows, labels]).mean()))
             chances[rows, labels] -= 1
             time.sleep(float(think_ms) / 1000)
-            table.push(None, chances.T @ inputs / len(labels), lr=float(rate))
+            gradient = chances.T @ inputs / len(labels)
+            if rule == "rows":
+                classes = np.unique(labels)
+                table.push(classes, gradient[classes], lr=float(rate))
+            else:
+                table.push(None, gradient, lr=float(rate))
             weight = job.values(table.spec.id)
 
 

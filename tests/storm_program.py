@@ -1,5 +1,8 @@
 """The program of the storm: each batch leaves a digit in every row, so that one that was done twice
 is seen, and one that is missing: `python storm_program.py STEPS THINK_MS CALM SUM`.
+
+Beside the digits it trains a regression, which tells whether what recoveries brought back is what
+training had reached.
 """
 
 import sys
@@ -16,6 +19,19 @@ from daruma_trainer.worker.job import Job
 ROWS = 512
 PER_FLOAT = 12
 """Digits of base 4 that a float32 keeps exactly."""
+
+
+COLUMNS = 4
+
+
+def truth() -> Floats:
+    """What the regression is to find from zero; (ROWS, COLUMNS), each 1 or -1."""
+    return np.random.default_rng(0).choice((-1.0, 1.0), (ROWS, COLUMNS)).astype(np.float32)
+
+
+def rate(steps: int) -> float:
+    """Of the regression: so small that what a storm's end undoes is not made good after it."""
+    return 10 / steps
 
 
 def width(steps: int) -> int:
@@ -59,6 +75,8 @@ def main(steps: int, think_ms: float, calm: Path, kind: str) -> None:
         table = job.table("digits", (ROWS, job.workers * width(steps)), rule)
         if kind == "rebuilt":
             table.on_restored(lambda rows: part(job, rows, steps))
+        # Least squares with orthonormal inputs: each push takes the same share off the error.
+        weights, wanted = job.table("weights", (ROWS, COLUMNS), daruma.SGD()), truth()
         scale = -float(job.workers) if kind == "sgd" else 1.0
         for _ in job.batches((np.arange(8),), 1, steps=steps):
             last = last_batch(calm)
@@ -70,7 +88,10 @@ def main(steps: int, think_ms: float, calm: Path, kind: str) -> None:
             mark = np.zeros((ROWS, job.workers * width(steps)), np.float32)
             column, value = digit(job.index, job.batch, steps)
             mark[:, column] = scale * value
-            table.push(None, mark, lr=1.0)
+            gradient = weights.values() - wanted
+            job.push(
+                table.change(None, mark, lr=1.0), weights.change(None, gradient, lr=rate(steps))
+            )
 
 
 if __name__ == "__main__":

@@ -105,26 +105,36 @@ def test_no_covered_push_is_lost_and_none_applied_twice(
     np.testing.assert_array_equal(seen, 10)
 
 
-def test_what_a_lazy_replica_lacks_is_counted(tmp_path: Path) -> None:
-    config = replace(CHAIN, ack="None", every_updates=30, replicas=3)
-    with counting(tmp_path, config) as cluster:
+@pytest.mark.parametrize("mode", ["Async", "Sync"])
+def test_what_a_lazy_replica_lacks_is_counted(tmp_path: Path, mode: str) -> None:
+    """The last of `every: 100`'s updates are lost, each counted with every worker whose it was.
+
+    An update is one push under `Async`, so at most 100 batches of all workers together. Under
+    `Sync` it is one step, of a batch of each: at most 100 of every worker.
+    """
+    every, steps, workers = 100, 150, 2
+    config = replace(CHAIN, ack="None", every_updates=every, replicas=3, consistency=mode)
+    with counting(tmp_path, config, "gated_count_long") as cluster:
         cluster.until(lambda: cluster.report(Role.WORKER, 0).step >= 3, "3 steps")
         made = add_replica(cluster, 0, host=1)
         joined(cluster, add_replica(cluster, 0, host=2))
         go_on(cluster)
-        lose_at(cluster, made, 52)  # of each of 2 workers: it was told three times
+        # More updates than may be lost: the replica was told once (Sync) or twice on the way.
+        lose_at(cluster, made, 130)
         lost = lost_by(cluster)
         cluster.finish()
         seen = cluster.result(tmp_path / "store")["seen"].ravel()
-    assert 0 < sum(lost) <= 30
+    updates = max(lost) if mode == "Sync" else sum(lost)
+    assert 0 < updates <= every
     # What each worker lost are its batches one after the other, up to some batch.
-    ends = itertools.product(*(range(count, 61) for count in lost))
+    ends = itertools.product(*(range(count, steps + 1) for count in lost))
     of_0 = rows_of(0)
     lacks = (
         sum(added(w, b - n, b) for w, (b, n) in enumerate(zip(end, lost, strict=True))) * of_0
         for end in ends
     )
-    assert any(np.array_equal(10 - seen, lack) for lack in lacks), "exactly what was counted"
+    whole = steps * 5 * workers / 60
+    assert any(np.array_equal(whole - seen, lack) for lack in lacks), "exactly what was counted"
 
 
 def rows_of(server: int) -> np.ndarray[Any, Any]:

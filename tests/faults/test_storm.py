@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import storm_program
 from daruma_trainer.contract import Role
+from daruma_trainer.layout import Floats
 from soak import counted
 from storm import DEADLINE, Storm, Used, storm
 
@@ -111,7 +112,9 @@ def test_storm(tmp_path: Path, number: int) -> None:
         assert job.run.wait(DEADLINE) == 0, job.output[-6000:]
     check_growth(early, late)
     check_records(job, cell)
-    check_marks(job, last, cell)
+    found = result(tmp_path, job.report)
+    check_marks(job, found["digits"], last, cell)
+    check_weights(found["weights"], last, cell)
 
 
 def check_growth(early: dict[str, Used], late: dict[str, Used]) -> None:
@@ -135,12 +138,12 @@ def check_records(job: Storm, cell: Cell) -> None:
     assert cell.replicas or found >= set(job.killed), "a kill was not noticed"
 
 
-def check_marks(job: Storm, last: int, cell: Cell) -> None:
+def check_marks(job: Storm, digits: Floats, last: int, cell: Cell) -> None:
     """Each batch up to the last is applied once by every slot, or counted."""
     report, pushes = job.report, job.report["pushes"]
     assert (report["phase"], report["steps"]) == ("Succeeded", last)
     assert pushes["applied"] + pushes["lost"] + pushes["skipped"] == WORKERS * last
-    marks = storm_program.digits_of(result(job.folder, report), WORKERS, STEPS)
+    marks = storm_program.digits_of(digits, WORKERS, STEPS)
     # A mean is of those who gave: what one lost, the other's digit has in its place.
     once = marks.sum(axis=1).max() <= WORKERS if cell.kind == "sgd" else marks.max() <= 1
     assert once, "a batch was applied twice"
@@ -153,12 +156,20 @@ def check_marks(job: Storm, last: int, cell: Cell) -> None:
     assert pushes["replayed"] <= pushes["applied"]
 
 
-def result(folder: Path, report: dict[str, Any]) -> "np.ndarray[Any, Any]":
+def check_weights(weights: Floats, last: int, cell: Cell) -> None:
+    """It converges: in all rows at least as far as half as many undisturbed batches do."""
+    updates = last if cell.mode == "Sync" else WORKERS * last
+    bound = (1 - storm_program.rate(STEPS)) ** (updates / 2)
+    apart = float(np.abs(weights - storm_program.truth()).max())
+    assert apart <= bound, (apart, bound, last)
+
+
+def result(folder: Path, report: dict[str, Any]) -> dict[str, Floats]:
     command = [sys.executable, "-m", "daruma_operator.cli.main", "export"]
     out = folder / "result"
     subprocess.run(
         [*command, report["result"]["uri"], "-o", str(out)],
         check=True, timeout=DEADLINE, capture_output=True,
     )  # fmt: skip
-    values: np.ndarray[Any, Any] = load_file(out)["digits"]
-    return values
+    found: dict[str, Floats] = load_file(out)
+    return found

@@ -87,6 +87,11 @@ def gated_count(gate: str) -> None:
     count("60", gate=Path(gate))
 
 
+def gated_count_long(gate: str) -> None:
+    """The same in 150 batches."""
+    count("150", gate=Path(gate))
+
+
 def own(gate: str) -> None:
     """Rows that each worker adds to alone: after each push it has to find all of its own.
 
@@ -230,6 +235,7 @@ PROGRAMS: dict[str, Callable[[str], None]] = {
         optimizer,
         count,
         gated_count,
+        gated_count_long,
         own,
         lag,
         gated,

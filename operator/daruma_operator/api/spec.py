@@ -266,7 +266,8 @@ class Chain(SpecModel):
         ge=1,
         le=1_000_000,
         description="Send the newest state after so many updates instead of each (with ack None). "
-        "So many may be lost.",
+        "So many updates may be lost: pushes under Async and Bounded, under Sync steps, each with "
+        "a batch of every worker.",
     )
     pulls: Pulls = Field(
         default=Pulls.HEAD,

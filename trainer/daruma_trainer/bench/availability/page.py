@@ -29,8 +29,9 @@ have made a step. Of one seed all arms have the same initial values, split and o
 
 **Arms.** *Checkpoint*: `FullCheckpoint`, a consistent cut every so many updates, to which everybody
 goes back. *Chain*: `Chain` with one replica of each shard in the other server's pod, `ack: None`,
-sent every so many updates, as in the paper (so up to so many may be lost; the product's default is
-`Next`, after each). *Stateless*: `Stateless`. *Freshest*: `Freshest`; with *2 copies*, `copies: 2`.
+sent every so many updates, as in the paper (so up to so many updates may be lost: pushes, or under
+`Sync` steps of all workers; the product's default is `Next`, after each). *Stateless*: `Stateless`.
+*Freshest*: `Freshest`; with *2 copies*, `copies: 2`.
 These save an eighth of the blocks every eighth of that interval. Sync and async are
 `consistency.mode`; the others are `Async`.
 
