@@ -32,7 +32,7 @@ def test_a_replay_does_not_raise_the_loss(cell: Cell) -> None:
 
 def test_a_loss_that_rises_late_in_a_ride_is_seen() -> None:
     """Of a replay that does not heed where gradients turn: it goes too far after 16 steps."""
-    with mock.patch.object(Residual, "_agrees", lambda *_: True):
+    with mock.patch.object(Residual, "_agrees", return_value=True):
         (found,) = measure(CELLS[0], (1000,), 1, ("Auto",))
     assert found.largest["Auto"] > 2
     assert found.rode["Auto"] > 10
@@ -40,7 +40,7 @@ def test_a_loss_that_rises_late_in_a_ride_is_seen() -> None:
 
 def test_what_still_rides_at_the_end_is_an_error() -> None:
     with (
-        mock.patch.object(Residual, "_agrees", lambda *_: True),
+        mock.patch.object(Residual, "_agrees", return_value=True),
         mock.patch.object(replay, "AFTER", 5),
         pytest.raises(BenchError, match="still rides 5 steps"),
     ):
