@@ -114,7 +114,8 @@ def test_storm(tmp_path: Path, number: int) -> None:
     check_records(job, cell)
     found = result(tmp_path, job.report)
     check_marks(job, found["digits"], last, cell)
-    check_weights(found["weights"], last, cell)
+    if cell.kind == "add":
+        check_weights(found["weights"], last, cell)
 
 
 def check_growth(early: dict[str, Used], late: dict[str, Used]) -> None:
@@ -157,9 +158,13 @@ def check_marks(job: Storm, digits: Floats, last: int, cell: Cell) -> None:
 
 
 def check_weights(weights: Floats, last: int, cell: Cell) -> None:
-    """It converges: in all rows at least as far as half as many undisturbed batches do."""
+    """It converges: in all rows at least as far as 90 % as many undisturbed batches do.
+
+    What a rollback undoes is made again, and what a worker's copy or a replica lacks are a few
+    batches. With `Partial` blocks go back to their last save: its cells train digits alone.
+    """
     updates = last if cell.mode == "Sync" else WORKERS * last
-    bound = (1 - storm_program.rate(STEPS)) ** (updates / 2)
+    bound = (1 - storm_program.rate(STEPS)) ** (0.9 * updates)
     apart = float(np.abs(weights - storm_program.truth()).max())
     assert apart <= bound, (apart, bound, last)
 
