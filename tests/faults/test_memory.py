@@ -17,4 +17,4 @@ def test_an_outage_adds_no_more_than_the_bar() -> None:
     assert row["batches"][1] > row["batches"][0] > 0, "it went on while the server was away"
     # Half of the table is the lost server's: what is kept for it is as large.
     assert 0.4 < max(row["added"]) <= BAR
-    assert "| Stateless | adam | dense |" in page(result)
+    assert "| Stateless | 1 | adam | dense |" in page(result)

@@ -11,14 +11,22 @@ one left behind counts against the later ones.
 *Before* is a worker's highest resident memory in the 10 s before the first outage, *during* its
 highest from a kill until 5 s after all that it kept is replayed; both are the kernel's own peaks
 (VmHWM, set back before each), so nothing is missed. *Added* is their difference, in models, of the
-worker where it is larger: a model is the table's parameters, without moments. The bar is 1.1 models
-and as many more as uncovered pushes may be (`maxUncovered`).
+worker where it is larger: a model is the table's parameters, without moments.
+
+The bar is 1.1 models and as many more as pushes may be uncovered (`maxUncovered`, 2), whatever
+`copies` is: so it was set. With `copies: 1` nothing waits to be covered, and a worker keeps a push
+only until its slots have applied it; the two models are slack there, that nothing in the design
+asks for. The sum that is kept for the lost server is half a model here; the rest is pushes to the
+other one, of which a worker that runs ahead has more under way, and memory that was freed but stays
+with the process. *Without slack* is the same number beside 1.1 alone. With `copies: 2` pushes that
+wait are kept, before the outage as during it; and it is hardly one: a replica serves in the lost
+server's place until that has its own pod, to which the slots return before the next outage begins.
 """
 
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +34,13 @@ from typing import Any
 import numpy as np
 
 from daruma_trainer.bench.arena import START_SECONDS, BenchError
+from daruma_trainer.bench.bars import judge
 from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.holding import hold, release
 from daruma_trainer.bench.local import HELD_RUN, LocalRun
 from daruma_trainer.bench.members import Process
 from daruma_trainer.bench.pushing import COLS
+from daruma_trainer.bench.recovery import until_whole
 from daruma_trainer.contract import Role, Settings
 
 SHARE = 10
@@ -38,10 +48,11 @@ SHARE = 10
 THINK_SECONDS = 0.02
 LOST = 1
 """Index of the server that is killed."""
-WORKERS = 2
+SERVERS, WORKERS = 2, 2
 STEPS = 10
-BAR = 1.1 + Settings().max_uncovered
-"""Models that an outage may add."""
+LEAN = 1.1
+BAR = LEAN + Settings().max_uncovered
+"""Models that an outage may add; LEAN: without what waits to be covered."""
 MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
 kind: TrainingJob
@@ -51,10 +62,10 @@ spec:
     image: none
     command: [python, -m, daruma_trainer.bench.pushing]
     args: ["{rows}", "{think}", "{rule}", "{share}"]
-  servers: {{replicas: 2}}
+  servers: {{replicas: {servers}}}
   workers: {{replicas: {workers}}}
   checkpoint: {{every: 0}}
-  recovery: {{strategy: {strategy}, replay: {{maxPending: 65535}}}}
+  recovery: {{strategy: {strategy}, copies: {copies}, replay: {{maxPending: 65535}}}}
   runPolicy: {{backoffLimit: 100}}
 """
 
@@ -67,6 +78,7 @@ class Cell:
     rule: str
     gradients: str = "dense"
     """Or "rows"."""
+    copies: int = 1
 
 
 CELLS = (
@@ -76,6 +88,8 @@ CELLS = (
     Cell("Freshest", "sgd"),
     Cell("Freshest", "momentum"),
     Cell("Freshest", "adam", "rows"),
+    Cell("Freshest", "sgd", copies=2),
+    Cell("Freshest", "momentum", copies=2),
 )
 
 
@@ -123,8 +137,10 @@ def measure(plan: Plan) -> Result:
 def page(result: Result) -> str:
     """Return the result as a page in Markdown."""
     outages = [f"{seconds:g} s" for seconds in result["outages"]]
-    head = ["strategy", "rule", "gradients", "before, MB", *(f"added, {o}" for o in outages),
-            *(f"batches, {o}" for o in outages), f"≤ {BAR:g}"]  # fmt: skip
+    head = ["strategy", "copies", "rule", "gradients", "before, MB",
+            *(f"added, {o}" for o in outages),
+            *(f"batches, {o}" for o in outages), f"≤ {BAR:g}",
+            f"without slack: ≤ {LEAN:g}"]  # fmt: skip
     lines = [
         "# What an outage adds to a worker's memory",
         "",
@@ -138,24 +154,33 @@ def page(result: Result) -> str:
         "|" + "---|" * len(head),
     ]
     for row in result["rows"]:
-        met = "met" if max(row["added"]) <= BAR else "**not met**"
+        lean = _met(row, LEAN) if row["copies"] == 1 else "–"
         cells = [
-            row["strategy"], row["rule"], row["gradients"], f"{row['before'] / 1e6:.0f}",
+            row["strategy"], str(row["copies"]), row["rule"], row["gradients"],
+            f"{row['before'] / 1e6:.0f}",
             *(f"{added:.2f}" for added in row["added"]),
-            *(str(batches) for batches in row["batches"]), met,
+            *(str(batches) for batches in row["batches"]), _met(row, BAR), lean,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "## How it is measured", "", method(__doc__), ""])
 
 
+def _met(row: Mapping[str, Any], bar: float) -> str:
+    slack = bar - max(row["added"])
+    return f"{judge(slack, 0.0)}, by {abs(slack):.2f}"
+
+
 def _run(cell: Cell, plan: Plan) -> dict[str, Any]:
     model = plan.mb * 1_000_000
     manifest = MANIFEST.format(
-        strategy=cell.strategy, rule=cell.rule, workers=WORKERS, rows=model // (4 * COLS),
+        strategy=cell.strategy, copies=cell.copies, rule=cell.rule,
+        servers=SERVERS, workers=WORKERS, rows=model // (4 * COLS),
         think=THINK_SECONDS, share=SHARE if cell.gradients == "rows" else 1,
     )  # fmt: skip
     run = LocalRun(manifest, WORKERS, STEPS, HELD_RUN)
+    replicas = cell.copies - 1
     with run.running():
+        until_whole(run.members, SERVERS, replicas, chained=False)
         workers = [p for p in run.members() if p.role is Role.WORKER]
         _set_back(workers)
         time.sleep(plan.before)
@@ -164,6 +189,7 @@ def _run(cell: Cell, plan: Plan) -> dict[str, Any]:
         for seconds in plan.outages:
             _set_back(workers)
             batches.append(_outage(run, workers, seconds))
+            until_whole(run.members, SERVERS, replicas, chained=False)
             time.sleep(plan.after)
             during = [_peak(worker) for worker in workers]
             added.append(max(d - b for d, b in zip(during, before, strict=True)) / model)

@@ -11,9 +11,9 @@ Each way to replicate runs for a while; that begins when all replicas are up to 
 batches a second that are acknowledged and, where the way says so, covered, of all workers together;
 *of none* is its ratio to the rate without replicas, all else equal. *Bytes* are what servers sent
 to their next replicas in that time, per byte that workers pushed (those after the next get as many
-again). *CPU* is the CPU time per step and shard,
-from /proc: of its server, of its replicas, and of the worker for it. *Cores* is how many of the
-machine's cores all of these had in use.
+again; under Sync the pushes of a step go on as one update). *CPU* is the CPU time per step and
+shard, from /proc: of its server, of its replicas, and of the worker for it. *Cores* is how many of
+the machine's cores all of these had in use.
 
 **Why it costs what it costs.** A server sends the frames of an update on as they came, without
 copying them, and a worker waits for nothing but the bound on its uncovered pushes. What is left is
@@ -26,13 +26,20 @@ replicas' work.
 
 The cells are those that say something: all ways for plain SGD, where an update costs least and so
 replicas weigh most; momentum and Adam where workers' copies cover nothing; a longer chain beside a
-job of as many servers without one; one worker. Every one takes some seconds, once.
+job of as many servers without one; one worker; Sync, also where all workers are needed
+(`minReplicas` = `replicas`), which allows one uncovered push instead of two. Every one takes some
+seconds, once.
+
+**Bars.** Bytes of `copies: 2` are in parts of those of the same job's chain of 2 with `Tail`, rates
+of a chain of 2 with `Next` in parts of the same job's without replicas. Of a worker's pushes one
+may lie on the edge of the seconds that are measured, its bytes counted on one side only; so what
+is above a bar of bytes by no more than that (one in so many pushes, ±) is not resolved.
 """
 
 import http.client
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,12 +47,16 @@ from typing import Any
 import numpy as np
 
 from daruma_trainer.bench.arena import START_SECONDS, BenchError
+from daruma_trainer.bench.bars import Verdict, judge, table
+from daruma_trainer.bench.bars import row as bar_row
 from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.local import LocalRun
 from daruma_trainer.bench.members import Process
 from daruma_trainer.bench.pushing import COLS
 from daruma_trainer.contract import Role, agent_address
 
+Row = Mapping[str, Any]
+"""What was measured of one job and way."""
 STEPS = 3
 MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
@@ -57,7 +68,8 @@ spec:
     command: [python, -m, daruma_trainer.bench.pushing]
     args: ["{rows}", "{think}", "{rule}"]
   servers: {{replicas: {servers}}}
-  workers: {{replicas: {workers}}}
+  workers: {{replicas: {workers}, minReplicas: {least}}}
+  consistency: {{mode: {mode}}}
   checkpoint: {{every: 0}}
   recovery: {recovery}
 """
@@ -71,6 +83,14 @@ WAYS = {
     "copies 2": "{strategy: Freshest, copies: 2}",
 }
 """By name, spec.recovery."""
+ALL = "Sync, all needed"
+NONE, NEXT, TAIL, COPIES = "none", "chain, ack Next", "chain, ack Tail", "copies 2"
+BAR_MB = 100
+"""Megabytes of a shard for which the bars were set."""
+BYTES = {"sgd": 0.1, "momentum": 1.0, "adam": 1.0}
+"""By rule, most bytes that copies take, in parts of the chain's (Tail)."""
+RATES = {0.05: 0.7, 0.0: 0.55}
+"""By seconds of think, least rate of a chain (Next), in parts of that without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +104,8 @@ class Job:
     rule: str = "sgd"
     servers: int = 2
     workers: int = 2
+    consistency: str = "Async"
+    """Async, Sync or ALL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +118,24 @@ class Plan:
     @classmethod
     def of(cls, *, quick: bool) -> "Plan":
         """Return the quick one or the whole."""
-        some = ("none", "chain, ack Next", "copies 2")
+        some = (NONE, NEXT, TAIL, COPIES)
         if quick:
             return cls(((Job(10, 0.05), some),), 4.0)
         all_of_2 = tuple(way for way in WAYS if "of 3" not in way)
         ways: list[tuple[Job, tuple[str, ...]]] = []
         for think in (0.05, 0.0):
             ways += [
-                (Job(100, think, workers=1), ("none", "chain, ack Next")),
-                (Job(100, think), all_of_2),
-                (Job(100, think, servers=3), ("none", "chain of 3, ack Tail")),
-                (Job(100, think, "momentum"), some),
-                (Job(100, think, "adam"), some),
+                (Job(BAR_MB, think, workers=1), (NONE, NEXT)),
+                (Job(BAR_MB, think), all_of_2),
+                (Job(BAR_MB, think, servers=3), (NONE, "chain of 3, ack Tail")),
+                (Job(BAR_MB, think, "momentum"), some),
+                (Job(BAR_MB, think, "adam"), some),
             ]
+        covered = (NONE, TAIL, COPIES)
+        ways += [
+            (Job(BAR_MB, 0.05, rule, consistency=mode), covered)
+            for mode, rule in (("Sync", "sgd"), ("Sync", "momentum"), (ALL, "sgd"))
+        ]
         return cls(tuple(ways), 6.0)
 
 
@@ -146,19 +173,17 @@ def page(result: Result) -> str:
         f"{result['seconds']:g} s each, {result['date']}, {result['machine']}; load average at "
         f"the end {result['load']}.",
         "",
-        "| shards | MB | workers | think ms | rule | way | steps/s | of none | bytes "
+        *_bars(result),
+        "| consistency | shards | MB | workers | think ms | rule | way | steps/s | of none | bytes "
         "| CPU ms: server | replicas | worker | cores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    names = [field.name for field in fields(Job)]
-    base: dict[str, Any] = {}
     for row in result["rows"]:
-        base = row if row["way"] == "none" else base
-        alike = base and all(base[name] == row[name] for name in names)
+        base = _same_job(result["rows"], row, NONE)
         cells = [
-            f"{row['servers']}", f"{row['mb']}", f"{row['workers']}", f"{1000 * row['think']:g}",
-            row["rule"], row["way"], f"{row['rate']:.2f}",
-            f"{row['rate'] / base['rate']:.2f}" if alike else "", f"{row['bytes']:.3f}",
+            row["consistency"], f"{row['servers']}", f"{row['mb']}", f"{row['workers']}",
+            f"{1000 * row['think']:g}", row["rule"], row["way"], f"{row['rate']:.2f}",
+            f"{row['rate'] / base['rate']:.2f}" if base else "", f"{row['bytes']:.3f}",
             *(f"{1000 * row[who]:.0f}" for who in ("server", "replicas", "worker")),
             f"{row['cores']:.2f}",
         ]  # fmt: skip
@@ -166,9 +191,60 @@ def page(result: Result) -> str:
     return "\n".join([*lines, "", "## How it is measured", "", method(__doc__), ""])
 
 
+def _same_job(rows: Sequence[Row], row: Row, way: str) -> Row | None:
+    """Return what was measured of this row's job another way."""
+    names = [field.name for field in fields(Job)]
+    found = [r for r in rows if r["way"] == way and all(r[name] == row[name] for name in names)]
+    return found[0] if found else None
+
+
+def _bars(result: Result) -> list[str]:
+    rows = result["rows"]
+    found = [*_bytes_bars(result), *(_rate_bar(rows, row) for row in rows if row["way"] == NEXT)]
+    made = [line for line in found if line is not None]
+    small = any(row["mb"] < BAR_MB for row in rows)
+    return table(made, *([f"Too small to judge by: bars are of {BAR_MB} MB."] if small else []))
+
+
+def _bytes_bars(result: Result) -> list[str]:
+    made = []
+    for row in result["rows"]:
+        chain = _same_job(result["rows"], row, TAIL)
+        if row["way"] != COPIES or chain is None:
+            continue
+        bar, part = BYTES[row["rule"]], row["bytes"] / chain["bytes"]
+        # So many pushes of each worker were counted, of the fewer.
+        edge = row["workers"] / (min(row["rate"], chain["rate"]) * result["seconds"])
+        verdict = Verdict.MET if part <= bar else judge(bar - part, edge)
+        what = f"{_named(row)}: bytes of `copies: 2`, of the chain's with `Tail`"
+        made.append(_bar(what, f"≤ {bar:.0%}", f"{part:.1%} ± {edge:.0%}", verdict, bar - part))
+    return made
+
+
+def _rate_bar(rows: Sequence[Row], row: Row) -> str | None:
+    """Return the bar of one chain with `Next`; None: there is none for it."""
+    base = _same_job(rows, row, NONE)
+    if base is None or row["think"] not in RATES:
+        return None
+    bar, part = RATES[row["think"]], row["rate"] / base["rate"]
+    what = f"{_named(row)}: rate of a chain of 2 with `Next`, of that without replicas"
+    return _bar(what, f"≥ {bar:.0%}", f"{part:.1%}", judge(part - bar, 0.0), part - bar)
+
+
+def _bar(what: str, bar: str, measured: str, verdict: Verdict, slack: float) -> str:
+    return bar_row(what, bar, measured, f"{verdict}, by {100 * abs(slack):.1f} points")
+
+
+def _named(row: Row) -> str:
+    workers = f"{row['workers']} worker{'s' if row['workers'] > 1 else ''}"
+    return f"{row['consistency']}, {row['rule']}, {workers}, {1000 * row['think']:g} ms of think"
+
+
 def _run(job: Job, way: str, for_seconds: float) -> dict[str, float]:
     rows = job.mb * job.servers * 1_000_000 // (4 * COLS)
-    manifest = MANIFEST.format(**asdict(job), rows=rows, recovery=WAYS[way])
+    least = job.workers if job.consistency == ALL else 1
+    mode = job.consistency.partition(",")[0]
+    manifest = MANIFEST.format(**asdict(job), rows=rows, recovery=WAYS[way], least=least, mode=mode)
     run = LocalRun(manifest, job.workers, STEPS)
     with run.running():
         members = run.members()

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from daruma_trainer.bench.availability.arms import AROUND, SCENARIOS, THROUGH
-from daruma_trainer.bench.availability.stats import Run, interval, paired, select
+from daruma_trainer.bench.availability.stats import Interval, Run, interval, paired, select
+from daruma_trainer.bench.bars import judge, row, table, worst
 from daruma_trainer.contract import Settings
 
 BUSY = 0.95
@@ -12,17 +13,17 @@ BUSY = 0.95
 ADDED = 1.1 + Settings().max_uncovered
 """Most that an outage adds to a worker's memory, in models, however long it is."""
 OUTAGE = "outage-20"
+NOTE = (
+    "*Met* and *not met*: the whole interval is on that side of the bar; *not resolved*: it spans "
+    "it, or there is none. Of several outages or systems it is the worst that counts."
+)
 
 
 def bars(result: Mapping[str, Any]) -> list[str]:
     """The bars, and whether they were met."""
     runs, model = result["runs"], 4 * result["parameters"]
     rows = [*_busy(runs), *_added(runs, model), *_accuracy(runs)]
-    if not rows:
-        return []
-    few = ["Too short a run to judge a bar by.", ""] if result["quick"] else []
-    head = ["| what | bar, set beforehand | measured | |", "|---|---|---|---|"]
-    return ["## Bars", "", *few, *head, *rows, ""]
+    return table(rows, *(["Too short a run to judge a bar by."] if result["quick"] else []), NOTE)
 
 
 def _busy(runs: Sequence[Run]) -> list[str]:
@@ -31,7 +32,8 @@ def _busy(runs: Sequence[Run]) -> list[str]:
         found = interval(r["utilisation_outage"] for r in select(runs, OUTAGE, arm))
         if found is not None:
             what = f"{arm}: utilisation of the workers while a server is away for 20 s"
-            rows.append(_row(what, f"≥ {BUSY:.0%}", f"{found.mean:.1%}", found.mean >= BUSY))
+            verdict = judge(found.mean - BUSY, found.half)
+            rows.append(row(what, f"≥ {BUSY:.0%}", f"{_said(found, '.1f', 100)} %", verdict))
     return rows
 
 
@@ -40,15 +42,21 @@ def _added(runs: Sequence[Run], model: int) -> list[str]:
     outages = [s.name for s in SCENARIOS if s.name.startswith("outage-")]
     for arm in THROUGH:
         found = {
-            name.removeprefix("outage-"): made.mean / model
+            name.removeprefix("outage-"): made
             for name in outages
-            if (made := interval(r["memory"]["added"] for r in select(runs, name, arm)))
+            if (made := interval(_models(select(runs, name, arm), model)))
         }
         if found:
-            after, said = "/".join(found), "/".join(f"{v:.1f}" for v in found.values())
+            after, said = "/".join(found), " / ".join(_said(v, ".1f") for v in found.values())
             what = f"{arm}: what an outage of {after} s adds to a worker's memory, in models"
-            rows.append(_row(what, f"≤ {ADDED:.1f}", said, max(found.values()) <= ADDED))
+            verdict = worst([judge(ADDED - v.mean, v.half) for v in found.values()])
+            rows.append(row(what, f"≤ {ADDED:.1f}", said, verdict))
     return rows
+
+
+def _models(runs: Sequence[Run], model: int) -> list[float | None]:
+    added = [r["memory"]["added"] for r in runs]
+    return [None if a is None else a / model for a in added]
 
 
 def _accuracy(runs: Sequence[Run]) -> list[str]:
@@ -62,13 +70,16 @@ def _accuracy(runs: Sequence[Run]) -> list[str]:
             if other != arm and (made := paired(ours, select(runs, OUTAGE, other), "end"))
         }
         if against:
-            worst = min(against, key=lambda other: against[other].mean)
-            least, half = against[worst].mean, against[worst].half
+            verdicts = {other: judge(made.mean, made.half) for other, made in against.items()}
+            verdict = worst(list(verdicts.values()))
+            held = [other for other in against if verdicts[other] is verdict]
+            least = min(held, key=lambda other: against[other].mean)
             what = f"{arm}: accuracy {AROUND[1]:g} s after an outage of 20 s, less another system's"
-            said = f"{least:+.3f}{'' if half is None else f' ± {half:.3f}'} ({worst})"
-            rows.append(_row(what, "≥ 0", said, least >= 0))
+            said = f"{_said(against[least], '+.3f')} ({least})"
+            rows.append(row(what, "≥ 0", said, verdict))
     return rows
 
 
-def _row(what: str, bar: str, measured: str, met: bool) -> str:
-    return f"| {what} | {bar} | {measured} | {'met' if met else '**not met**'} |"
+def _said(found: Interval, form: str, times: float = 1) -> str:
+    half = "" if found.half is None else f" ± {times * found.half:{form.removeprefix('+')}}"
+    return f"{times * found.mean:{form}}{half}"

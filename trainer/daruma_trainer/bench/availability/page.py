@@ -39,7 +39,11 @@ These save an eighth of the blocks every eighth of that interval. Sync and async
 and 67 % of it and back at 42 % and 83 %. *Held away*: SIGKILL, and no room for a replacement until
 then, as on a full cluster. *As fast as it goes*: SIGKILL alone. Servers: first server 1, then
 server 0. Workers: worker 1 each time; worker 0 is the one whose parameters are scored. An *outage*
-of a given length has {AROUND[0]:g} s before it and {AROUND[1]:g} s after it. *The store
+of a given length has {AROUND[0]:g} s before it and {AROUND[1]:g} s after it. That of 20 s is for
+all arms; those of 5 and 60 s are for the two whose workers train through one, `stateless` and
+`freshest`: they ask whether what these keep grows with its length. With 2 copies or a chain a
+replica serves in the lost server's place long before 5 s are over, and with checkpoints workers
+wait, so that more seconds only add waiting: of neither they were measured. *The store
 hangs*: these runs save to an S3 server (moto), whose process is stopped (SIGSTOP) and goes on
 later; all others save to a directory.
 
