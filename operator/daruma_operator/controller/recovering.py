@@ -165,11 +165,9 @@ def _planned(d: Draft) -> bool:
         # Another operator announced it, who had heard them: this one would hand out less.
         d.set_record(planned_epoch=0)
     # Only they know what they have: that they are told late is no loss.
-    mute = _mute(d)
+    mute = ", ".join(_mute(d))
     if mute or hears:
-        who = (
-            f"{', '.join(mute)} to say what they have" if mute else "workers to say what they hold"
-        )
+        who = f"{mute} to say what they have" if mute else "the workers to say what they hold"
         _message(d, f"waiting for {who}")
         return False
     return _plan(d, silent)
@@ -321,13 +319,9 @@ def _to_restore(d: Draft) -> bool:
 
 def _missing(d: Draft) -> int:
     """Slots that a server could not get from the plan of the present epoch."""
-    found = 0
-    for member in restoring(d.status):
-        report = d.seen.report(name_of(member))
-        if report is not None and report.restore is not None:
-            current = report.restore.epoch == d.status.epoch
-            found += report.restore.missing if current else 0
-    return found
+    reports = (d.seen.report(name_of(m)) for m in restoring(d.status))
+    restores = (r.restore for r in reports if r is not None and r.restore is not None)
+    return sum(r.missing for r in restores if r.epoch == d.status.epoch)
 
 
 def _restored(d: Draft) -> bool:
