@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +17,14 @@ import numpy as np
 import pytest
 
 from daruma_trainer.contract import Member, Membership, Role, Rollback, Settings
-from daruma_trainer.layout import TableSpec
+from daruma_trainer.layout import Ints, TableSpec
 from daruma_trainer.rules import SGD, rule_to_json
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.replication.covering import COMING_SECONDS, Covering
 from daruma_trainer.wire import Frame, Kind, bitmap, decode_json, mask_of
 
 SENT_SECONDS = 0.05
-"""Until a replica has what it is sent."""
+"""Until a replica has what it is sent, unless a test says otherwise."""
 STEPS = 60
 
 
@@ -35,6 +36,7 @@ class World:
     """Of the workers."""
     limit: int = 2
     sync: bool = False
+    takes: float = SENT_SECONDS
     now: float = 100.0
     sent: int = 0
     """How often all slots went to the replica."""
@@ -65,17 +67,22 @@ class World:
         heapq.heappush(self._todo, (self.now + seconds, next(self._number), what))
 
     def push(self, worker: int, batch: int) -> None:
-        self.plane.updates += 1
-        self.plane.slots.advance(self.k, worker, batch, batch)
-        self.covering.pushed(worker, batch)
+        self.step(batch, [worker], self.k)
 
-    def pull(self, worker: int, seconds: float) -> None:
-        """Answer a pull, which is there after so many seconds."""
-        self.covering.pulled(worker, self.k)
-        have: list[Frame] = [
-            b"",
-            self.plane.updates.to_bytes(8, "little") + bitmap(mask_of(self.plane.slots.ids)),
-        ]
+    def step(self, batch: int, workers: Sequence[int], k: Ints) -> None:
+        """Make an update of these slots out of a push of each worker."""
+        self.plane.updates += 1
+        self.covering.changed(k)
+        for worker in workers:
+            self.plane.slots.advance(k, worker, batch, batch)
+            self.covering.pushed(worker, batch)
+
+    def pull(self, worker: int, seconds: float, k: Ints | None = None) -> None:
+        """Answer a pull of all slots, or of some, which is there after so many seconds."""
+        k = self.k if k is None else k
+        self.covering.pulled(worker, k)
+        update = self.plane.updates.to_bytes(8, "little")
+        have: list[Frame] = [b"", update + bitmap(mask_of(self.plane.slots.ids[k]))]
         self.at(seconds, lambda: self.covering.has(f"worker-{worker}-1", have))
 
     def run(self, seconds: float, dt: float = 0.01) -> None:
@@ -94,7 +101,7 @@ class World:
         if self.covering.demanded and self._sending != self.plane.updates:
             self._sending = self.plane.updates
             self.sent += 1
-            self.at(SENT_SECONDS, self._arrived(self._sending))
+            self.at(self.takes, self._arrived(self._sending))
 
     _sending = 0
 
@@ -163,6 +170,7 @@ def test_nothing_is_sent_where_workers_wait_for_each_other() -> None:
 
     def step(batch: int) -> None:
         world.plane.updates += 1
+        world.covering.changed(world.k)
         for worker in draw.sample((0, 1), 2):
             world.now += draw.uniform(1e-6, 1e-4)
             world.plane.slots.advance(world.k, worker, batch, batch)
@@ -181,6 +189,33 @@ def test_nothing_is_sent_where_workers_wait_for_each_other() -> None:
     step(1)
     world.run(0.2 * STEPS)
     assert min(world.told.values()) >= STEPS - 4
+    assert world.sent <= 2
+
+
+def test_nothing_is_sent_where_a_step_is_made_and_pulled_part_by_part() -> None:
+    """Each part is answered once it is made, so as of another update: a copy has them all yet."""
+    world = World(["a", "b"], limit=1, sync=True)
+    parts = np.array_split(world.k, 4)
+
+    def step(batch: int) -> None:
+        for number, k in enumerate(parts):
+            world.at(0.02 * number, partial(make, batch, k))
+        world.at(0.02 * 4, lambda: world.at(0.2, lambda: begin(batch + 1)))
+
+    def make(batch: int, k: Ints) -> None:
+        world.step(batch, (0, 1), k)
+        for worker in (0, 1):
+            world.pull(worker, 0.1, k)
+
+    def begin(batch: int) -> None:
+        if min(world.told.get(w, 0) for w in (0, 1)) < batch - 1:
+            world.at(0.001, lambda: begin(batch))
+        else:
+            step(batch)
+
+    step(1)
+    world.run(0.3 * STEPS)
+    assert min(world.told.values()) >= STEPS - 10
     assert world.sent <= 2
 
 
@@ -306,3 +341,33 @@ def test_a_copy_has_what_came_and_no_other_slot() -> None:
         world.covering.has("worker-1-1", [b"", update + bitmap(mask_of(world.plane.slots.ids[k]))])
         world.turn()
         assert world.told == told
+
+
+def test_an_answer_that_came_does_not_count_for_what_was_pushed_since() -> None:
+    """Neither where the next answer is under way, which has it, nor in one slot."""
+    world = World(["a", "b"], takes=100.0)
+    world.push(0, 1)
+    world.pull(1, 1.0)
+    world.push(0, 2)
+    world.pull(1, 2.0)
+    world.push(0, 3)
+    for batch, seconds in ((1, 1.5), (2, 1.0)):
+        world.run(seconds)
+        assert world.told == {0: batch}
+    for batch, k in ((2, world.k[1:]), (3, world.k[:1])):
+        world.pull(1, 0.1, k)
+        world.run(0.2)
+        assert world.told == {0: batch}
+
+
+def test_copies_of_before_a_rollback_cover_nothing() -> None:
+    world = World(["a", "b"], takes=100.0)
+    world.push(0, 1)
+    world.pull(1, 0.1)
+    world.run(0.2)
+    assert world.told == {0: 1}
+    world.told.clear()
+    go_back(world)
+    world.covering.again(0)
+    world.run(0.05)
+    assert not world.told

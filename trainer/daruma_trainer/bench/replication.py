@@ -136,7 +136,7 @@ class Plan:
             (Job(BAR_MB, 0.05, rule, consistency=mode), covered)
             for mode, rule in (("Sync", "sgd"), ("Sync", "momentum"), (ALL, "sgd"))
         ]
-        return cls(tuple(ways), 6.0)
+        return cls(tuple(ways), 10.0)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -214,9 +214,9 @@ class DataPlane:
             self.counts.applied += 1
             self.updates += 1
         if self.observer is not None:
-            self.observer.pushed(push, frames[1:], k[new])
             if len(others) < len(push.tables):
-                self.observer.touched(k)  # sums of other slots than those, too
+                self.observer.touched(k)  # sums of other slots than those below, too
+            self.observer.pushed(push, frames[1:], k[new])
 
     def advance(self) -> None:
         """Make every step whose contributions are complete (Sync)."""

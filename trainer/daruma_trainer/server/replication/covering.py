@@ -18,6 +18,7 @@ ALONE_SECONDS = 0.1
 """So long what is due waits for a replica that has yet to join. Then there is none."""
 COMING_SECONDS = 2.0
 """So long an answer to a pull may be on its way: what it brings need not be sent elsewhere."""
+NEVER = int(np.iinfo(np.int64).max)
 Tell = Callable[[str, Kind, Sequence[Frame]], bool]
 
 
@@ -31,11 +32,12 @@ class Covering:
         self._membership = membership
         self._cover = Cover(membership.settings.copies)
         self._demand = Demand()
-        self._have: Ints = np.zeros((plane.workers, len(plane.slots.ids)), np.int64)
-        """(workers, slots): up to which update each worker's copy of a slot has everything."""
-        self._given = self._have.copy()
+        self._lacks: Ints = np.ones((len(plane.slots.ids), plane.workers), np.int64)
+        """(slots, workers): the first update of a slot that a worker's copy may lack, or NEVER."""
+        self._given, self._given_lacks = self._lacks - 1, self._lacks.copy()
         self._given_at = [-inf] * plane.workers
-        """The same with what the last answers to its pulls bring; and when they went out."""
+        """Of the last answers to its pulls: as of which update, the same of what they bring, and
+        when they went out."""
         self._due_since: float | None = None
         """Since when what waits is due to go to a replica; None: it is not."""
 
@@ -43,9 +45,12 @@ class Covering:
         """Take a newer membership: what a lost worker had is gone with it."""
         for worker in self._membership.of(Role.WORKER):
             if new.member(Role.WORKER, worker.index) != worker:
-                self._have[worker.index] = self._given[worker.index] = 0
+                self._given[:, worker.index] = 0
+                self._lacks[:, worker.index] = self._given_lacks[:, worker.index] = 1
                 self._demand.forget(worker.index)
         if new.rollback.generation != self._membership.rollback.generation:
+            self._given[:] = 0
+            self._lacks[:] = self._given_lacks[:] = 1
             self._cover.forget()
             self._demand = Demand()  # batches come again from the cut's on
         self._membership = new
@@ -54,6 +59,11 @@ class Covering:
     def any(self) -> bool:
         """Whether a push is not covered yet."""
         return self._cover.any
+
+    def changed(self, k: Ints) -> None:
+        """The last update changed the slots `k`."""
+        for lacks in self._lacks, self._given_lacks:
+            lacks[k] = np.where(lacks[k] == NEVER, self._plane.updates, lacks[k])
 
     def pushed(self, worker: int, batch: int) -> None:
         """A worker's push, of this batch or from it on, is in the shard as of its last update."""
@@ -67,7 +77,7 @@ class Covering:
 
     def pulled(self, worker: int, k: Ints) -> None:
         """The slots `k` are on their way to a worker, as of the last update."""
-        self._given[worker, k] = self._plane.updates
+        self._given[k, worker], self._given_lacks[k, worker] = self._plane.updates, NEVER
         self._given_at[worker] = self._clock()
 
     def has(self, member: str, frames: Sequence[Frame]) -> None:
@@ -79,8 +89,10 @@ class Covering:
         update = min(int.from_bytes(raw[:8], "little"), plane.updates)
         k = plane.slots.index_of(np.flatnonzero(from_bitmap(raw[8:])))
         k = k[k >= 0]
-        row = self._have[worker_of(member)]
-        row[k] = np.maximum(row[k], update)
+        worker = worker_of(member)
+        same = self._given[k, worker] == update
+        lacks = np.where(same, self._given_lacks[k, worker], update + 1)
+        self._lacks[k, worker] = np.maximum(self._lacks[k, worker], lacks)
 
     @property
     def demanded(self) -> bool:
@@ -116,7 +128,7 @@ class Covering:
         # Of workers that wait for each other nobody is late: they only seem a little apart.
         steps = limit + self._membership.repeats
         fresh = [w for w in nodes if now - self._given_at[w] < COMING_SECONDS]
-        given = self._given.min(axis=1).tolist()
+        given = self._everything(self._given_lacks)
         coming = [(nodes[w], given[w], False) for w in fresh]
         for worker, batches in cover.waiting(cover.limits(nodes, [*holders, *coming])).items():
             if len(batches) > limit or demand.rests(worker, now):
@@ -146,10 +158,15 @@ class Covering:
         if not joined and due is not None and self._clock() - due > ALONE_SECONDS:
             return found  # there is no replica to send it to: as many as there are have to do
         gone = plane.steps.gone
-        have = self._have.min(axis=1).tolist()
+        have = self._everything(self._lacks)
         for m in self._membership.of(Role.WORKER):
             has = have[m.index]
             # One that ended pulls no more: it holds all there is, or is not waited for.
             if m.index not in gone or has >= plane.updates:
                 found.append((m.failure_domain, has, False))
+        return found
+
+    def _everything(self, lacks: Ints) -> list[int]:
+        """By worker: up to which update its copy has everything."""
+        found: list[int] = np.minimum(lacks.min(axis=0) - 1, self._plane.updates).tolist()
         return found

@@ -187,6 +187,7 @@ class Replicator:
         if plane is None:
             return
         if self._covering is not None:
+            self._covering.changed(k)
             self._covering.pushed(push.worker, push.first)
         if self._next is None:
             return
@@ -201,6 +202,7 @@ class Replicator:
         if plane is None:
             return
         if self._covering is not None:
+            self._covering.changed(k)
             for worker in workers:
                 self._covering.pushed(worker, step)
         if self._next is None:
@@ -221,6 +223,8 @@ class Replicator:
         """See Observer."""
         if self._plane is not None:
             self._plane.updates += 1
+            if self._covering is not None:
+                self._covering.changed(k)
             if self._next is not None:
                 self._next.touched(k)
 
