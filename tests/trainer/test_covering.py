@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from daruma_trainer.contract import Member, Membership, Role, Rollback, Settings
+from daruma_trainer.identity import Identity
 from daruma_trainer.layout import Ints, TableSpec
 from daruma_trainer.rules import SGD, rule_to_json
 from daruma_trainer.server.data import DataPlane
 from daruma_trainer.server.replication.covering import COMING_SECONDS, Covering
-from daruma_trainer.wire import Frame, Kind, bitmap, decode_json, mask_of
+from daruma_trainer.server.replication.replicator import Replicator
+from daruma_trainer.wire import Frame, Kind, Push, bitmap, decode_json, mask_of
 
 SENT_SECONDS = 0.05
 """Until a replica has what it is sent, unless a test says otherwise."""
@@ -60,7 +62,14 @@ class World:
         self.k = np.arange(len(self.plane.slots.ids))
         self.plane.note_given(self.k)
         self.plane.restored(self.k)
-        self.covering = Covering(self.plane, new, lambda: self.now)
+        me = Identity("n", "j", Role.SERVER, 0, 1, "token")
+        around, connect = cast("Any", SimpleNamespace(tell=self._tell)), cast("Any", None)
+        replicator = self._replicator = Replicator(me, connect, around, lambda: self.now)
+        replicator.attach(self.plane)
+        replicator.follow(new)
+        replicator.turn(())
+        assert isinstance(replicator._covering, Covering)
+        self.covering = replicator._covering
         self._todo: list[tuple[float, int, Callable[[], None]]] = []
 
     def at(self, seconds: float, what: Callable[[], None]) -> None:
@@ -72,10 +81,14 @@ class World:
     def step(self, batch: int, workers: Sequence[int], k: Ints) -> None:
         """Make an update of these slots out of a push of each worker."""
         self.plane.updates += 1
-        self.covering.changed(k)
         for worker in workers:
             self.plane.slots.advance(k, worker, batch, batch)
-            self.covering.pushed(worker, batch)
+        if self.sync:
+            self._replicator.stepped(batch, workers, k, None)
+            return
+        mask = mask_of(self.plane.slots.ids[k])
+        for worker in workers:
+            self._replicator.pushed(Push(worker, batch, batch, 1, 0, mask, ()), [], k)
 
     def pull(self, worker: int, seconds: float, k: Ints | None = None) -> None:
         """Answer a pull of all slots, or of some, which is there after so many seconds."""
@@ -343,9 +356,10 @@ def test_a_copy_has_what_came_and_no_other_slot() -> None:
         assert world.told == told
 
 
-def test_an_answer_that_came_does_not_count_for_what_was_pushed_since() -> None:
+@pytest.mark.parametrize("sync", [False, True])
+def test_an_answer_that_came_does_not_count_for_what_was_pushed_since(sync: bool) -> None:
     """Neither where the next answer is under way, which has it, nor in one slot."""
-    world = World(["a", "b"], takes=100.0)
+    world = World(["a", "b"], sync=sync, takes=100.0)
     world.push(0, 1)
     world.pull(1, 1.0)
     world.push(0, 2)
@@ -371,3 +385,17 @@ def test_copies_of_before_a_rollback_cover_nothing() -> None:
     world.covering.again(0)
     world.run(0.05)
     assert not world.told
+
+
+def test_what_changes_otherwise_is_lacking_too() -> None:
+    """As what came back with a restore: of who says that it wants to hear of all that is here."""
+    world = World(["a", "b"], takes=100.0)
+    world.pull(1, 0.0)
+    world._replicator.touched(world.k[:1])
+    world.covering.again(0)
+    world.plane.slots.advance(world.k, 0, 1, 1)
+    world.run(0.05)
+    assert not world.told
+    world.pull(1, 0.0)
+    world.run(0.05)
+    assert world.told == {0: 1}
