@@ -2,7 +2,8 @@
 
 import pytest
 
-from daruma_trainer.bench.memory import BAR, Cell, Plan, measure, page
+from daruma_trainer.bench.bars import ADDED
+from daruma_trainer.bench.memory import Cell, Plan, measure, page
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 CELL = Cell("Stateless", "adam")
@@ -16,5 +17,5 @@ def test_an_outage_adds_no_more_than_the_bar() -> None:
     assert row["before"] > model, "the worker has a copy of the table at least"
     assert row["batches"][1] > row["batches"][0] > 0, "it went on while the server was away"
     # Half of the table is the lost server's: what is kept for it is as large.
-    assert 0.4 < max(row["added"]) <= BAR
+    assert 0.4 < max(row["added"]) <= ADDED
     assert "| Stateless | 1 | adam | dense |" in page(result)

@@ -3,6 +3,12 @@
 from collections.abc import Sequence
 from enum import StrEnum
 
+from daruma_trainer.contract import Settings
+
+LEAN = 1.1
+ADDED = LEAN + Settings().max_uncovered
+"""Models that an outage may add to a worker's memory; LEAN: without what waits to be covered."""
+
 
 class Verdict(StrEnum):
     """What is said of a bar; the worst first."""

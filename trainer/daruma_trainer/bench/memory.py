@@ -34,14 +34,14 @@ from typing import Any
 import numpy as np
 
 from daruma_trainer.bench.arena import START_SECONDS, BenchError
-from daruma_trainer.bench.bars import judge
+from daruma_trainer.bench.bars import ADDED, LEAN, judge
 from daruma_trainer.bench.cli import Result, conclude, machine, method, parser_of, today
 from daruma_trainer.bench.holding import hold, release
 from daruma_trainer.bench.local import HELD_RUN, LocalRun
 from daruma_trainer.bench.members import Process
 from daruma_trainer.bench.pushing import COLS
 from daruma_trainer.bench.recovery import until_whole
-from daruma_trainer.contract import Role, Settings
+from daruma_trainer.contract import Role
 
 SHARE = 10
 """One row in so many is in a gradient of single rows."""
@@ -50,9 +50,6 @@ LOST = 1
 """Index of the server that is killed."""
 SERVERS, WORKERS = 2, 2
 STEPS = 10
-LEAN = 1.1
-BAR = LEAN + Settings().max_uncovered
-"""Models that an outage may add; LEAN: without what waits to be covered."""
 MANIFEST = """\
 apiVersion: daruma.dev/v1alpha1
 kind: TrainingJob
@@ -139,7 +136,7 @@ def page(result: Result) -> str:
     outages = [f"{seconds:g} s" for seconds in result["outages"]]
     head = ["strategy", "copies", "rule", "gradients", "before, MB",
             *(f"added, {o}" for o in outages),
-            *(f"batches, {o}" for o in outages), f"≤ {BAR:g}",
+            *(f"batches, {o}" for o in outages), f"≤ {ADDED:g}",
             f"without slack: ≤ {LEAN:g}"]  # fmt: skip
     lines = [
         "# What an outage adds to a worker's memory",
@@ -159,7 +156,7 @@ def page(result: Result) -> str:
             row["strategy"], str(row["copies"]), row["rule"], row["gradients"],
             f"{row['before'] / 1e6:.0f}",
             *(f"{added:.2f}" for added in row["added"]),
-            *(str(batches) for batches in row["batches"]), _met(row, BAR), lean,
+            *(str(batches) for batches in row["batches"]), _met(row, ADDED), lean,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "## How it is measured", "", method(__doc__), ""])

@@ -32,8 +32,9 @@ seconds, once.
 
 **Bars.** Bytes of `copies: 2` are in parts of those of the same job's chain of 2 with `Tail`, rates
 of a chain of 2 with `Next` in parts of the same job's without replicas. Of a worker's pushes one
-may lie on the edge of the seconds that are measured, its bytes counted on one side only; so what
-is above a bar of bytes by no more than that (one in so many pushes, ±) is not resolved.
+may lie on the edge of the seconds that are measured, its bytes counted on one side only: so many
+parts in a hundred (±) are in doubt, and a bar within that is not resolved. With momentum and Adam
+both send every update once; that is the bar itself.
 """
 
 import http.client
@@ -214,10 +215,10 @@ def _bytes_bars(result: Result) -> list[str]:
             continue
         bar, part = BYTES[row["rule"]], row["bytes"] / chain["bytes"]
         # So many pushes of each worker were counted, of the fewer.
-        edge = row["workers"] / (min(row["rate"], chain["rate"]) * result["seconds"])
-        verdict = Verdict.MET if part <= bar else judge(bar - part, edge)
+        edge = part * row["workers"] / (min(row["rate"], chain["rate"]) * result["seconds"])
+        verdict = judge(bar - part, edge)
         what = f"{_named(row)}: bytes of `copies: 2`, of the chain's with `Tail`"
-        made.append(_bar(what, f"≤ {bar:.0%}", f"{part:.1%} ± {edge:.0%}", verdict, bar - part))
+        made.append(_bar(what, f"≤ {bar:.0%}", f"{part:.1%} ± {edge:.1%}", verdict, bar - part))
     return made
 
 

@@ -5,13 +5,10 @@ from typing import Any
 
 from daruma_trainer.bench.availability.arms import AROUND, SCENARIOS, THROUGH
 from daruma_trainer.bench.availability.stats import Interval, Run, interval, paired, select
-from daruma_trainer.bench.bars import judge, row, table, worst
-from daruma_trainer.contract import Settings
+from daruma_trainer.bench.bars import ADDED, judge, row, table, worst
 
 BUSY = 0.95
 """Least utilisation of the workers during an outage of 20 s."""
-ADDED = 1.1 + Settings().max_uncovered
-"""Most that an outage adds to a worker's memory, in models, however long it is."""
 OUTAGE = "outage-20"
 NOTE = (
     "*Met* and *not met*: the whole interval is on that side of the bar; *not resolved*: it spans "
