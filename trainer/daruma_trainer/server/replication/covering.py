@@ -63,7 +63,7 @@ class Covering:
     def changed(self, k: Ints) -> None:
         """The last update changed the slots `k`."""
         for lacks in self._lacks, self._given_lacks:
-            lacks[k] = np.where(lacks[k] == NEVER, self._plane.updates, lacks[k])
+            lacks[k] = np.minimum(lacks[k], self._plane.updates)
 
     def pushed(self, worker: int, batch: int) -> None:
         """A worker's push, of this batch or from it on, is in the shard as of its last update."""
