@@ -44,6 +44,7 @@ from daruma_trainer.bench.availability.trace import (
     utilisation,
 )
 from daruma_trainer.bench.availability.trial import Outage, Seen, summary
+from daruma_trainer.bench.cli import today
 from daruma_trainer.contract import ExitCode, Role
 
 NAN = float("nan")
@@ -398,6 +399,13 @@ def test_a_run_that_was_done_is_not_done_again(
     assert command.main([*asked, "--resume"]) == ExitCode.OK
     assert [d[:2] for d in done[2:]] == [("stateless", "server"), ("freshest", "server")]
     assert len(json.loads(file.read_text())["runs"]) == 4
+    file.write_text(file.read_text().replace(today(), "2026-01-02"))
+    page, write = tmp_path / "page.md", [*asked, "--write", str(tmp_path / "page.md"), "--resume"]
+    assert command.main([*write, "--scenarios", "none"]) == ExitCode.OK
+    assert "\n2026-01-02, " in page.read_text(), "it is of that day"
+    assert command.main([*write, "--scenarios", "worker"]) == ExitCode.OK
+    assert f"\n2026-01-02 to {today()}, " in page.read_text()
+    del done[4:]
     assert command.main([*asked, "--resume", "--scenarios", "outage-5,outage-20"]) == ExitCode.OK
     assert [(what, seconds) for _, what, _, seconds in done[4:]] == [
         ("outage-5", 20.0), ("outage-5", 20.0), ("outage-20", 35.0), ("outage-20", 35.0),

@@ -98,6 +98,7 @@ def _measure(result: Result, what: tuple[Arm, Scenario, int], size: Size, score:
         print(f"daruma bench: {name}: {error}", file=sys.stderr)
         return
     found |= {"took": time.monotonic() - began, "load": round(os.getloadavg()[0], 1)}
+    found["date"] = today()
     result["runs"].append(found)
     accuracy = f"accuracy {found['curve'][-1][2]:.3f}, " if found["curve"] else ""
     print(f"{name}: {accuracy}{found['applied']} gradients, {found['took']:.0f} s", file=sys.stderr)
@@ -120,8 +121,7 @@ def _before(options: argparse.Namespace, size: Size) -> list[dict[str, Any]]:
                                  "size": asdict(size)}))  # fmt: skip
     if any(found[key] != value for key, value in now.items()):
         raise ConfigurationError(f"{options.json} is of another machine, or of another size")
-    runs: list[dict[str, Any]] = found["runs"]
-    return runs
+    return [{"date": found["date"]} | run for run in found["runs"]]
 
 
 def _judge() -> Any:

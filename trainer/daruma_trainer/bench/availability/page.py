@@ -111,8 +111,10 @@ def _head(result: Mapping[str, Any]) -> list[str]:
     size = result["size"]
     seeds = len({r["seed"] for r in result["runs"]})
     loads = [r["load"] for r in result["runs"]]
+    dates = [r.get("date", result["date"]) for r in result["runs"]]
+    days = sorted({min(dates), max(dates)})
     lines = [
-        f"{result['date']}, {result['machine']}; {len(result['runs'])} runs in "
+        f"{' to '.join(days)}, {result['machine']}; {len(result['runs'])} runs in "
         f"{result['took'] / 60:.0f} minutes, {seeds} seed{'s' if seeds != 1 else ''}, load average "
         f"{min(loads, default=0):.1f} to {max(loads, default=0):.1f} after a run (what is "
         "more than its own processes was other work on the machine)."
